@@ -1,0 +1,56 @@
+"""Execute the lesson cells of notebooks: `python tests/notebooks.py [--write] [NAME]...`
+
+A notebook holds exported cells, lesson cells and, in a stage, cells marked `#| run`. This runs all but the last kind, each
+notebook in a kernel of its own; `--write` puts the outputs into the notebook, as they are committed.
+"""
+import argparse
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent.parent / "notebooks"
+RUN = re.compile(r"^#\|\s*run\s*$", re.M)
+# One thread a kernel gives the same sums on every machine, so that re-executing repeats the committed pictures.
+QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+         "PYTHONWARNINGS": "ignore::DeprecationWarning", "NBS_LESSON": "1"}
+
+
+def notebooks() -> list[Path]:
+    return sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+
+
+def execute(path: Path, timeout: int = 300) -> nbformat.NotebookNode:
+    """The notebook at `path` with its lesson cells executed; raises nbclient's CellExecutionError where one fails."""
+    nb = nbformat.read(path, as_version=4)
+    whole = list(nb.cells)
+    nb.cells = [c for c in whole if c.cell_type != "code" or not RUN.search(c.source)]
+    os.environ.update(QUIET)
+    with tempfile.TemporaryDirectory() as home:  # lessons that write files write them here
+        NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
+    nb.cells = whole
+    return nb
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ap.add_argument("names", nargs="*", help="such as 20_inpaint; none: all")
+    ap.add_argument("--write", action="store_true")
+    a = ap.parse_args()
+    for path in notebooks():
+        if a.names and path.stem not in a.names:
+            continue
+        print(path.stem, flush=True)
+        nb = execute(path)
+        if a.write:
+            temporary = path.with_suffix(".tmp-write")
+            nbformat.write(nb, temporary)
+            temporary.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
