@@ -77,6 +77,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nbs_lib.data.read_test': ('data.html#read_test', 'nbs_lib/data.py'),
                               'nbs_lib.data.read_train': ('data.html#read_train', 'nbs_lib/data.py'),
                               'nbs_lib.data.to_wide': ('data.html#to_wide', 'nbs_lib/data.py'),
+                              'nbs_lib.data.write_folds': ('data.html#write_folds', 'nbs_lib/data.py'),
                               'nbs_lib.data.write_oof': ('data.html#write_oof', 'nbs_lib/data.py'),
                               'nbs_lib.data.write_submission': ('data.html#write_submission', 'nbs_lib/data.py')},
             'nbs_lib.targets': { 'nbs_lib.targets._checked': ('targets.html#_checked', 'nbs_lib/targets.py'),

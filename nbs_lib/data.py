@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['META', 'SCHEMES', 'read_table', 'check_samples', 'parse_dates', 'parse_numbers', 'check_photos', 'to_wide',
-           'long_form', 'Competition', 'read_train', 'read_test', 'read_competition', 'make_folds', 'read_folds',
-           'oof_path', 'write_oof', 'read_oof', 'write_submission']
+           'long_form', 'Competition', 'read_train', 'read_test', 'read_competition', 'make_folds', 'write_folds',
+           'read_folds', 'oof_path', 'write_oof', 'read_oof', 'write_submission']
 
 # %% ../notebooks/02_data.ipynb #6c5a1963
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from .core import InputError, Run, atomic
 from .targets import TARGETS, TOTAL, imbalance
 
-# %% ../notebooks/02_data.ipynb #f8a7e9b3
+# %% ../notebooks/02_data.ipynb #2b9e4cee
 def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     "A CSV as text, with `columns` present; raise `InputError` when it is missing, empty, broken or lacks one."
     if not path.is_file():
@@ -45,10 +45,13 @@ def check_samples(table: pd.DataFrame, path: Path) -> pd.DataFrame:
     if double.any():
         raise InputError(f"{path}: sample_id {table['sample_id'][double.idxmax()]} stands twice (again in row {double.idxmax() + 2})")
     parts = table["sample_id"].str.rpartition("__")
-    table = table.assign(image_id=parts[0], target_name=parts[2])
-    unknown = ~table["target_name"].isin(TARGETS) | (table["image_id"] == "")
+    unknown = ~parts[2].isin(TARGETS) | (parts[0] == "")
     if unknown.any():
         raise InputError(f"{path}: sample_id {table['sample_id'][unknown.idxmax()]} does not end in __ and one of {', '.join(TARGETS)}")
+    other = table["target_name"] != parts[2] if "target_name" in table else unknown
+    if other.any():
+        raise InputError(f"{path}: sample_id {table['sample_id'][other.idxmax()]} and its target_name '{table['target_name'][other.idxmax()]}' differ")
+    table = table.assign(image_id=parts[0], target_name=parts[2])
     rows = table.groupby("image_id").size()
     if (rows < len(TARGETS)).any():
         short = rows.index[rows < len(TARGETS)][0]
@@ -118,11 +121,11 @@ class Competition:
         "Photos of `split` (train or test), in the order of its table."
         return [self.folder / p for p in getattr(self, split)["image_path"]]
 
-# %% ../notebooks/02_data.ipynb #48f65cf1
+# %% ../notebooks/02_data.ipynb #79d4e3b7
 def read_train(folder: Path) -> pd.DataFrame:
     "train.csv as a row a photo."
     path = folder / "train.csv"
-    table = check_samples(read_table(path, ["sample_id", "image_path", *META, "target"]), path)
+    table = check_samples(read_table(path, ["sample_id", "image_path", *META, "target_name", "target"]), path)
     table["target"] = parse_numbers(table["target"], table["sample_id"], f"{path} target", least=0)
     table["Sampling_Date"] = parse_dates(table["Sampling_Date"], f"{path} Sampling_Date")
     for column in ("Pre_GSHH_NDVI", "Height_Ave_cm"):
@@ -139,7 +142,7 @@ def read_train(folder: Path) -> pd.DataFrame:
 def read_test(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     "test.csv as a row a photo, and the sample submission's rows in their order."
     path = folder / "test.csv"
-    table = check_samples(read_table(path, ["sample_id", "image_path"]), path)
+    table = check_samples(read_table(path, ["sample_id", "image_path", "target_name"]), path)
     sample = read_table(folder / "sample_submission.csv", ["sample_id", "target"])
     check_samples(sample, folder / "sample_submission.csv")
     apart = set(table["sample_id"]) ^ set(sample["sample_id"])
@@ -203,18 +206,30 @@ def _fold_numbers(splitter, n: int, level: np.ndarray, groups: np.ndarray | None
         numbers[held_out] = fold
     return numbers
 
-# %% ../notebooks/02_data.ipynb #1ca35e1e
-def read_folds(run: Run, ids: Sequence[str] | None = None) -> pd.DataFrame:
-    "artefacts/folds.csv, in the order of `ids` when given; raise `InputError` when it is of other photos."
+# %% ../notebooks/02_data.ipynb #ada7f867
+def write_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
+    "Cut the folds that the settings ask for and write artefacts/folds.csv."
+    folds = make_folds(train, run.settings.run.folds, run.settings.run.seed, run.warn)
+    with atomic(run.art("folds.csv")) as temporary:
+        folds.to_csv(temporary, index=False)
+    run.beside(run.art("folds.csv"))
+    return folds
+
+
+def read_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
+    """artefacts/folds.csv in the order of `train`; cut and written now when it is not there yet (a stage run alone).
+
+    Raises `InputError` when the file is of other photos.
+    """
     path = run.artefacts / "folds.csv"
+    if not path.is_file():
+        return write_folds(run, train)
     table = read_table(path, ["image_id", *(f"fold_{s}" for s in SCHEMES)])
     for scheme in SCHEMES:
         table[f"fold_{scheme}"] = parse_numbers(table[f"fold_{scheme}"], table["image_id"], str(path), least=0).astype(int)
-    if ids is None:
-        return table
-    if set(table["image_id"]) != set(ids) or table["image_id"].duplicated().any():
+    if set(table["image_id"]) != set(train["image_id"]) or table["image_id"].duplicated().any():
         raise InputError(f"{path}: is of other photos than train.csv; run stage eda again (--from eda)")
-    return table.set_index("image_id").loc[list(ids)].reset_index()
+    return table.set_index("image_id").loc[train["image_id"]].reset_index()
 
 # %% ../notebooks/02_data.ipynb #390b9d3c
 def oof_path(run: Run, model: str, scheme: str = "grouped") -> Path:
