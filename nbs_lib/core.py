@@ -140,7 +140,7 @@ class TrainDinov3Settings:
     "Model 1."
     backbone: str  # a timm name
 
-# %% ../notebooks/00_core.ipynb #2c7a160a
+# %% ../notebooks/00_core.ipynb #a2a2bc0e
 @dataclass(frozen=True)
 class SiglipSettings:
     "Embeddings and text probes of model 2."
@@ -156,19 +156,40 @@ class FrozenSettings:
 @dataclass(frozen=True)
 class BoostingSettings:
     "Regressors on frozen features."
-    folds: int
+    members: tuple[str, ...]  # kernels and boosters, see 42_boosting
+    transform: str  # of the grams: none, sqrt or log1p
+    stack: bool  # weights learned on inner folds; no: the plain mean
+    inner_folds: int  # of whole sites, inside each training fold
+    pull: float  # of the stack's weights towards equal ones, 0 or more
+    pca_variance: float  # share kept for the boosters, 0 to 1
+    pls: int  # partial-least-squares scores for the boosters
+    gmm: int  # Gaussian clusters for the boosters
+    rounds: float  # trees, as a multiple of the recipe's
+    coverage: float  # of the intervals, 0 to 1
 
-# %% ../notebooks/00_core.ipynb #8e1c625e
+# %% ../notebooks/00_core.ipynb #c4043ea6
 @dataclass(frozen=True)
 class EnsembleSettings:
     "The blend of the models."
-    state_threshold: float  # dead = 0 where P(state = WA) exceeds this
+    weights: tuple[str, ...]  # candidates: recipe, equal, single (each model alone), a model's name, learned
+    recipe_weights: tuple[float, ...]  # of model 1 in each of the five targets
+    pull: float  # towards equal weights when they are learned; counts as so many photos
+    weighting: tuple[str, ...]  # candidates of the balance: euclid, metric, mint; the first needs no proof
+    rules: tuple[str, ...]  # candidates, state:target: that target is zero where the state is sure
+    state_threshold: float  # sure: P(state) exceeds this
+    shrink: bool  # a candidate: pull each target towards its mean
+    judge: bool  # no: take the first of each and all rules; yes: only what is better out of fold
+    clear: float  # better: in this share of the draws of sites, 0.5 to 1
+    draws: int  # of the bootstrap over sites
 
 
 @dataclass(frozen=True)
 class SubmitSettings:
     "Inference on the hidden test."
     margin_minutes: float  # kept back from limits.hours
+    views: tuple[str, ...]  # test-time augmentation of model 1: id, H, V, HV; the first is never dropped before a fold is
+    batch: int  # photos in one forward; halved when memory runs out
+    chunk: int  # photos between two looks at the clock
 
 # %% ../notebooks/00_core.ipynb #f120c985
 @dataclass(frozen=True)
