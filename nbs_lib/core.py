@@ -134,11 +134,42 @@ class InpaintSettings:
     "Cleaning a photograph."
     crop_bottom: float  # fraction of the height cut off at the bottom, 0 to 0.5
 
-# %% ../notebooks/00_core.ipynb #f536b007
+# %% ../notebooks/00_core.ipynb #56140099
 @dataclass(frozen=True)
 class TrainDinov3Settings:
     "Model 1."
     backbone: str  # a timm name
+    weights: str  # a file or folder of a Kaggle model; wheel:efficientnet_lite0; random (only for tests)
+    size: int  # pixels: width of a half in the store
+    scales: tuple[float, ...]  # sizes, relative to that, at which the probe looks; the tokens come from the first
+    depths: int  # of the backbone, evenly spread, that the probe pools
+    probe: bool  # start from a ridge on pooled features
+    head: str  # density, pooled (the recipe), or none: the probe alone
+    fusion: str  # gated_conv, mamba, film, attention, none
+    layers: int  # mixers in a row
+    dim: int  # width of the mixers; 0: that of the backbone
+    order: str  # of the tokens: panorama, left_right (the recipe)
+    prefix: bool  # keep a ViT's class and register tokens in the mixers
+    dropout: float  # in the head
+    schemes: tuple[str, ...]  # of folds that are trained: grouped, stratified
+    views: tuple[str, ...]  # averaged in a prediction: id, H, V, HV
+    unfreeze: int  # last blocks of the backbone that are trained; 0: none, -1: all
+    select: str  # what decides the epoch: inner, holdout, last, outer (see 32_train_dinov3)
+    inner_folds: int  # folds inside the training photos, for select = inner or holdout
+    epochs: int  # 0: the probe alone
+    warmup: int  # epochs in which the learning rates climb
+    freeze_epochs: int  # first epochs in which the backbone stays as it is
+    patience: int  # epochs without a better score after which a training ends
+    batch: int  # photos in one forward
+    accumulate: int  # forwards in one optimiser step
+    lr_backbone: float  # AdamW, of the backbone
+    lr: float  # AdamW, of the rest
+    weight_decay: float
+    clip: float  # norm of the gradient
+    ema: float  # decay of the running mean of the weights
+    beta: float  # grams at which SmoothL1 turns from square to line
+    loss_weights: tuple[float, ...]  # of the five targets
+    checkpointing: bool  # recompute activations in the way back: less memory, more time
 
 # %% ../notebooks/00_core.ipynb #a2a2bc0e
 @dataclass(frozen=True)
