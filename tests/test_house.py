@@ -1,0 +1,121 @@
+"""The house is in order: notebooks and library agree, imports run one way, nothing names a machine."""
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = {p.stem.partition("_")[2]: p for p in NOTEBOOKS}
+NUMBER = {name: p.stem[:2] for name, p in MODULES.items()}
+
+# What each room may import: the table of the design, closed upwards (a room may also use what its imports stand on).
+ABOVE = {
+    "core": (), "targets": (), "data": ("core", "targets"), "demo": ("core", "targets"), "eda": ("data", "targets"), "inpaint": ("core",),
+    "photos": ("core", "inpaint"), "fusion": (), "model": ("fusion",), "train_dinov3": ("model", "photos", "data", "targets"),
+    "siglip": ("photos", "core"), "frozen": ("model", "photos"), "boosting": ("data", "targets"), "balance": ("targets",),
+    "ensemble": ("data", "targets", "balance"), "submit": ("train_dinov3", "siglip", "frozen", "boosting", "ensemble", "balance"),
+    "ledger": ("core", "targets"), "budget": ("model", "core"), "kaggle": ("core",), "report": ("core", "targets", "data"),
+    "run": ("core", "report", "demo"), "bench": tuple(MODULES),
+}
+
+
+def closure(name: str) -> set[str]:
+    seen, todo = {"core"}, list(ABOVE[name])
+    while todo:
+        n = todo.pop()
+        if n not in seen and n != name:
+            seen.add(n)
+            todo += ABOVE.get(n, ())
+    return seen
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nbs_lib."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "nbs_lib":
+            found |= {a.name for a in node.names} - {"__version__"}
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("nbs_lib.")}
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    found = imports(ROOT / "nbs_lib" / f"{name}.py")
+    assert found <= closure(name), f"{name} imports {sorted(found - closure(name))}"
+    if name != "bench":
+        assert all(NUMBER[n] < NUMBER[name] for n in found), f"{name} imports a room that stands below it"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_exported_code_is_explicit_and_needs_no_nbdev(name):
+    source = (ROOT / "nbs_lib" / f"{name}.py").read_text()
+    assert not re.search(r"^\s*from \S+ import \*", source, re.M)
+    assert not re.search(r"^\s*(from|import) (nbdev|fastcore)\b", source, re.M)
+
+
+def snapshot() -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for d in ("notebooks", "nbs_lib") for p in sorted((ROOT / d).glob("*.[ip][py]*")) if p.is_file()}
+
+
+def test_library_and_notebooks_agree():
+    """nbdev-export and nbdev-clean change nothing: what is committed is what the notebooks say."""
+    before = snapshot()
+    try:
+        for command in ("nbdev-clean", "nbdev-export"):
+            done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+        after = snapshot()
+        drifted = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+        assert not drifted, f"run nbdev-export and nbdev-clean, and commit: {drifted}"
+    finally:
+        for path, content in before.items():
+            if Path(path).read_bytes() != content:
+                Path(path).write_bytes(content)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_can_be_browsed(path):
+    """Small, with outputs, a kernelspec, no machine paths, no warnings, no error outputs."""
+    assert path.stat().st_size < 600_000
+    nb = nbformat.read(path, as_version=4)
+    assert nb.metadata.kernelspec.name == "python3"
+    first = next(c for c in nb.cells if c.cell_type == "markdown").source
+    assert first.startswith("# ") and "\n> " in first, "a notebook begins with H1 and a > line"
+    lessons = [c for c in nb.cells if c.cell_type == "code" and not re.match(r"#\|\s*(run|export|default_exp)", c.source)]
+    assert any(c.outputs for c in lessons), "the lessons show nothing"
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            assert output.output_type != "error", cell.source
+            text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
+            assert not re.search(r"/(home|root|work|tmp|Users)/", text), f"a machine path in an output: {text[:200]}"
+            assert "Warning:" not in text, text[:300]
+
+
+def test_submit_imports_without_the_tools_of_a_notebook():
+    """The offline submission needs neither nbdev nor papermill nor matplotlib."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, *rest):
+        if name.split('.')[0] in {'nbdev', 'fastcore', 'papermill', 'matplotlib', 'nbconvert', 'execnb'}:
+            raise ImportError(f'{name} is not there')
+sys.meta_path.insert(0, Refuse())
+import nbs_lib.submit
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_no_file_names_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        if name.endswith((".py", ".md", ".ini", ".toml", ".txt", "Makefile", ".json", "run")) and name != "tests/test_house.py":
+            assert not re.search(r"/(root|work|home)/\w", (ROOT / name).read_text()), name

@@ -1,0 +1,223 @@
+"""The command line and its promises: artefacts, exit codes, resumption, refusals that leave nothing changed."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+from conftest import ROOT, SMALL, command
+
+from nbs_lib.core import load_settings, read_json
+from nbs_lib.data import read_oof
+from nbs_lib.run import STAGES
+from nbs_lib.targets import TARGETS, imbalance, weighted_r2_score
+
+
+def tree(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+# ---- what a whole run leaves
+
+def test_every_promised_file_is_there(finished):
+    for name in ("submission.csv", "report.html", "scores.json", "run.json", "artefacts/folds.csv", "artefacts/stamps.csv", "artefacts/photos.csv",
+                 "artefacts/oof/dinov3.parquet", "artefacts/oof/boosting.parquet", "artefacts/oof/ensemble.parquet", "artefacts/blend.json"):
+        assert (finished / name).is_file(), name
+    for notebook in STAGES.values():
+        assert (finished / "notebooks" / f"{notebook}.ipynb").is_file()
+    assert list((finished / "artefacts/dinov3").glob("fold*.safetensors")) and list((finished / "artefacts/features").glob("*.npz"))
+    assert not [p for p in finished.rglob("*") if ".tmp-" in p.name]
+
+
+def test_submission_is_valid(finished, paddock):
+    sample, mine = pd.read_csv(paddock / "sample_submission.csv"), pd.read_csv(finished / "submission.csv")
+    assert mine.columns.tolist() == ["sample_id", "target"] and mine["sample_id"].tolist() == sample["sample_id"].tolist()
+    assert np.isfinite(mine["target"]).all() and (mine["target"] >= 0).all()
+    wide = mine.assign(image=mine.sample_id.str.rpartition("__")[0], name=mine.sample_id.str.rpartition("__")[2]).pivot(index="image", columns="name", values="target")
+    assert np.abs(imbalance(wide[list(TARGETS)].to_numpy())).max() < 1e-6
+    assert wide[list(TARGETS)].std().min() > 0, "every photo got the same answer"
+
+
+def test_scores_are_what_the_files_say(finished, paddock):
+    scores = read_json(finished / "scores.json")
+    train = pd.read_csv(paddock / "train.csv")
+    wide = train.assign(image=train.sample_id.str.rpartition("__")[0]).pivot(index="image", columns="target_name", values="target")[list(TARGETS)]
+    for model in ("dinov3", "boosting", "ensemble"):
+        again = weighted_r2_score(wide.to_numpy(), read_oof(finished / f"artefacts/oof/{model}.parquet", wide.index))
+        assert scores["oof"][model]["grouped"]["r2"] == pytest.approx(again, abs=1e-12)
+    assert {"grouped", "stratified"} <= scores["constant"].keys() and scores["test"]["ensemble"]["photos"] == 4
+
+
+def test_run_json_tells_what_it_cost(finished):
+    record = read_json(finished / "run.json")
+    assert record["status"] == "done" and [s["name"] for s in record["stages"]] == list(STAGES)
+    for stage in record["stages"]:
+        assert stage["seconds"] > 0 and stage["peak_rss_gb"] > 0.01 and stage["network"] in ("namespace", "guard")
+    assert record["versions"]["torch"] and record["inputs"]["input/train/*"]["files"] == 24 and "seed" in record
+
+
+def test_nothing_was_written_to_the_input(finished, paddock):
+    assert {p.name for p in paddock.iterdir()} == {"train.csv", "test.csv", "sample_submission.csv", "train", "test"}
+
+
+def test_second_run_does_nothing_again(finished, paddock):
+    before = tree(finished / "artefacts")
+    done = command("--profile", "demo", "--input", paddock, "--output", finished, *SMALL)
+    assert done.returncode == 0 and done.stdout.count("up to date") == len(STAGES), done.stdout
+    assert tree(finished / "artefacts") == before
+
+
+def test_a_changed_setting_reruns_its_stage(finished, paddock):
+    done = command("--profile", "demo", "--input", paddock, "--output", finished, *SMALL, "--only", "eda", "--set", "run.seed=5", "--no-report")
+    assert done.returncode == 0 and "eda: done" in done.stdout
+    done = command("--profile", "demo", "--input", paddock, "--output", finished, *SMALL, "--only", "eda", "--no-report")
+    assert done.returncode == 0 and "eda: done" in done.stdout
+
+
+def test_stage_notebook_runs_with_plain_papermill(finished, paddock, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "notebooks/51_ensemble.ipynb"), str(tmp_path / "out.ipynb"), "-p", "input", str(paddock),
+                           "-p", "output", str(finished), "-p", "profile", "demo", "-y", "overrides: [run.folds=2]"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# ---- refusals: exit 2, one line, nothing changed
+
+def edit(folder: Path, name: str, change) -> None:
+    table = pd.read_csv(folder / name, dtype=str, keep_default_na=False)
+    change(table).to_csv(folder / name, index=False)
+
+
+def drop_photo(folder: Path) -> None:
+    next((folder / "train").iterdir()).unlink()
+
+
+FAULTS = {
+    "no train.csv": lambda f: (f / "train.csv").unlink(),
+    "no test.csv": lambda f: (f / "test.csv").unlink(),
+    "no sample": lambda f: (f / "sample_submission.csv").unlink(),
+    "no column": lambda f: edit(f, "train.csv", lambda t: t.drop(columns="State")),
+    "no photo": drop_photo,
+    "no test photo folder": lambda f: [p.unlink() for p in (f / "test").iterdir()],
+    "double row": lambda f: edit(f, "train.csv", lambda t: pd.concat([t, t.iloc[:1]])),
+    "blank id": lambda f: edit(f, "train.csv", lambda t: t.assign(sample_id=[""] + t.sample_id.tolist()[1:])),
+    "four rows": lambda f: edit(f, "train.csv", lambda t: t.iloc[1:]),
+    "NaN": lambda f: edit(f, "train.csv", lambda t: t.assign(target=["nan"] + t.target.tolist()[1:])),
+    "blank target": lambda f: edit(f, "train.csv", lambda t: t.assign(target=[""] + t.target.tolist()[1:])),
+    "negative": lambda f: edit(f, "train.csv", lambda t: t.assign(target=["-3"] + t.target.tolist()[1:])),
+    "a word": lambda f: edit(f, "train.csv", lambda t: t.assign(target=["much"] + t.target.tolist()[1:])),
+    "unknown target": lambda f: edit(f, "train.csv", lambda t: t.assign(sample_id=t.sample_id.str.replace("Dry_Green_g", "Roots_g"))),
+    "unknown target name": lambda f: edit(f, "train.csv", lambda t: t.assign(target_name=t.target_name.str.replace("Dry_Green_g", "Roots_g"))),
+    "test and sample differ": lambda f: edit(f, "sample_submission.csv", lambda t: t.assign(sample_id=t.sample_id.str.replace("ID", "IX"))),
+    "empty train": lambda f: edit(f, "train.csv", lambda t: t.iloc[:0]),
+    "empty test": lambda f: edit(f, "test.csv", lambda t: t.iloc[:0]),
+    "zero bytes": lambda f: (f / "train.csv").write_text(""),
+    "not a table": lambda f: (f / "train.csv").write_bytes(os.urandom(2000)),
+}
+
+
+def refused(capsys, *argv) -> str:
+    "Run the command line in this process; it must exit 2 with one line."
+    from nbs_lib.run import main
+
+    assert main([str(a) for a in argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ") and "Traceback" not in err, err
+    return err
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_tables_are_refused(fault, tables, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "submission.csv").write_text("an earlier one")
+    FAULTS[fault](tables)
+    refused(capsys, "--profile", "demo", "--input", tables, "--output", out)
+    assert (out / "submission.csv").read_text() == "an earlier one" and len(list(out.rglob("*"))) == 1
+
+
+@pytest.mark.parametrize("argv", [["--profile", "moon"], ["--only", "mow"], ["--from", "mow"], ["--set", "train_dinov3.nothing=3"], ["--set", "run.folds"], ["--set", "run.folds=three"],
+                                  ["--preset", "moon"], ["--what"], ["--budget-hours", "-1"], ["--input", "nowhere"]], ids=" ".join)
+def test_bad_calls_are_refused(argv, tables, tmp_path, capsys):
+    call = ["--profile", "demo", "--input", tables, "--output", tmp_path / "out", *argv]
+    assert len(refused(capsys, *call)) < 1000
+    assert not (tmp_path / "out" / "artefacts").exists()
+
+
+def test_output_inside_the_input_is_refused(tables, capsys):
+    assert "inside the input" in refused(capsys, "--profile", "demo", "--input", tables, "--output", tables / "out")
+    assert not (tables / "out").exists()
+
+
+def test_output_that_is_a_file_is_refused(tables, tmp_path, capsys):
+    (tmp_path / "out").write_text("not a folder")
+    refused(capsys, "--profile", "demo", "--input", tables, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["full", "read-only"])
+def test_full_or_read_only_output_is_refused(kind, tables, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    options = "size=32k" if kind == "full" else "size=1m,ro"
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(out)], capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        assert str(out) in refused(capsys, "--profile", "demo", "--input", tables, "--output", out)
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+@pytest.mark.parametrize("fault", ["zero bytes", "half a photo", "text"])
+def test_unreadable_photo_is_named(fault, tables, finished, tmp_path):
+    photo = sorted((tables / "train").iterdir())[0]
+    content = photo.read_bytes()
+    photo.unlink()
+    photo.write_bytes({"zero bytes": b"", "half a photo": content[: len(content) // 2], "text": b"green grass"}[fault])
+    done = command("--profile", "demo", "--input", tables, "--output", tmp_path / "out", "--only", "inpaint", *SMALL)
+    assert done.returncode == 2 and photo.name in done.stderr and "Traceback" not in done.stderr.splitlines()[-1]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert (tmp_path / "out/notebooks/20_inpaint.ipynb").is_file() and not (tmp_path / "out/submission.csv").exists()
+
+
+def test_a_missing_artefact_names_its_stage(paddock, tmp_path):
+    done = command("--profile", "demo", "--input", paddock, "--output", tmp_path / "out", "--only", "ensemble", "--no-report")
+    assert done.returncode == 2 and "--from" in done.stderr
+
+
+# ---- stopped runs
+
+def test_time_budget_ends_the_run_with_3(paddock, tmp_path):
+    done = command("--profile", "demo", "--input", paddock, "--output", tmp_path / "out", "--budget-hours", "0.0008", *SMALL)
+    assert done.returncode == 3 and "budget" in done.stderr
+    assert read_json(tmp_path / "out/run.json")["status"].startswith("LimitPassed")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_stopped_run_leaves_no_orphan(how, paddock, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), *SMALL],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    family = []
+    for _ in range(200):
+        family = psutil.Process(process.pid).children(recursive=True)
+        if len(family) > 1:  # the worker and its kernel
+            break
+        time.sleep(0.2)
+    process.send_signal(how)
+    assert process.wait(30) != 0 and len(family) > 1
+    gone, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert json.loads((out / "run.json").read_text())["status"] != "done"
+
+
+# ---- settings
+
+def test_every_profile_and_preset_loads():
+    for profile in ("demo", "laptop", "kaggle"):
+        for preset in ("", "recipe"):
+            assert load_settings(profile, preset).profile == profile
