@@ -122,25 +122,31 @@ class DemoSettings:
     n_test: int  # photos without
     seed: int  # of the renderer
 
-# %% ../notebooks/00_core.ipynb #d05a7664
+# %% ../notebooks/00_core.ipynb #527cf99c
 @dataclass(frozen=True)
 class PhotosSettings:
     "The store of cleaned halves and the augmentation on top of it."
-    workers: int  # processes that clean; 0: all cores
+    workers: int  # threads that clean; 0: those of [run]
+    flips: bool  # augmentation: mirror the panorama, left to right and top to bottom
+    rotate90: bool  # turn both halves by quarters, where they are square
+    jitter: float  # strength of the change of colour, 0 to 1
+    scale_pad: float  # shrink by up to this share and mirror the rest, 0 to 0.9
 
 
 @dataclass(frozen=True)
 class InpaintSettings:
     "Cleaning a photograph."
+    rule: str  # what is painted over: stamp (writing only), orange (the widespread colour rule) or none
     crop_bottom: float  # fraction of the height cut off at the bottom, 0 to 0.5
 
-# %% ../notebooks/00_core.ipynb #56140099
+# %% ../notebooks/00_core.ipynb #539171ce
 @dataclass(frozen=True)
 class TrainDinov3Settings:
     "Model 1."
     backbone: str  # a timm name
     weights: str  # a file or folder of a Kaggle model; wheel:efficientnet_lite0; random (only for tests)
     size: int  # pixels: width of a half in the store
+    squeeze: bool  # make the half a square, as the recipe did
     scales: tuple[float, ...]  # sizes, relative to that, at which the probe looks; the tokens come from the first
     depths: int  # of the backbone, evenly spread, that the probe pools
     probe: bool  # start from a ridge on pooled features
@@ -171,17 +177,36 @@ class TrainDinov3Settings:
     loss_weights: tuple[float, ...]  # of the five targets
     checkpointing: bool  # recompute activations in the way back: less memory, more time
 
-# %% ../notebooks/00_core.ipynb #a2a2bc0e
+# %% ../notebooks/00_core.ipynb #86ee8b30
 @dataclass(frozen=True)
 class SiglipSettings:
     "Embeddings and text probes of model 2."
-    weights: str  # a folder in the form of transformers
+    weights: str  # a folder in the form of transformers; tiny: the demo's own; empty: no SigLIP in this run
+    patch: int  # side of a patch in pixels of a photo 2000 wide
+    overlap: int  # of neighbouring patches, at least, in the same pixels
+    batch: int  # photos seen at a time
+    per_patch: bool  # keep the embedding of each patch too
+    bare: tuple[str, ...]  # the prompts of eight concepts, in an agronomist's words
+    sparse: tuple[str, ...]
+    medium: tuple[str, ...]
+    dense: tuple[str, ...]
+    green: tuple[str, ...]
+    dead: tuple[str, ...]
+    clover: tuple[str, ...]
+    grass: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class FrozenSettings:
     "Frozen features of a timm backbone, and colour."
     backbone: str  # a timm name
+    weights: str  # a file, wheel:efficientnet_lite0, or random
+    depths: int  # feature maps taken, evenly over the depth of the network, the last one always
+    widths: tuple[int, ...]  # of a half, pixels; the height follows its shape
+    poolings: tuple[str, ...]  # of mean, sd, max, min, gem
+    halves: tuple[str, ...]  # how two halves become a photo: mean, difference, left, right
+    batch: int  # photos seen at a time
+    colour_width: int  # of a half, pixels, for colour and texture
 
 
 @dataclass(frozen=True)
