@@ -223,7 +223,7 @@ class BoostingSettings:
     rounds: float  # trees, as a multiple of the recipe's
     coverage: float  # of the intervals, 0 to 1
 
-# %% ../notebooks/00_core.ipynb #c4043ea6
+# %% ../notebooks/00_core.ipynb #9c2dd174
 @dataclass(frozen=True)
 class EnsembleSettings:
     "The blend of the models."
@@ -243,7 +243,6 @@ class EnsembleSettings:
 class SubmitSettings:
     "Inference on the hidden test."
     margin_minutes: float  # kept back from limits.hours
-    views: tuple[str, ...]  # test-time augmentation of model 1: id, H, V, HV; the first is never dropped before a fold is
     batch: int  # photos in one forward; halved when memory runs out
     chunk: int  # photos between two looks at the clock
 

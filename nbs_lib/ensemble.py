@@ -53,7 +53,7 @@ def check_folds(path: Path, ids: Sequence[str], fold: np.ndarray) -> None:
     if (theirs.to_numpy() != fold).any():
         raise InputError(f"{path}: {(theirs.to_numpy() != fold).sum()} of {len(fold)} photos are in another fold than folds.csv says; run its stage again")
 
-# %% ../notebooks/51_ensemble.ipynb #f394edd4
+# %% ../notebooks/51_ensemble.ipynb #b41f814b
 def read_states(path: Path, ids: Sequence[str]) -> pd.DataFrame | None:
     "Probability of each state (n, states) for `ids`; None when there is no such file. Raises `InputError` for other photos."
     if not path.is_file():
@@ -68,12 +68,13 @@ def read_states(path: Path, ids: Sequence[str]) -> pd.DataFrame | None:
 def read_members(run: Run, comp: Competition, scheme: str = "grouped") -> Members:
     "Every model's out-of-fold predictions under one scheme. Raises `InputError` for a file of other photos or folds."
     ids = comp.train["image_id"].tolist()
-    fold = read_folds(run, ids)[f"fold_{scheme}"].to_numpy()
+    fold = read_folds(run, comp.train)[f"fold_{scheme}"].to_numpy()
     files = model_files(run.artefacts / "oof", scheme)
     for path in files.values():
         check_folds(path, ids, fold)
+    state = "state.parquet" if scheme == "grouped" else f"state_{scheme}.parquet"
     predictions = {name: read_oof(path, ids) for name, path in files.items()}
-    return Members(comp.y, fold, comp.groups, predictions, read_states(run.artefacts / "boosting" / "state.parquet", ids))
+    return Members(comp.y, fold, comp.groups, predictions, read_states(run.artefacts / "boosting" / state, ids))
 
 # %% ../notebooks/51_ensemble.ipynb #956b2ebe
 RECIPE_MODEL = "dinov3"
@@ -252,7 +253,7 @@ def compare(members: Members, old: np.ndarray, new: np.ndarray, draws: int, seed
     return {"score": weighted_r2_score(members.y, new), "gain": weighted_r2_score(members.y, new) - weighted_r2_score(members.y, old),
             "noise": float(gain.std()), "p_better": float(np.mean(gain > 1e-9) + np.mean(np.abs(gain) <= 1e-9) / 2)}
 
-# %% ../notebooks/51_ensemble.ipynb #fbedfed0
+# %% ../notebooks/51_ensemble.ipynb #f896199a
 def candidate_names(names: Sequence[str], models: Sequence[str]) -> list[str]:
     "`single` stands for each model by itself."
     return list(dict.fromkeys(m for name in names for m in (models if name == "single" else [name])))
@@ -262,9 +263,10 @@ def choose_policy(members: Members, settings, seed: int) -> tuple[Policy, list[d
     "The policy that the out-of-fold predictions support, and every trial: step, candidate, score, gain, noise, p_better, taken."
     if not settings.weights or not settings.weighting:
         raise InputError("settings.ini [ensemble]: weights and weighting must name at least one candidate each")
-    fixed = [n for n in candidate_names(settings.weights, list(members.predictions)) if n != "learned"] or ["equal"]
+    names = candidate_names(settings.weights, list(members.predictions))
+    fixed = [n for n in names if n != "learned"] or ["equal"]
     if not settings.judge:
-        return Policy(settings.weights[0], settings.weighting[0], settings.rules, shrink=settings.shrink), []
+        return Policy(names[0], settings.weighting[0], settings.rules, shrink=settings.shrink), []
     scored = [(weighted_r2_score(members.y, nested_predictions(Policy(n), members, settings)), n) for n in fixed]
     best = max(scored, key=lambda pair: pair[0])[1]
     evidence = [{"step": "fixed weights", "candidate": n, "score": r2, "taken": n == best} for r2, n in scored]
@@ -324,12 +326,12 @@ def load_blend(path: str | Path) -> Blend:
         raise InputError(f"{path}: holds weights of shape {blend.weights.shape} for {len(blend.models)} models; run stage ensemble again")
     return blend
 
-# %% ../notebooks/51_ensemble.ipynb #07dd1c34
+# %% ../notebooks/51_ensemble.ipynb #6abf83d4
 # All files of models: names that begin with "ens" are what this stage writes itself.
 OOF_FILES = ("artefacts/oof/[!e]*.parquet", "artefacts/oof/e[!n]*.parquet", "artefacts/oof/en[!s]*.parquet")
 
 
-@stage("ensemble", reads=("input/train.csv", "artefacts/folds.csv", *OOF_FILES, "artefacts/boosting/state*.parquet"))
+@stage("ensemble", reads=("input/train.csv", "artefacts/folds*.csv", *OOF_FILES, "artefacts/boosting/state*.parquet"))
 def run_ensemble(run: Run) -> dict:
     "Choose and fit the blend; write blend.json, oof/ensemble[_stratified].parquet and ensemble/scores.csv. Raises `InputError`."
     comp, settings, seed = read_competition(run.input), run.settings.ensemble, run.settings.run.seed

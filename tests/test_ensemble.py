@@ -1,0 +1,166 @@
+"""51_ensemble: alignment, honesty of what is learned, and the stage on a folder in miniature."""
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbs_lib.core import InputError, load_settings, read_json
+from nbs_lib.data import read_competition, read_oof
+from nbs_lib.ensemble import (Members, Policy, apply_blend, choose_policy, fit_blend, grouped_bootstrap, learn_weights, load_blend, mix,
+                              nested_predictions, run_ensemble, score_table)
+from nbs_lib.targets import from_parts, imbalance, weighted_r2_score
+
+CHOSEN = dataclasses.replace(load_settings("demo").ensemble, draws=400)
+
+
+def members(n_sites=12, each=6, seed=0, biases=(4.0, 4.0), leak=0.0):
+    rng = np.random.default_rng(seed)
+    site = np.repeat(np.arange(n_sites), each)
+    part = rng.gamma(1.5, [18, 6, 8], (n_sites, 3))[site] * rng.gamma(6, 1 / 6, (n_sites * each, 3))
+    y = from_parts(*part.T)
+    said = {f"m{k}": from_parts(*(part + rng.normal(0, b, (n_sites, 3))[site] + rng.normal(0, 3, part.shape)).clip(0).T) for k, b in enumerate(biases)}
+    states = pd.DataFrame({s: (site % 4 == k) * 0.9 + 0.025 for k, s in enumerate(tiny.STATES)})
+    return Members(y, site % 4, site.astype(str), said, states)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.floats(0, 100))
+def test_learned_weights_are_shares_and_no_worse_than_equal(seed, m, pull):
+    rng = np.random.default_rng(seed)
+    y = rng.gamma(1, 20, (40, 5))
+    stack = y + rng.normal(0, rng.uniform(1, 20, (m, 1, 1)), (m, 40, 5)) + rng.normal(0, 5, (m, 1, 5))
+    w = learn_weights(stack, y, pull)
+    assert (w >= 0).all() and np.allclose(w.sum(axis=0), 1, atol=1e-6)
+    fitted, equal = (((mix(stack, v) - y) ** 2).sum() for v in (w, np.full((m, 5), 1 / m)))
+    assert fitted <= equal * (1 + 1e-6)
+
+
+def test_mix_gives_the_weight_of_a_silent_model_to_the_others():
+    stack = np.full((3, 4, 5), [[[1.0]], [[2.0]], [[4.0]]])
+    stack[0, 1], stack[:, 2] = np.nan, np.nan
+    weights = np.full((3, 5), [[0.5], [0.5], [0.0]])
+    assert np.allclose(mix(stack, weights)[[0, 1]], [[1.5] * 5, [2.0] * 5]) and np.isnan(mix(stack, weights)[2]).all()
+    stack[:2, 3] = np.nan  # only the model of weight zero has spoken
+    assert np.allclose(mix(stack, weights)[3], 4)
+
+
+def test_nested_predictions_do_not_see_their_fold():
+    m = members()
+    policy = Policy("learned", "mint", ("WA:Dry_Dead_g",), carry=True, shrink=True)
+    before = nested_predictions(policy, m, CHOSEN)
+    poisoned = dataclasses.replace(m, y=np.where((m.fold == 2)[:, None], 1e3, m.y))
+    after = nested_predictions(policy, poisoned, CHOSEN)
+    assert np.allclose(before[m.fold == 2], after[m.fold == 2])
+    assert not np.allclose(before[m.fold != 2], after[m.fold != 2])
+
+
+def test_what_is_not_clear_is_not_taken():
+    "Two models alike: learned weights have nothing to learn. Over many data sets they must rarely be taken."
+    taken = 0
+    for seed in range(12):
+        _, evidence = choose_policy(members(seed=seed), dataclasses.replace(CHOSEN, rules=(), shrink=False, weighting=("euclid",)), 0)
+        taken += next(e["taken"] for e in evidence if e["step"] == "weights")
+    assert taken <= 4
+
+
+def test_a_useless_model_loses_its_weight():
+    m = members(biases=(2.0, 60.0))
+    policy, _ = choose_policy(m, CHOSEN, 0)
+    assert policy.weights == "m0" or fit_blend(policy, m, CHOSEN).weights[0].mean() > 0.8
+
+
+@pytest.mark.parametrize("policy", [Policy("equal"), Policy("learned", "mint", ("WA:Dry_Dead_g", "NSW:Dry_Clover_g"), True, True), Policy("m1", "metric")])
+def test_blends_are_possible_masses(policy):
+    m = members()
+    out = nested_predictions(policy, m, CHOSEN)
+    assert out.min() >= 0 and np.abs(imbalance(out)).max() < 1e-9
+    blend = fit_blend(policy, m, CHOSEN)
+    one = np.vstack([apply_blend(blend, {k: p[i : i + 1] for k, p in m.predictions.items()}, m.states.iloc[i : i + 1]) for i in range(9)])
+    assert np.allclose(one, apply_blend(blend, m.predictions, m.states)[:9], atol=1e-9), "a photo alone is blended as in a batch"
+
+
+def test_rules_zero_their_part():
+    m = members()
+    out = apply_blend(fit_blend(Policy("equal", rules=("WA:Dry_Dead_g",), carry=True), m, CHOSEN), m.predictions, m.states)
+    sure = m.states["WA"].to_numpy() > 0.75
+    assert sure.any() and (out[sure, 1] == 0).all() and (out[~sure, 1] > 0).any()
+
+
+def test_bootstrap_knows_sites():
+    m = members(each=10)
+    a, b = m.predictions.values()
+    by_site = grouped_bootstrap(m.y, [a, b], m.groups, 2000)
+    by_photo = grouped_bootstrap(m.y, [a, b], np.arange(len(m.y)), 2000)
+    gain = [np.subtract(*r.T).std() for r in (by_site, by_photo)]
+    assert gain[0] > 1.5 * gain[1], "errors shared in a site: photos are not independent"
+
+
+def test_shares_of_the_error_add_up():
+    m = members()
+    train = pd.DataFrame({"state": np.array(tiny.STATES)[m.fold], "species": "Fescue", "date": pd.Timestamp("2015-03-01") + pd.to_timedelta(m.fold, "D")},
+                         index=np.arange(len(m.y))[::-1])
+    table = score_table(m.y, m.predictions["m0"], train)
+    for by in ("target", "state", "species", "date"):
+        assert table.loc[table["by"] == by, "share"].sum() == pytest.approx(1)
+    assert table["r2"].iloc[0] == weighted_r2_score(m.y, m.predictions["m0"])
+    row = table[(table["by"] == "state") & (table["value"] == "WA")].iloc[0]
+    assert row["r2"] == pytest.approx(weighted_r2_score(m.y[m.fold == 3], m.predictions["m0"][m.fold == 3]))
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tiny.run_on(tiny.competition(tmp_path / "in", n_train=32, n_test=2, size=(128, 64)), tmp_path / "out", "ensemble.draws=300")
+
+
+def test_the_stage(run):
+    tiny.fake_members(run)
+    summary = run_ensemble(run)
+    comp = read_competition(run.input)
+    final = read_oof(run.artefacts / "oof" / "ensemble.parquet", comp.train["image_id"].tolist())
+    assert weighted_r2_score(comp.y, final) == pytest.approx(summary["r2"]["grouped"]["ensemble"])
+    assert np.abs(imbalance(final)).max() < 1e-6 and final.min() >= 0
+    assert set(load_blend(run.artefacts / "blend.json").models) == {"dinov3", "boosting"}
+    assert read_json(run.artefacts / "blend.json")["evidence"] and (run.artefacts / "oof" / "ensemble_stratified.parquet").is_file()
+    stamp = (run.artefacts / "blend.json").stat().st_mtime_ns
+    run_ensemble(run)  # nothing changed
+    assert (run.artefacts / "blend.json").stat().st_mtime_ns == stamp
+    tiny.fake_members(run, noise=(("dinov3", 6.0), ("boosting", 9.0), ("extra", 3.0)))
+    assert "extra" in run_ensemble(run)["weights"]
+
+
+def test_one_model_is_enough(run):
+    tiny.fake_members(run, noise=(("boosting", 5.0),), schemes=("grouped",))
+    summary = run_ensemble(run)
+    assert summary["weights"] == {"boosting": [1.0] * 5} and "stratified" not in summary["r2"]
+
+
+def test_preset_recipe(tmp_path):
+    from nbs_lib.core import open_run
+
+    run = open_run(tiny.competition(tmp_path / "in", n_train=24, n_test=2, size=(128, 64)), tmp_path / "out", "demo", "recipe")
+    tiny.fake_members(run)
+    assert run_ensemble(run)["weights"] == {"boosting": [0.15, 0.15, 0.0, 0.15, 0.15], "dinov3": [0.85, 0.85, 1.0, 0.85, 0.85]}
+
+
+def test_refusals(run):
+    tiny.fake_members(run, noise=())
+    with pytest.raises(InputError, match="no out-of-fold"):
+        run_ensemble(run)
+    tiny.fake_members(run)
+    path = run.artefacts / "oof" / "boosting.parquet"
+    table = pd.read_parquet(path)
+    table.assign(fold=(table["fold"] + 1) % 4).to_parquet(path, index=False)
+    with pytest.raises(InputError, match="another fold"):
+        run_ensemble(run)
+    table.iloc[1:].to_parquet(path, index=False)
+    with pytest.raises(InputError, match="boosting.parquet"):
+        run_ensemble(run)
+    for wrong, says in (("ensemble.weights=", "weights"), ("ensemble.weights=best", "best"), ("ensemble.weighting=l1", "l1"), ("ensemble.rules=WA", "WA")):
+        fresh = tiny.run_on(run.input, run.output, wrong)
+        tiny.fake_members(fresh)
+        with pytest.raises(InputError, match=says):
+            run_ensemble(fresh)
