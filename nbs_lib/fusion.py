@@ -121,63 +121,82 @@ def sequential_scan(
         ys.append((x * C[:, t, :, None]).sum(1))
     return torch.stack(ys, dim=1)
 
-# %% ../notebooks/30_fusion.ipynb #73e8fe4a
+# %% ../notebooks/30_fusion.ipynb #91b43685
 def chunk_length(length: int, state: int) -> int:
-    "Steps in a chunk: a buffer of about 2 MB for a `state` of that many numbers, but at least √length, so that few states are kept."
-    return max(1, min(length, max(2**19 // max(state, 1), math.isqrt(length))))
+    "Steps in a chunk: buffers of about 1 MB for a `state` of that many numbers, but at least √length, so that few states are kept."
+    return max(1, min(length, max(2**18 // max(state, 1), math.isqrt(length))))
 
 
-def _decay_and_states(delta: Tensor, v: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    "Of one chunk of T steps: decays (B, T, N, D), and states (B, T + 1, N, D) with `start` as the first."
-    decay = (delta[:, :, None] * A).exp_()
-    states = torch.empty(v.shape[0], v.shape[1] + 1, *A.shape, dtype=v.dtype, device=v.device)
-    states[:, 0] = start
-    torch.mul(v[:, :, None], B[..., None], out=states[:, 1:])
-    each = states.unbind(1)
-    for t, a in enumerate(decay.unbind(1)):
-        each[t + 1].addcmul_(a, each[t])
-    return decay, states
+class _Chunk:
+    "The memory of one chunk of up to T steps, used again for every chunk: decays (B, T, N, D) and states (B, T + 1, N, D)."
+
+    def __init__(self, like: Tensor, steps: int, A: Tensor):
+        self.decay = like.new_empty(like.shape[0], steps, *A.shape)
+        self.states = like.new_empty(like.shape[0], steps + 1, *A.shape)
+        self.decay_at, self.state_at = self.decay.unbind(1), self.states.unbind(1)
+
+    def fill(self, delta: Tensor, v: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+        "The decays and states of the steps in `delta`; the first state is `start`."
+        n = delta.shape[1]
+        decay, states = self.decay[:, :n], self.states[:, : n + 1]
+        torch.mul(delta[:, :, None], A, out=decay).exp_()
+        torch.mul(v[:, :, None], B[..., None], out=states[:, 1:])
+        self.state_at[0].copy_(start)
+        for t in range(n):
+            self.state_at[t + 1].addcmul_(self.decay_at[t], self.state_at[t])
+        return decay, states
+
+
+def _scan_forward(steps, delta, v, A, B, C):
+    "Output (B, L, D), and the state (B, N, D) that each chunk starts with."
+    y, chunk, starts = torch.empty_like(v), _Chunk(v, steps, A), [v.new_zeros(v.shape[0], *A.shape)]
+    for s in range(0, v.shape[1], steps):
+        part = slice(s, s + steps)
+        _, states = chunk.fill(delta[:, part], v[:, part], A, B[:, part], starts[-1])
+        torch.matmul(C[:, part, None], states[:, 1:], out=y[:, part, None])
+        starts.append(states[:, -1].clone())
+    return y, starts[:-1]
+
+
+def _scan_backward(steps, dy, delta, v, A, B, C, *starts):
+    "Gradients of delta, v, A, B, C, from the last chunk to the first."
+    ddelta, dv, dB, dC, dA = map(torch.zeros_like, (delta, v, B, C, A))
+    chunk, gs = _Chunk(v, steps, A), v.new_empty(v.shape[0], steps, *A.shape)
+    g_at, later = gs.unbind(1), torch.zeros_like(starts[0])                       # later: (B, N, D), flows in from the next chunk
+    for k in reversed(range(len(starts))):
+        part = slice(k * steps, (k + 1) * steps)
+        decay, states = chunk.fill(delta[:, part], v[:, part], A, B[:, part], starts[k])
+        n = decay.shape[1]
+        g = torch.mul(dy[:, part, None], C[:, part, :, None], out=gs[:, :n])      # (B, n, N, D)
+        g_at[n - 1].add_(later)
+        for t in range(n - 1, 0, -1):
+            g_at[t - 1].addcmul_(chunk.decay_at[t], g_at[t])
+        later = chunk.decay_at[0] * g_at[0]
+        dC[:, part] = (states[:, 1:] @ dy[:, part, :, None]).squeeze(-1)
+        dB[:, part] = (g @ v[:, part, :, None]).squeeze(-1)
+        dv[:, part] = (B[:, part, None] @ g).squeeze(2)
+        w = decay.mul_(states[:, :-1]).mul_(g)
+        ddelta[:, part] = torch.mul(w, A, out=g).sum(2)
+        dA += w.mul_(delta[:, part, None]).sum((0, 1))
+    return ddelta, dv, dA, dB, dC
 
 
 class _ChunkedScan(torch.autograd.Function):
-    "`sequential_scan` a chunk at a time, with the way back written by hand."
+    "`sequential_scan` a chunk at a time, with the way back written by hand; autocast is kept out of both."
 
     @staticmethod
-    def forward(ctx, delta, v, A, B, C):
-        chunk = chunk_length(v.shape[1], v.shape[0] * A.numel())
-        y, state, starts = torch.empty_like(v), v.new_zeros(v.shape[0], *A.shape), []
-        for s in range(0, v.shape[1], chunk):
-            part = slice(s, s + chunk)
-            starts.append(state)
-            _, states = _decay_and_states(delta[:, part], v[:, part], A, B[:, part], state)
-            torch.matmul(C[:, part, None], states[:, 1:], out=y[:, part, None])
-            state = states[:, -1].clone()
-        ctx.save_for_backward(delta, v, A, B, C, *starts)
-        ctx.chunk = chunk
+    def forward(ctx, steps, *args):
+        with torch.autocast(args[0].device.type, enabled=False):
+            y, starts = _scan_forward(steps, *args)
+        ctx.save_for_backward(*args, *starts)
+        ctx.steps = steps
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        delta, v, A, B, C, *starts = ctx.saved_tensors
-        ddelta, dv, dB, dC = map(torch.empty_like, (delta, v, B, C))
-        dA, later = torch.zeros_like(A), torch.zeros_like(starts[0])              # later: (B, N, D), gradient that flows in from the next chunk
-        for k in reversed(range(len(starts))):
-            part = slice(k * ctx.chunk, (k + 1) * ctx.chunk)
-            decay, states = _decay_and_states(delta[:, part], v[:, part], A, B[:, part], starts[k])
-            g = dy[:, part, None] * C[:, part, :, None]                           # (B, T, N, D)
-            g[:, -1] += later
-            each = g.unbind(1)
-            for t, a in reversed(list(enumerate(decay.unbind(1)))[1:]):
-                each[t - 1].addcmul_(a, each[t])
-            later = decay[:, 0] * g[:, 0]
-            dC[:, part] = (states[:, 1:] @ dy[:, part, :, None]).squeeze(-1)
-            dB[:, part] = (g @ v[:, part, :, None]).squeeze(-1)
-            dv[:, part] = (B[:, part, None] @ g).squeeze(2)
-            w = decay.mul_(states[:, :-1]).mul_(g)
-            ddelta[:, part] = torch.mul(w, A, out=g).sum(2)
-            dA += w.mul_(delta[:, part, None]).sum((0, 1))
-        return ddelta, dv, dA, dB, dC
+        with torch.autocast(dy.device.type, enabled=False):
+            return None, *_scan_backward(ctx.steps, dy, *ctx.saved_tensors)
 
 
 def chunked_scan(
@@ -186,9 +205,10 @@ def chunked_scan(
     A: Tensor,      # (N, D)
     B: Tensor,      # (B, L, N)
     C: Tensor,      # (B, L, N)
+    steps: int = 0, # in a chunk; 0: `chunk_length`
 ) -> Tensor:        # (B, L, D)
     "`sequential_scan`, fast on a CPU and in the memory of one chunk; first derivatives only."
-    return _ChunkedScan.apply(delta, v, A, B, C)
+    return _ChunkedScan.apply(steps if steps else chunk_length(v.shape[1], v.shape[0] * A.numel()), delta, v, A, B, C)
 
 # %% ../notebooks/30_fusion.ipynb #937bbcdf
 @cache
