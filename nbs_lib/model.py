@@ -7,10 +7,11 @@ __all__ = ['WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_PARTS', 'ModelConfig
            'load_weights', 'pool_map', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits', 'cross_fit',
            'Probe', 'Head', 'Encoded', 'BiomassNet', 'build_model', 'pixel_stats', 'five', 'save_model', 'load_model']
 
-# %% ../notebooks/31_model.ipynb #958b4b26
+# %% ../notebooks/31_model.ipynb #f01dcc0b
 import dataclasses
 import zipfile
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import NamedTuple
@@ -57,14 +58,14 @@ class ModelConfig:
         for key in ("scales", "mean", "std"):  # JSON gives lists back
             object.__setattr__(self, key, tuple(getattr(self, key)))
 
-# %% ../notebooks/31_model.ipynb #70b92608
+# %% ../notebooks/31_model.ipynb #b06e6cc3
 class Backbone(nn.Module):
     "A timm model that answers with feature maps of `depths` depths; raises `InputError` for a name timm does not know."
 
     def __init__(self, name: str, depths: int = 1):
         super().__init__()
         if not timm.is_model(name):
-            raise InputError(f"backbone '{name}': timm {timm.__version__} has no such model; near: {', '.join(timm.list_models(f'*{name[:9]}*')[:4]) or 'none'}")
+            raise InputError(f"backbone '{name}': timm {timm.__version__} has no such model; near: {', '.join(get_close_matches(name, timm.list_models(), 3, 0.3))}")
         dynamic = {"dynamic_img_size": True} if name.startswith(("vit_", "deit", "beit", "eva02")) else {}
         self.net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **dynamic)
         count = len(self.net.feature_info)
