@@ -84,7 +84,7 @@ def train_tokenizer(texts: Iterable[str]) -> bytes:
     )
     return model.getvalue()
 
-# %% ../notebooks/40_siglip.ipynb #f195accc
+# %% ../notebooks/40_siglip.ipynb #60f22397
 def write_tiny_siglip(
     folder: str | Path,
     texts: Iterable[str],  # what its tokenizer must know
@@ -105,7 +105,10 @@ def write_tiny_siglip(
         ids = dict(vocab_size=words.vocab_size, pad_token_id=words.pad_token_id, bos_token_id=None, eos_token_id=words.eos_token_id)
         config = SiglipConfig(text_config={**small, **ids, "max_position_embeddings": 64, "projection_size": dim},
                               vision_config={**small, "image_size": image_size, "patch_size": 16})
-        for part in (SiglipModel(config), words, SiglipImageProcessor(size=dict(height=image_size, width=image_size))):
+        model = SiglipModel(config)
+        model.logit_scale.data.fill_(np.log(100))  # about what the published weights have learned
+        model.logit_bias.data.fill_(-10)
+        for part in (model, words, SiglipImageProcessor(size=dict(height=image_size, width=image_size))):
             part.save_pretrained(folder)
     return folder
 
