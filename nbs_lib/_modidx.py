@@ -502,6 +502,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.siglip.Siglip.see': ('siglip.html#siglip.see', 'nbs_lib/siglip.py'),
                                 'nbs_lib.siglip.add_ratios': ('siglip.html#add_ratios', 'nbs_lib/siglip.py'),
                                 'nbs_lib.siglip.as_tensor': ('siglip.html#as_tensor', 'nbs_lib/siglip.py'),
+                                'nbs_lib.siglip.at_full': ('siglip.html#at_full', 'nbs_lib/siglip.py'),
                                 'nbs_lib.siglip.check_folder': ('siglip.html#check_folder', 'nbs_lib/siglip.py'),
                                 'nbs_lib.siglip.compute_features': ('siglip.html#compute_features', 'nbs_lib/siglip.py'),
                                 'nbs_lib.siglip.cut_patches': ('siglip.html#cut_patches', 'nbs_lib/siglip.py'),

@@ -8,7 +8,7 @@ __all__ = ['POOLINGS', 'HALVES', 'QUANTILES', 'ANGLES', 'gem', 'pool', 'fitting_
            'cover_features', 'hue_features', 'texture_features', 'colour_half', 'colour_features', 'compute_features',
            'find_weights', 'run_frozen', 'show_frozen']
 
-# %% ../notebooks/41_frozen.ipynb #8d6ee1d6
+# %% ../notebooks/41_frozen.ipynb #0c6020f6
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -23,7 +23,7 @@ from torch import Tensor
 from .core import FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, resolve_mount, stage
 from .model import Backbone, load_weights, pixel_stats
 from .photos import FULL, PhotoStore, Shape, join, open_store, resize_half
-from .siglip import STORE, Features, write_features
+from .siglip import STORE, Features, at_full, write_features
 
 # %% ../notebooks/41_frozen.ipynb #f5c653e5
 def gem(x: Tensor, power: float = 3.0) -> Tensor:
@@ -142,16 +142,17 @@ def summarise(name: str, values: np.ndarray) -> dict[str, float]:
     levels = np.quantile(values, QUANTILES)
     return {f"{name} mean": values.mean(), f"{name} sd": values.std()} | {f"{name} q{100 * q:.0f}": v for q, v in zip(QUANTILES, levels, strict=True)}
 
-# %% ../notebooks/41_frozen.ipynb #c9dda37d
+# %% ../notebooks/41_frozen.ipynb #80778717
 def cover_masks(rgb: np.ndarray) -> dict[str, np.ndarray]:
     "(H, W, 3) uint8 → {class: (H, W) bool}; a pixel may belong to none."
     red, green, blue = np.moveaxis(rgb.astype(np.int32), -1, 0)
     bright, dark = rgb.max(-1), rgb.min(-1)
     shadow, glare = bright < 45, dark > 225
     leaf = (red < 0.95 * green) & (blue < 0.95 * green) & (2 * green - red - blue > 20)
-    straw = ~leaf & ~shadow & ~glare & (red >= 0.95 * green) & (green > 1.1 * blue)
-    return {"green": leaf, "deep green": leaf & (bright < 110), "straw": straw, "pale straw": straw & (bright > 150),
-            "brown": straw & (bright < 110), "grey": ~leaf & ~straw & ~shadow & ~glare, "shadow": shadow, "glare": glare}
+    warm = ~leaf & ~shadow & ~glare & (red >= 0.95 * green) & (red > 1.15 * blue)
+    straw = warm & (2 * (green - blue) >= red - blue)  # hue of 30 degrees or more: yellow rather than red
+    return {"green": leaf, "deep green": leaf & (bright < 110), "straw": straw, "pale straw": straw & (bright > 150), "earth": warm & ~straw,
+            "grey": ~leaf & ~warm & ~shadow & ~glare, "shadow": shadow, "glare": glare}
 
 
 def cover_features(rgb: np.ndarray, cells: int = 6) -> dict[str, float]:
@@ -209,13 +210,13 @@ def colour_features(pairs: np.ndarray, settings: FrozenSettings) -> tuple[np.nda
     names = [*rows[0], *(f"{name} |left-right|" for name in rows[0])]
     return np.concatenate([sides.mean(1), np.abs(sides[:, 0] - sides[:, 1])], 1).astype(np.float32), names
 
-# %% ../notebooks/41_frozen.ipynb #e98c0c74
+# %% ../notebooks/41_frozen.ipynb #e8e89118
 def compute_features(run: Run, store: PhotoStore, device: torch.device | None = None) -> Features:
     "{'frozen': (ids, embedding, None), 'colour': (ids, embedding, None)} of the photos in `store`."
     settings = replace(run.settings.frozen, weights=find_weights(run))
     backbone, out = load_backbone(settings, device), {"frozen": [], "colour": []}
     for start in progress(range(0, len(store), settings.batch), label="frozen"):
-        pairs = np.stack([store[i] for i in range(start, min(start + settings.batch, len(store)))])
+        pairs = np.stack([at_full(store[i]) for i in range(start, min(start + settings.batch, len(store)))])
         out["frozen"].append(frozen_features(pairs, backbone, settings))
         out["colour"].append(colour_features(pairs, settings)[0])
     return {name: (list(store.ids), np.concatenate(blocks), None) for name, blocks in out.items()}

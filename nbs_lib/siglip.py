@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CONCEPTS', 'SEMANTIC', 'NEEDED', 'STORE', 'Features', 'patch_starts', 'cut_patches', 'read_prompts',
            'quiet_transformers', 'train_tokenizer', 'write_tiny_siglip', 'check_folder', 'as_tensor', 'Siglip',
-           'load_siglip', 'embed_prompts', 'add_ratios', 'embed_photos', 'find_weights', 'compute_features',
+           'load_siglip', 'embed_prompts', 'add_ratios', 'at_full', 'embed_photos', 'find_weights', 'compute_features',
            'write_features', 'run_siglip', 'show_siglip']
 
-# %% ../notebooks/40_siglip.ipynb #f96b28a0
+# %% ../notebooks/40_siglip.ipynb #f5dd9208
 import contextlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .core import InputError, Run, SiglipSettings, atomic, load_settings, pick_device, pick_dtype, progress, resolve_mount, stage
-from .photos import FULL, PhotoStore, join, open_store
+from .photos import FULL, PhotoStore, join, open_store, resize_half
 
 # %% ../notebooks/40_siglip.ipynb #0498165a
 def patch_starts(length: int, patch: int, overlap: int) -> list[int]:
@@ -194,7 +194,12 @@ def add_ratios(
     cover = torch.logaddexp(p["dense"], p["medium"]) - torch.logaddexp(p["bare"], p["sparse"])
     return torch.cat([cosine, torch.stack([green, clover, cover], 1).float()], 1)
 
-# %% ../notebooks/40_siglip.ipynb #09bec5a4
+# %% ../notebooks/40_siglip.ipynb #f49020cf
+def at_full(pair: np.ndarray) -> np.ndarray:
+    "(2, H, W, 3) uint8 as (2, 900, 1000, 3)."
+    return pair if pair.shape[1:3] == FULL else np.stack([resize_half(half, FULL) for half in pair])
+
+
 def embed_photos(
     pairs: Sequence[np.ndarray],  # each (2, H, W, 3) uint8: left and right half; a PhotoStore will do
     siglip: Siglip,
@@ -205,7 +210,7 @@ def embed_photos(
     scale, bias = siglip.model.logit_scale.exp().item(), siglip.model.logit_bias.item()
     per_patch, semantic = [], []
     for start in progress(range(0, len(pairs), settings.batch), label="siglip"):
-        cut = [cut_patches(join(pairs[i]), settings.patch, settings.overlap) for i in range(start, min(start + settings.batch, len(pairs)))]
+        cut = [cut_patches(join(at_full(pairs[i])), settings.patch, settings.overlap) for i in range(start, min(start + settings.batch, len(pairs)))]
         seen = siglip.see([p for patches in cut for p in patches]).unflatten(0, (len(cut), -1))  # (B, P, d)
         cosine = (normalize(seen, dim=-1) @ concepts.T).mean(1)
         semantic.append(add_ratios(cosine, scale, bias).cpu().numpy())
