@@ -531,7 +531,7 @@ def add_stamp(rng, photo: np.ndarray, day: date) -> tuple[np.ndarray, np.ndarray
     colour = np.array([255, rng.uniform(95, 190), rng.uniform(10, 60)])
     return burn_stamp(photo, glyphs, (x, y), colour, glow=rng.choice([0.0, rng.uniform(0.2, 0.6)]))
 
-# %% ../notebooks/03_demo.ipynb #0aebc416
+# %% ../notebooks/03_demo.ipynb #00958a2d
 STATES = {"Tas": 138, "Vic": 112, "NSW": 75, "WA": 32}  # real photos a state
 SPECIES = {  # of each state, with the width of its leaves in mm
     "Tas": (("Ryegrass_Clover", 3.6), ("Ryegrass", 3.4), ("Ryegrass_Clover", 3.2), ("Clover", 3.0)),
@@ -577,10 +577,10 @@ def _dress(rng, site: Site) -> Site:
         site,
         height_cm=float(np.clip(5.0 * (mass / 40) ** 0.6 * np.exp(rng.normal(0, 0.8)), 1.2, 60)),
         blade_mm=site.blade_mm * rng.uniform(0.85, 1.2), leaflet_mm=rng.uniform(8, 16), slim=0.45 if site.species == "Lucerne" else 1.0,
-        seen=rng.uniform(0.5, 0.8), heavy=float(np.clip(rng.normal(1, 0.12), 0.75, 1.3)), tufts=rng.uniform(0.1, 0.8),
-        green=tuple(np.array([104, 132, 58]) * rng.normal(1, 0.06) + rng.normal(0, [9, 4, 7])), straw=tuple(np.array([196, 172, 122]) * rng.normal(1, 0.07) + rng.normal(0, 6, 3)),
+        seen=rng.uniform(0.58, 0.74), heavy=float(np.clip(rng.normal(1, 0.07), 0.8, 1.2)), tufts=rng.uniform(0.1, 0.8),
+        green=tuple(np.array([104, 132, 58]) * rng.normal(1, 0.05) + rng.normal(0, [7, 4, 5])), straw=tuple(np.array([196, 172, 122]) * rng.normal(1, 0.07) + rng.normal(0, 6, 3)),
         soil=((104, 82, 62), (84, 70, 58), (134, 98, 70), (120, 104, 84))[rng.integers(4)],
-        sun=rng.uniform(0, 2 * np.pi), hard=rng.uniform(0.25, 0.65), exposure=rng.uniform(0.30, 0.42) if lamps else float(np.clip(rng.normal(1, 0.17), 0.6, 1.4)),
+        sun=rng.uniform(0, 2 * np.pi), hard=rng.uniform(0.25, 0.65), exposure=rng.uniform(0.30, 0.42) if lamps else float(np.clip(rng.normal(1, 0.14), 0.65, 1.35)),
         cast=(1 + warm, 1.0, 1 - 1.3 * warm), lamps=lamps, rod=str(rng.choice(["bottom", "bottom", "bottom", "left", "right", "top"])), dirt=rng.uniform(0.1, 0.9))
 
 # %% ../notebooks/03_demo.ipynb #626c8152
