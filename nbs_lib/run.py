@@ -88,7 +88,7 @@ def may_leave_network() -> bool:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
-# %% ../notebooks/90_run.ipynb #87f71c71
+# %% ../notebooks/90_run.ipynb #f2ddb3c1
 def guard_sockets() -> None:
     "Refuse, inside this Python, every connection that leaves the machine."
     import errno
@@ -115,9 +115,10 @@ def guard_environment(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH", "")]))}
 
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false",
+           "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm asks for ipywidgets, which nobody would see
 
-# %% ../notebooks/90_run.ipynb #bd1ca29e
+# %% ../notebooks/90_run.ipynb #41da9fe6
 def is_run_cell(cell) -> bool:
     "Whether the runner executes this notebook cell."
     tagged = {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))
@@ -165,7 +166,7 @@ def _papermill(name: str, run_call: dict) -> dict:
         with atomic(final) as temporary:
             try:
                 papermill.execute_notebook(shipped("notebooks", f"{STAGES[name]}.ipynb"), temporary, parameters=run_call, engine_name="run-cells",
-                                           progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd())
+                                           progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=ERROR"])
                 failure = {}
             except PapermillExecutionError as e:
                 failure = {"ename": e.ename, "evalue": e.evalue, "cell": e.exec_count}
