@@ -139,7 +139,7 @@ class InpaintSettings:
     rule: str  # what is painted over: stamp (writing only), orange (the widespread colour rule) or none
     crop_bottom: float  # fraction of the height cut off at the bottom, 0 to 0.5
 
-# %% ../notebooks/00_core.ipynb #539171ce
+# %% ../notebooks/00_core.ipynb #d3d6ea44
 @dataclass(frozen=True)
 class TrainDinov3Settings:
     "Model 1."
@@ -156,10 +156,15 @@ class TrainDinov3Settings:
     dim: int  # width of the mixers; 0: that of the backbone
     order: str  # of the tokens: panorama, left_right (the recipe)
     prefix: bool  # keep a ViT's class and register tokens in the mixers
-    dropout: float  # in the head
+    dropout: float  # in mixers and head
+    halves: bool  # each half answers for itself with half the label
+    aux: tuple[str, ...]  # asked in training beside the grams: intervals, state, ndvi, height
+    aux_weight: float  # of their losses
     schemes: tuple[str, ...]  # of folds that are trained: grouped, stratified
     views: tuple[str, ...]  # averaged in a prediction: id, H, V, HV
     unfreeze: int  # last blocks of the backbone that are trained; 0: none, -1: all
+    lora: int  # rank of adapters that are trained in place of the blocks; 0: none
+    layer_decay: float  # of the backbone's learning rate, from a layer to the one before it
     select: str  # what decides the epoch: inner, holdout, last, outer (see 32_train_dinov3)
     inner_folds: int  # folds inside the training photos, for select = inner or holdout
     epochs: int  # 0: the probe alone
@@ -175,6 +180,8 @@ class TrainDinov3Settings:
     ema: float  # decay of the running mean of the weights
     beta: float  # grams at which SmoothL1 turns from square to line
     loss_weights: tuple[float, ...]  # of the five targets
+    save_minutes: float  # between saved states, beside the one of each epoch
+    budget_minutes: float  # of one fold's training; 0: no limit
     checkpointing: bool  # recompute activations in the way back: less memory, more time
 
 # %% ../notebooks/00_core.ipynb #86ee8b30
