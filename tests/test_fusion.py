@@ -45,8 +45,8 @@ def inputs(batch, dim, length, state, extras=(), seed=0, dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
     rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
     delta = rand(batch, dim, length)
-    args = dict(u=rand(batch, dim, length), delta=delta if "softplus" in extras else F.softplus(delta - 2), A=-rand(dim, state).exp(),
-                B=rand(batch, state, length), C=rand(batch, state, length))
+    args = {"u": rand(batch, dim, length), "delta": delta if "softplus" in extras else F.softplus(delta - 2),
+            "A": -rand(dim, state).exp(), "B": rand(batch, state, length), "C": rand(batch, state, length)}
     for name, shape in (("D", (dim,)), ("z", (batch, dim, length)), ("delta_bias", (dim,))):
         if name in extras:
             args[name] = rand(*shape)
