@@ -323,7 +323,7 @@ def develop(rng, photo: np.ndarray, site: Site) -> np.ndarray:
     grain = np.tile(np.round(grain).astype(np.uint8), (height // 256 + 1, width // 256 + 1, 1))[:height, :width]
     return cv2.add(cv2.subtract(photo, 128 - np.minimum(grain, 128)), np.maximum(grain, 128) - 128)
 
-# %% ../notebooks/03_demo.ipynb #bf57a544
+# %% ../notebooks/03_demo.ipynb #92f35e42
 def _bar(photo: np.ndarray, start, end, thick: float, colour, rounded: bool = True) -> None:
     "A rod with its own shadow, paler along one side."
     start, end = np.asarray(start, float), np.asarray(end, float)
@@ -366,16 +366,18 @@ def add_frame(rng, photo: np.ndarray) -> np.ndarray:
 def add_toe(rng, photo: np.ndarray, kind: str) -> np.ndarray:
     "A blurred thumb ('thumb') in a corner or the tip of a shoe ('shoe') at the lower edge."
     height, width = photo.shape[:2]
-    photo, mask = photo.copy(), np.zeros((height, width), np.uint8)
-    size = rng.uniform(0.05, 0.09) * width
+    size, mask = rng.uniform(0.05, 0.09) * width, np.zeros((height // 4, width // 4), np.uint8)
     at = (rng.choice([0, width]) + rng.normal(0, size / 4), rng.choice([0, height])) if kind == "thumb" else (rng.uniform(0.15, 0.85) * width, height)
     tilt = rng.uniform(30, 60) * (1 if at[0] < width / 2 else -1) * (1 if at[1] > 0 else -1) if kind == "thumb" else rng.normal(0, 12)
-    cv2.ellipse(mask, (np.array(at)).astype(int).tolist(), (int(size * 0.75), int(size * 1.15)), float(tilt), 0, 360, 255, -1, cv2.LINE_AA)
-    soft = cv2.GaussianBlur(mask, (0, 0), size * (0.10 if kind == "thumb" else 0.02))
+    centre, axes = [round(v / 4) for v in at], (round(size * 0.75 / 4), round(size * 1.15 / 4))
+    cv2.ellipse(mask, centre, axes, float(tilt), 0, 360, 255, -1, cv2.LINE_AA)
+    soft, round_light = (cv2.resize(cv2.GaussianBlur(mask, (0, 0), size / 4 * blur), (width, height)) for blur in (0.10 if kind == "thumb" else 0.03, 0.5))
     colour = np.array([212, 150, 122] if kind == "thumb" else [[38, 34, 32], [92, 64, 44]][rng.integers(2)]) * rng.uniform(0.8, 1.1)
-    round_light = cv2.GaussianBlur(mask, (0, 0), size * 0.5)[..., None] / 255 * 0.5 + 0.55
-    alpha = soft[..., None] / 255
-    return np.round(photo * (1 - alpha) + np.clip(colour * round_light, 0, 255) * alpha).astype(np.uint8)
+    photo = photo.copy()
+    ys, xs = (slice(a.min(), a.max() + 1) for a in np.nonzero(soft))
+    alpha, lit = soft[ys, xs, None] / 255, round_light[ys, xs, None] / 255 * 0.5 + 0.55
+    photo[ys, xs] = np.round(photo[ys, xs] * (1 - alpha) + np.clip(colour * lit, 0, 255) * alpha)
+    return photo
 
 
 def add_lamps(rng, photo: np.ndarray) -> np.ndarray:

@@ -1,0 +1,206 @@
+"""The synthetic paddock and the look at the data: form, truth, determinism, faults."""
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nbs_lib import demo
+from nbs_lib.core import InputError, open_run
+from nbs_lib.data import read_competition
+from nbs_lib.demo import FONTS, Site, burn_stamp, plan_shots, polygon_area, render_photo, sow_grass, stamp_glyphs, write_demo
+from nbs_lib.eda import photo_facts, run_eda, thumbnail
+from nbs_lib.targets import TARGETS, imbalance
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return write_demo(tmp_path_factory.mktemp("demo") / "paddock", 42, 8, seed=5, sites=9, width=400, workers=2)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_form_is_kaggles(small):
+    assert sorted(p.name for p in small.iterdir()) == ["sample_submission.csv", "test", "test.csv", "train", "train.csv"]
+    train, test, sample = (pd.read_csv(small / f"{n}.csv") for n in ("train", "test", "sample_submission"))
+    assert list(train) == ["sample_id", "image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_NDVI", "Height_Ave_cm", "target_name", "target"]
+    assert list(test) == ["sample_id", "image_path", "target_name"] and list(sample) == ["sample_id", "target"]
+    assert len(train) == 42 * 5 and (test["sample_id"] == sample["sample_id"]).all() and len(test) == 8 * 5
+    assert train["Sampling_Date"].str.fullmatch(r"2015/[1-9]\d?/[1-9]\d?").all()
+    assert train["image_path"].str.fullmatch(r"train/ID\d{7,10}\.jpg").all()
+    assert (train["sample_id"] == train["image_path"].str[6:-4] + "__" + train["target_name"]).all()
+
+
+def test_reads_back_with_its_facts(small):
+    comp = read_competition(small)
+    off = np.abs(imbalance(comp.y)).max(1)
+    assert (off > 1e-3).sum() == 1 and off.max() == pytest.approx(0.31, abs=1e-3)
+    wa, nsw = comp.train["state"] == "WA", comp.train["state"] == "NSW"
+    assert wa.any() and (comp.y[wa, 1] == 0).all() and (comp.y[:, 3] > 0).all()
+    assert (comp.y[nsw, 2] > 0).mean() < 0.2
+    assert comp.train["ndvi"].between(0.16, 0.91).all() and comp.train["height_cm"].between(1, 70).all()
+
+
+def test_truth_is_beside_and_complete(small):
+    truth, test = pd.read_csv(small.with_name("paddock-truth.csv")), pd.read_csv(small / "test.csv")
+    assert list(truth) == ["sample_id", "target"] and set(truth["sample_id"]) == set(test["sample_id"]) and len(truth) == 40
+    assert truth["target"].std() > 1
+
+
+def test_workers_do_not_matter_and_seeds_do(tmp_path):
+    one, two = (write_demo(tmp_path / f"w{w}", 6, 2, seed=1, width=240, workers=w) for w in (1, 2))
+    other = write_demo(tmp_path / "other", 6, 2, seed=2, width=240, workers=1)
+    assert contents(one) == contents(two) and contents(one) != contents(other)
+    assert (tmp_path / "w1-truth.csv").read_bytes() == (tmp_path / "w2-truth.csv").read_bytes()
+
+
+def test_complete_demo_is_kept_and_another_replaced(tmp_path):
+    folder = write_demo(tmp_path / "d", 6, 2, width=240, workers=1)
+    stamp = (folder / "train.csv").stat().st_mtime_ns
+    write_demo(folder, 6, 2, width=240, workers=1)
+    assert (folder / "train.csv").stat().st_mtime_ns == stamp
+    write_demo(folder, 7, 2, width=240, workers=1)
+    assert len(list((folder / "train").iterdir())) == 7
+
+
+def test_foreign_folder_is_refused_untouched(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "a.txt").write_text("mine")
+    with pytest.raises(InputError, match="is no demo"):
+        write_demo(tmp_path / "thesis", 6, 2, width=240)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="is no demo"):
+        write_demo(tmp_path / "file", 6, 2, width=240)
+    assert contents(tmp_path) == {"thesis/a.txt": b"mine", "file": b"mine"}
+
+
+@pytest.mark.parametrize("wrong", [{"n_train": 1}, {"n_test": 0}, {"n_train": 6.5}, {"sites": 1}, {"width": 10}])
+def test_bad_counts(tmp_path, wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        write_demo(tmp_path / "d", **{"n_train": 6, "n_test": 2, "width": 240, "workers": 1, **wrong})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_full_disk_leaves_nothing(tmp_path, monkeypatch, code):
+    def full(self, data):
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match="full|read-only"):
+        write_demo(tmp_path / "d", 6, 2, width=240, workers=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_killed_in_the_middle_then_run_again(tmp_path):
+    call = f"from nbs_lib.demo import write_demo; write_demo({str(tmp_path / 'd')!r}, 30, 2, width=600, workers=1)"
+    process = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".d.tmp-*/train/*.jpg")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(tmp_path.glob(".d.tmp-*")) and not (tmp_path / "d").exists()
+    folder = write_demo(tmp_path / "d", 6, 2, width=240, workers=1)
+    assert len(read_competition(folder).train) == 6
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 60), st.floats(0, 40), st.floats(0, 40), st.floats(1, 40))
+def test_truth_is_what_was_asked_to_the_last_leaf(seed, green, dead, clover, height):
+    photo, truth = render_photo(seed, green, dead, clover, height_cm=height, width=240, stamped=seed % 2 == 0)
+    assert photo.shape == (120, 240, 3) and photo.dtype == np.uint8
+    for target, asked in zip(TARGETS[:3], (green, dead, clover)):
+        assert truth[target] == 0 if asked == 0 else asked <= truth[target] < asked + 1.5
+    assert abs(imbalance(np.array([[truth[t] for t in TARGETS]]))).max() < 1e-9
+
+
+@pytest.mark.parametrize("wrong", [{"green_g": -1}, {"dead_g": np.nan}, {"clover_g": 1e4}, {"width": 50}, {"height_cm": 0}])
+def test_render_refuses(wrong):
+    with pytest.raises(InputError):
+        render_photo(0, **wrong)
+
+
+def test_grams_are_leaf_area():
+    rng = np.random.default_rng(0)
+    plants = sow_grass(rng, 400, Site(heavy=1.0), 8.0, (2000, 1000))
+    inside = plants.grams > 0
+    assert 0.6 < inside.mean() < 1
+    assert np.allclose(plants.leaf_px, polygon_area(plants.outline))
+    heavier = sow_grass(np.random.default_rng(0), 400, Site(heavy=1.2), 8.0, (2000, 1000))
+    assert np.allclose(heavier.grams, 1.2 * plants.grams)
+
+
+def test_biomass_can_be_seen():
+    facts = [[photo_facts(render_photo(s, g, d, 0, width=400, disturbed=False)[0]) for s in range(3)] for g, d in ((3, 0), (25, 0), (25, 40))]
+    cover = [np.mean([f["green_cover"] for f in row]) for row in facts]
+    straw = [np.mean([f["straw_cover"] for f in row]) for row in facts]
+    assert cover[0] + 0.1 < cover[1] and straw[1] + 0.02 < straw[2]
+
+
+def test_distribution_is_near_the_real_table():
+    shots = [s for s in plan_shots(357, 40, seed=0) if s.split == "train"]
+    grams = np.array([[s.green_g, s.dead_g, s.clover_g] for s in shots])
+    assert np.abs(grams.mean(0) / [26.62, 12.04, 6.65] - 1).max() < 0.35
+    assert np.abs(grams.std(0) / [25.40, 12.40, 12.12] - 1).max() < 0.4
+    zeros = (grams == 0).mean(0)
+    assert 0.01 < zeros[0] < 0.1 and 0.05 < zeros[1] < 0.2 and 0.25 < zeros[2] < 0.55
+    assert len({s.image_id for s in shots}) == 357 and len({(s.site.state, s.site.day) for s in shots}) == 30
+    assert 0.04 < np.mean([s.stamped for s in shots]) < 0.25
+
+
+def test_most_of_the_test_comes_from_unseen_sites():
+    shots = plan_shots(80, 20, seed=0)
+    seen = {(s.site.state, s.site.day) for s in shots if s.split == "train"}
+    new = [(s.site.state, s.site.day) not in seen for s in shots if s.split == "test"]
+    assert len(seen) == 14 and len(new) == 20 and 0.5 < np.mean(new) < 1
+
+
+@pytest.mark.parametrize("font", FONTS)
+@pytest.mark.parametrize("height", [10, 60])
+def test_stamp_stays_in_its_mask(font, height):
+    photo = np.full((300, 900, 3), 90, np.uint8)
+    stamped, mask = burn_stamp(photo, stamp_glyphs("'15 09/04 1:23", font, height), (20, 200), glow=0.4)
+    changed = np.abs(stamped.astype(int) - photo).max(2)
+    assert mask.any() and changed[~mask].max() <= 30 and changed[mask].min() > 5
+    rows = np.flatnonzero((changed > 100).any(1))
+    assert 0.6 * height < np.ptp(rows) < 1.6 * height
+
+
+def test_renderer_number_guards_the_reuse(tmp_path, monkeypatch):
+    folder = write_demo(tmp_path / "d", 6, 2, width=240, workers=1)
+    before = (folder / "train.csv").stat().st_mtime_ns
+    monkeypatch.setattr(demo, "RENDERER", demo.RENDERER + 1)
+    write_demo(folder, 6, 2, width=240, workers=1)
+    assert (folder / "train.csv").stat().st_mtime_ns != before
+
+
+def test_eda_stage(small, tmp_path, capsys):
+    run = open_run(small, tmp_path / "out", "demo")
+    summary = run_eda(run)
+    folds = pd.read_csv(run.artefacts / "folds.csv")
+    comp = read_competition(small)
+    assert list(folds["image_id"]) == list(comp.train["image_id"])
+    assert all(len(set(folds["fold_grouped"][comp.groups == g])) == 1 for g in set(comp.groups))
+    assert summary["photos"] == 42 and summary["zeros"]["Dry_Dead_g"] == (comp.y[:, 1] == 0).sum()
+    assert {p.stem for p in (run.artefacts / "eda").glob("*.csv")} >= {"facts", "targets", "zeros", "species", "yardsticks"}
+    assert run_eda(run) == summary and "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bytes_", [b"", b"\xff\xd8\xff\xe0 half", b"no photo at all"])
+def test_eda_names_the_torn_photo(tmp_path, bytes_):
+    (tmp_path / "ID7.jpg").write_bytes(bytes_)
+    with pytest.raises(InputError, match="ID7.jpg"):
+        thumbnail(tmp_path / "ID7.jpg")
