@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'TRANSFORMS', 'BOOSTERS', 'JOINT', 'PACKAGES', 'read_features',
            'check_block', 'find_features', 'join_features', 'rows_of', 'View', 'Space', 'linear_kernels',
-           'matern_kernels', 'cosine_kernels', 'same_site', 'restricted_likelihood', 'MixedModel', 'smear',
-           'CompactFeatures', 'Training', 'Member', 'KernelMember', 'space_columns', 'TreeMember', 'stack_weights',
+           'spectrum_kernels', 'matern_kernels', 'cosine_kernels', 'sum_kernels', 'same_site', 'restricted_likelihood',
+           'find_variances', 'block_weights', 'MixedModel', 'smear', 'CompactFeatures', 'Training', 'Member',
+           'KernelMember', 'TwoLooks', 'standard_columns', 'space_columns', 'TreeMember', 'stack_weights',
            'inner_folds', 'make_member', 'PastureRegressor', 'StateClassifier', 'tempered', 'log_loss',
            'conformal_radius', 'intervals', 'left_out_coverage', 'versions', 'available', 'load_fitted', 'refit',
-           'predict', 'new_regressor', 'out_of_fold', 'save_fitted', 'write_states', 'run_boosting', 'score',
-           'write_intervals', 'save_labels']
+           'predict', 'new_regressor', 'Labelled', 'out_of_fold', 'fit_both', 'measured_columns', 'save_fitted',
+           'write_states', 'run_boosting', 'read_labelled', 'score', 'write_intervals', 'save_labels']
 
-# %% ../notebooks/42_boosting.ipynb #211e4aa7
-import dataclasses
+# %% ../notebooks/42_boosting.ipynb #13634c0f
 import importlib.metadata
 import warnings
 import zipfile
@@ -26,7 +26,7 @@ import numpy as np
 import pandas as pd
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize, nnls
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin, clone
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.ensemble import GradientBoostingRegressor, HistGradientBoostingRegressor
 from sklearn.linear_model import LogisticRegression
@@ -34,7 +34,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from .core import InputError, Run, atomic, progress, read_json, stage, version, write_json
-from .data import SCHEMES, read_competition, read_folds, write_oof
+from .data import SCHEMES, Competition, read_competition, read_folds, write_oof
 from .targets import TARGETS, WEIGHTS, constant_baseline, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/42_boosting.ipynb #2327f53e
@@ -115,7 +115,7 @@ def rows_of(ids: Iterable[str], has: list[str], name: str) -> list[int]:
         raise InputError(f"features '{name}': {len(missing)} photos are missing, {missing[0]} the first; run the stage that writes them again")
     return [at[i] for i in ids]
 
-# %% ../notebooks/42_boosting.ipynb #4438bc80
+# %% ../notebooks/42_boosting.ipynb #d2fb4ee1
 CLIP = 8.0  # standard deviations; a photo with a feature further out than any of thousands is held there
 
 
@@ -123,31 +123,35 @@ CLIP = 8.0  # standard deviations; a photo with a feature further out than any o
 class View:
     "Photos as a fitted `Space` sees them: m photos against its n training photos, B blocks."
     grams: np.ndarray  # (B, m, n) inner products, of order 1
-    norms: np.ndarray  # (B, m) squared lengths
+    joint: np.ndarray  # (m, n) their weighted mean
+    length: np.ndarray  # (m,) the photo with itself, in the same weighted mean
     probes: np.ndarray  # (m, k) standardised columns of the blocks `…:semantic`
 
     def __getitem__(self, rows) -> "View":
-        return View(self.grams[:, rows], self.norms[:, rows], self.probes[rows])
+        return View(self.grams[:, rows], self.joint[rows], self.length[rows], self.probes[rows])
 
 
 class Space(TransformerMixin, BaseEstimator):
-    "Standardised blocks of features as Gram matrices; `fit` learns means, scales and the training rows."
+    "Standardised blocks of features as Gram matrices; `fit` learns means, scales, the blocks' weights and the training rows."
 
     def __init__(self, blocks: Blocks):
         self.blocks = blocks
 
-    def fit(self, X, y=None) -> "Space":
+    def fit(self, X, z=None, site=None) -> "Space":
+        "X (n, d); with targets z (n, t), standardised, and sites (n,) the blocks are weighed by what they explain."
         X = np.asarray(X, dtype=np.float32)
         self.mean_ = X.mean(0, dtype=np.float64)
         spread = X.std(0, dtype=np.float64)
         self.keep_ = spread > 1e-6 * np.maximum(1e-6, np.abs(X).max(0))
         self.scale_ = np.where(self.keep_, spread, 1.0)
-        self.rows_ = self._standard(X)
+        self.rows_, self.weights_ = self._standard(X), np.full(len(self.blocks), 1 / len(self.blocks))
+        if z is not None and len(self.blocks) > 1:
+            self.weights_ = block_weights(list(self.transform(X).grams), z, site)
         view = self.transform(X)
-        self.norms_ = view.norms
-        values, vectors = np.linalg.eigh(view.grams.mean(0))
+        self.length_ = view.length
+        values, vectors = np.linalg.eigh(view.joint)
         order = np.argsort(values)[::-1]
-        order = order[values[order] > 1e-7 * max(values[order[0]], 1e-7)]
+        order = order[values[order] > max(1e-7 * values.max(), 1e-9)]
         self.values_, self.vectors_ = values[order], vectors[:, order]
         return self
 
@@ -157,49 +161,58 @@ class Space(TransformerMixin, BaseEstimator):
 
     def transform(self, X) -> View:
         "Photos X (m, d) against the training photos."
-        X, grams, norms, probes, start = self._standard(X), [], [], [], 0
+        X, grams, lengths, probes, start = self._standard(X), [], [], [], 0
         for name, width in self.blocks:
             part = slice(start, start := start + width)
             size = max(1, self.keep_[part].sum())
             a, b = X[:, part].astype(np.float64), self.rows_[:, part].astype(np.float64)
             grams.append(a @ b.T / size)
-            norms.append((a**2).sum(1) / size)
+            lengths.append((a**2).sum(1) / size)
             probes.append(a if name.endswith(":semantic") else a[:, :0])
-        return View(np.stack(grams), np.stack(norms), np.concatenate(probes, axis=1))
+        grams = np.stack(grams)
+        return View(grams, np.tensordot(self.weights_, grams, 1), self.weights_ @ np.stack(lengths), np.concatenate(probes, axis=1))
 
     def scores(self, view: View) -> np.ndarray:
-        "(m, r) principal coordinates of all blocks together, the widest first; exact for the training photos."
-        return view.grams.mean(0) @ self.vectors_ / np.sqrt(self.values_)
+        "(m, r) principal coordinates of the weighted blocks, the widest first; exact for the training photos."
+        return view.joint @ self.vectors_ / np.sqrt(self.values_)
 
-# %% ../notebooks/42_boosting.ipynb #a9892af9
-def linear_kernels(view: View, norms: np.ndarray) -> list[np.ndarray]:
-    "One linear kernel a block."
+# %% ../notebooks/42_boosting.ipynb #c3a86d6b
+def linear_kernels(view: View, space: Space) -> list[np.ndarray]:
+    "One linear kernel a block: ridge regression, with a penalty a block."
     return list(view.grams)
 
 
-def matern_kernels(view: View, norms: np.ndarray, scales: Iterable[float] = (0.5, 1.0, 2.0)) -> list[np.ndarray]:
-    "Matérn-3/2 kernels of the distance in all blocks together, at some multiples of the mean training distance."
-    square = view.norms.mean(0)[:, None] + norms.mean(0)[None] - 2 * view.grams.mean(0)
-    far = np.sqrt(2 * norms.mean())
-    distance = np.sqrt(np.maximum(square, 0)) / max(far, 1e-12)
+def spectrum_kernels(view: View, space: Space, powers: Iterable[float] = (0.5, 2.0)) -> list[np.ndarray]:
+    "Linear kernels that trust principal directions by a power of their variance: above 1 the wide ones, below 1 the narrow ones."
+    if not len(space.values_):  # photos that do not differ
+        return [view.joint for _ in powers]
+    share = space.values_ / space.values_[0]
+    bases = [(view.joint @ (space.vectors_ * share ** (p - 1)) @ space.vectors_.T, (space.values_ * share ** (p - 1)).mean()) for p in powers]
+    return [kernel / size for kernel, size in bases]
+
+
+def matern_kernels(view: View, space: Space, scales: Iterable[float] = (0.5, 1.0, 2.0)) -> list[np.ndarray]:
+    "Matérn-3/2 kernels of the distance between photos, at some multiples of the mean training distance."
+    square = view.length[:, None] + space.length_[None] - 2 * view.joint
+    distance = np.sqrt(np.maximum(square, 0) / max(2 * space.length_.mean(), 1e-12))
     return [(1 + np.sqrt(3) * distance / s) * np.exp(-np.sqrt(3) * distance / s) for s in scales]
 
 
-def cosine_kernels(view: View, norms: np.ndarray, scales: Iterable[float] = (0.5, 1.0)) -> list[np.ndarray]:
-    "Gaussian kernels of the angle between two photos, a length-free view of the same features."
-    length = np.sqrt(np.maximum(view.norms.mean(0)[:, None] * norms.mean(0)[None], 1e-12))
-    square = 1 - np.clip(view.grams.mean(0) / length, -1, 1)
+def cosine_kernels(view: View, space: Space, scales: Iterable[float] = (0.5, 1.0)) -> list[np.ndarray]:
+    "Gaussian kernels of the angle between two photos, a view of the same features that ignores their length."
+    length = np.sqrt(np.maximum(view.length[:, None] * space.length_[None], 1e-12))
+    square = 1 - np.clip(view.joint / length, -1, 1)
     return [np.exp(-square / (2 * s**2)) for s in scales]
 
 
-KERNELS: dict[str, Callable] = {
-    "linear": linear_kernels,
-    "matern": matern_kernels,
-    "cosine": cosine_kernels,
-    "sum": lambda view, norms: linear_kernels(view, norms) + matern_kernels(view, norms) + cosine_kernels(view, norms),
-}
+def sum_kernels(view: View, space: Space) -> list[np.ndarray]:
+    "Linear and curved parts together; their variances decide."
+    return linear_kernels(view, space) + spectrum_kernels(view, space, (2.0,)) + matern_kernels(view, space, (0.5, 1.0)) + cosine_kernels(view, space, (0.5,))
 
-# %% ../notebooks/42_boosting.ipynb #eefb7ff9
+
+KERNELS: dict[str, Callable] = {"linear": linear_kernels, "spectrum": spectrum_kernels, "matern": matern_kernels, "cosine": cosine_kernels, "sum": sum_kernels}
+
+# %% ../notebooks/42_boosting.ipynb #52811e54
 FLAT = 100.0  # prior variance of the intercept, in units of the target's variance
 
 
@@ -209,41 +222,50 @@ def same_site(site: np.ndarray) -> np.ndarray:
 
 
 def restricted_likelihood(log_variances, parts: list[np.ndarray], z: np.ndarray, prior: np.ndarray, width: float = 2.0):
-    "−log posterior of the variances of `parts` (each (n, n), the last the noise) given z (n,), and its gradient."
+    "−log posterior of the variances of `parts` (each (n, n), the last the noise) given z (n, t), the mean over its columns; and its gradient."
     variances = np.exp(log_variances)
     covariance = FLAT + sum(v * part for v, part in zip(variances, parts))
     factor = cho_factor(covariance, lower=True)
     inverse = cho_solve(factor, np.eye(len(z)))
     alpha = inverse @ z
-    value = 0.5 * z @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * (((log_variances - prior) / width) ** 2).sum()
-    slope = inverse - np.outer(alpha, alpha)
+    value = 0.5 * (z * alpha).sum() / z.shape[1] + np.log(np.diag(factor[0])).sum() + 0.5 * (((log_variances - prior) / width) ** 2).sum()
+    slope = inverse - alpha @ alpha.T / z.shape[1]
     gradient = np.array([0.5 * v * (slope * part).sum() for v, part in zip(variances, parts)])
     return value, gradient + (log_variances - prior) / width**2
 
-# %% ../notebooks/42_boosting.ipynb #78c2696d
-class MixedModel(RegressorMixin, BaseEstimator):
-    "Kernel regression of one standardised target with a site term; all of it is one matrix inverse."
+# %% ../notebooks/42_boosting.ipynb #36001204
+def find_variances(parts: list[np.ndarray], z: np.ndarray) -> np.ndarray:
+    "Variances of kernels `parts`, of the site term and of the noise (the last two of them) that make z (n, t) most likely."
+    start = np.log([0.6 / (len(parts) - 2)] * (len(parts) - 2) + [0.1, 0.3])
+    bounds = [(-9, 4)] * (len(parts) - 1) + [(-4, 2)]
+    return np.exp(minimize(restricted_likelihood, start, (parts, z, start), "L-BFGS-B", True, bounds=bounds, options={"maxiter": 40}).x)
 
-    def __init__(self, kernel: str = "linear"):
-        self.kernel = kernel
+
+def block_weights(grams: list[np.ndarray], z: np.ndarray, site: np.ndarray) -> np.ndarray:
+    "(B,) shares, sum one: the variance that a mixed model of z (n, t) gives to each block, by the metric's weights if t is 5."
+    parts = [*grams, same_site(site), np.eye(len(z))]
+    shares = np.array([find_variances(parts, column[:, None])[: len(grams)] for column in z.T])
+    return np.average(shares / shares.sum(1, keepdims=True), axis=0, weights=WEIGHTS if len(shares) == len(WEIGHTS) else None)
+
+
+class MixedModel(RegressorMixin, BaseEstimator):
+    "Kernel regression with a site term; all of it is one matrix inverse. Several columns share their variances."
 
     def fit(self, parts: list[np.ndarray], z: np.ndarray, site: np.ndarray) -> "MixedModel":
-        "Kernels `parts` (n, n) of the training photos, their values z (n,) of mean 0 and sd 1, their sites (n,)."
+        "Kernels `parts` (n, n) of the training photos, their values z (n, t) of mean 0 and sd 1, their sites (n,)."
         whole = [*parts, same_site(site), np.eye(len(z))]
-        start = np.log([0.6 / len(parts)] * len(parts) + [0.1, 0.3])
-        found = minimize(restricted_likelihood, start, (whole, z, start), "L-BFGS-B", True, bounds=[(-9, 4)] * (len(whole) - 1) + [(-4, 2)], options={"maxiter": 40})
-        self.variances_ = np.exp(found.x)
+        self.variances_ = find_variances(whole, z)
         self.inverse_ = np.linalg.inv(FLAT + sum(v * part for v, part in zip(self.variances_, whole)))
         self.alpha_ = self.inverse_ @ z
         return self
 
     def predict(self, parts: list[np.ndarray]) -> np.ndarray:
-        "(m,) for new photos of unknown sites, from their kernels (m, n)."
+        "(m, t) for new photos of unknown sites, from their kernels (m, n)."
         return (FLAT + sum(v * part for v, part in zip(self.variances_, parts))) @ self.alpha_
 
     def leave_out(self, z: np.ndarray, folds: np.ndarray) -> np.ndarray:
-        "(n,) what each photo would be predicted had its whole fold been left out: no refit, one small solve a fold."
-        out = np.empty(len(z))
+        "(n, t) what each photo would be predicted had its whole fold been left out: no refit, one small solve a fold."
+        out = np.empty_like(z)
         for fold in np.unique(folds):
             rows = np.flatnonzero(folds == fold)
             out[rows] = z[rows] - np.linalg.solve(self.inverse_[np.ix_(rows, rows)], self.alpha_[rows])
@@ -291,7 +313,7 @@ class CompactFeatures(TransformerMixin, BaseEstimator):
         S = np.asarray(S, dtype=float)
         return S[:, : S.shape[1] - self.probes], S[:, S.shape[1] - self.probes :]
 
-# %% ../notebooks/42_boosting.ipynb #18376b8f
+# %% ../notebooks/42_boosting.ipynb #d4a08ae6
 @dataclass(frozen=True)
 class Training:
     "What a member may learn from: n photos of the training fold."
@@ -300,6 +322,7 @@ class Training:
     y: np.ndarray  # (n, 5) grams
     site: np.ndarray  # (n,) codes
     folds: np.ndarray  # (n,) inner fold; a site is never cut in two
+    measured: np.ndarray  # (n, q) standardised: what else was noted of these photos, and will not be of new ones
 
 
 class Member(RegressorMixin, BaseEstimator):
@@ -309,6 +332,7 @@ class Member(RegressorMixin, BaseEstimator):
         z = TRANSFORMS[self.transform][0](train.y)
         self.mean_, self.scale_ = z.mean(0), np.where(z.std(0) > 1e-9, z.std(0), 1.0)
         inner = self._learn(train, (z - self.mean_) / self.scale_) * self.scale_ + self.mean_
+        inner = inner if np.ptp(train.folds) else z  # no inner folds: no residuals either
         self.residuals_ = z - inner
         self.inner_ = self._grams(inner)
         return self
@@ -320,7 +344,7 @@ class Member(RegressorMixin, BaseEstimator):
     def _grams(self, z) -> np.ndarray:
         return np.stack([smear(z[:, t], self.residuals_[:, t], self.transform) for t in range(z.shape[1])], axis=1)
 
-# %% ../notebooks/42_boosting.ipynb #563542e8
+# %% ../notebooks/42_boosting.ipynb #13a1e093
 class KernelMember(Member):
     "A `MixedModel` a target."
 
@@ -328,15 +352,49 @@ class KernelMember(Member):
         self.kernel, self.transform = kernel, transform
 
     def _learn(self, train, z):
-        parts = KERNELS[self.kernel](train.view, train.space.norms_)
-        self.models_ = [MixedModel(self.kernel).fit(parts, column, train.site) for column in z.T]
-        return np.stack([m.leave_out(column, train.folds) for m, column in zip(self.models_, z.T)], axis=1)
+        return self._learn_from(KERNELS[self.kernel](train.view, train.space), train, z)
+
+    def _learn_from(self, parts, train, z):
+        self.models_ = [MixedModel().fit(parts, column[:, None], train.site) for column in z.T]
+        return np.hstack([m.leave_out(column[:, None], train.folds) for m, column in zip(self.models_, z.T)])
 
     def _infer(self, space, view):
-        parts = KERNELS[self.kernel](view, space.norms_)
-        return np.stack([m.predict(parts) for m in self.models_], axis=1)
+        return self._infer_from(KERNELS[self.kernel](view, space))
 
-# %% ../notebooks/42_boosting.ipynb #b4fc5bc0
+    def _infer_from(self, parts):
+        return np.hstack([m.predict(parts) for m in self.models_])
+
+# %% ../notebooks/42_boosting.ipynb #300b3cec
+class TwoLooks(KernelMember):
+    "Kernel regression on the features and on a first prediction of everything that was measured at the training photos."
+
+    def _learn(self, train, z):
+        measured = np.hstack([z, train.measured])
+        parts = KERNELS[self.kernel](train.view, train.space)
+        self.first_ = MixedModel().fit(parts, measured, train.site)
+        look = self.first_.leave_out(measured, train.folds)
+        self.middle_, self.spread_ = look.mean(0), np.maximum(look.std(0), 1e-3)
+        self.look_ = (look - self.middle_) / self.spread_
+        return self._learn_from(parts + self._second(self.look_), train, z)
+
+    def _infer(self, space, view):
+        parts = KERNELS[self.kernel](view, space)
+        return self._infer_from(parts + self._second((self.first_.predict(parts) - self.middle_) / self.spread_))
+
+    def _second(self, look):
+        product = look @ self.look_.T / look.shape[1]
+        square = (look**2).mean(1)[:, None] + (self.look_**2).mean(1)[None] - 2 * product
+        return [product, np.exp(-np.maximum(square, 0) / 4)]
+
+
+def standard_columns(columns: pd.DataFrame) -> np.ndarray:
+    "(n, q) standardised; columns that are constant or not finite throughout are dropped."
+    values = columns.to_numpy(dtype=float)
+    values = values[:, np.isfinite(values).all(0)]
+    values = values[:, values.std(0) > 1e-9]
+    return (values - values.mean(0)) / values.std(0)
+
+# %% ../notebooks/42_boosting.ipynb #505b6a2e
 def space_columns(space: Space, view: View) -> np.ndarray:
     "(m, r + k) principal coordinates and probes."
     return np.concatenate([space.scores(view), view.probes], axis=1)
@@ -352,7 +410,7 @@ class TreeMember(Member):
     @threadpool_limits.wrap(limits=1)  # a few hundred rows: more threads only wait for each other, and sums stay the same everywhere
     def _learn(self, train, z):
         S, inner = space_columns(train.space, train.view), np.zeros_like(z)
-        for fold in np.unique(train.folds):
+        for fold in np.unique(train.folds) if np.ptp(train.folds) else ():
             out = train.folds == fold
             inner[out] = self._predict_one(self._fit_one(S[~out], z[~out], train.view.probes.shape[1]), S[out])
         self.fitted_ = self._fit_one(S, z, train.view.probes.shape[1])
@@ -364,17 +422,19 @@ class TreeMember(Member):
     def _fit_one(self, S, z, probes):
         compact = CompactFeatures(self.pca_variance, self.pls, self.gmm, probes, self.seed).fit(S, z)
         features = compact.transform(S)
-        if self.booster in JOINT:
-            return compact, [BOOSTERS[self.booster](self.rounds, self.seed).fit(features, z)]
-        models = [BOOSTERS[self.booster](self.rounds, self.seed).fit(features, column) if column.std() > 1e-9 else float(column.mean()) for column in z.T]
-        return compact, models
+        varied = np.flatnonzero(z.std(0) > 1e-9) if features.size and len(S) > 3 else np.array([], int)  # boosters refuse a target that never changes
+        groups = [varied] if self.booster in JOINT else list(varied[:, None])
+        models = [(g, BOOSTERS[self.booster](self.rounds, self.seed).fit(features, z[:, g] if len(g) > 1 else z[:, g[0]])) for g in groups if len(g)]
+        return compact, z.mean(0), models
 
     def _predict_one(self, fitted, S):
-        compact, models = fitted
-        features = compact.transform(S)
-        return np.column_stack([np.full(len(S), m) if isinstance(m, float) else m.predict(features) for m in models])
+        compact, mean, models = fitted
+        features, out = compact.transform(S), np.repeat(mean[None], len(S), 0)
+        for targets, model in models:
+            out[:, targets] = model.predict(features).reshape(len(S), -1)
+        return out
 
-# %% ../notebooks/42_boosting.ipynb #d106f6b0
+# %% ../notebooks/42_boosting.ipynb #0bdf9dff
 def _catboost(rounds: float, seed: int):
     from catboost import CatBoostRegressor
 
@@ -383,7 +443,7 @@ def _catboost(rounds: float, seed: int):
 
 
 def _catboost_joint(rounds: float, seed: int):
-    return _catboost(rounds, seed).set_params(loss_function="MultiRMSE")
+    return _catboost(rounds, seed).set_params(loss_function="MultiRMSE", depth=3, border_count=32)
 
 
 def _lightgbm(rounds: float, seed: int):
@@ -396,7 +456,7 @@ def _lightgbm(rounds: float, seed: int):
 # The recipe's four with the recipe's numbers; `rounds` scales how many trees, and the step the other way.
 BOOSTERS: dict[str, Callable] = {
     "catboost": _catboost,
-    "catboost_joint": _catboost_joint,  # the same trees for all targets, a fifth of the time
+    "catboost_joint": _catboost_joint,  # the same small trees for all targets: a twentieth of the time
     "lightgbm": _lightgbm,
     "histgb": lambda rounds, seed: HistGradientBoostingRegressor(max_iter=int(300 * rounds), learning_rate=min(0.1, 0.05 / rounds), l2_regularization=0.44, random_state=seed),
     "gb": lambda rounds, seed: GradientBoostingRegressor(n_estimators=int(1354 * rounds), learning_rate=min(0.1, 0.010 / rounds), max_depth=3, subsample=0.60, random_state=seed),
@@ -422,15 +482,15 @@ def stack_weights(
     weights = nnls(A, b)[0]
     return weights / weights.sum()
 
-# %% ../notebooks/42_boosting.ipynb #3250d87f
+# %% ../notebooks/42_boosting.ipynb #b1aae8c0
 def inner_folds(groups: np.ndarray, k: int, seed: int) -> np.ndarray:
-    "(n,) fold of each photo, at most `k`, as even as whole groups allow; single photos when there is one group only."
+    "(n,) fold of each photo, at most `k`, as even as whole groups allow; single photos when there is one group only; k < 2: all 0."
     codes = np.unique(groups, return_inverse=True)[1]
     if codes.max() == 0:
         codes = np.arange(len(codes))
     sizes = np.bincount(codes)
     order = np.random.default_rng(seed).permutation(len(sizes))
-    load, fold_of = np.zeros(min(k, len(sizes)), int), np.zeros(len(sizes), int)
+    load, fold_of = np.zeros(max(1, min(k, len(sizes))), int), np.zeros(len(sizes), int)
     for group in order[np.argsort(-sizes[order], kind="stable")]:
         fold_of[group] = load.argmin()
         load[fold_of[group]] += sizes[group]
@@ -438,36 +498,50 @@ def inner_folds(groups: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 
 def make_member(name: str, transform: str = "sqrt", **tree) -> Member:
-    "By name: a kernel of `KERNELS` or a booster of `BOOSTERS`; `tree` goes to the boosters."
-    if name in KERNELS:
-        return KernelMember(name, transform)
-    if name in BOOSTERS:
-        return TreeMember(name, transform, **tree)
-    raise InputError(f"boosting.members: unknown member '{name}'; known: {', '.join([*KERNELS, *BOOSTERS])}")
+    "By name: a kernel, `looks`, or a booster; `linear/none` has a transform of its own; `tree` goes to the boosters."
+    kind, _, own = name.partition("/")
+    if (own or transform) not in TRANSFORMS:
+        raise InputError(f"boosting: unknown transform '{own or transform}'; known: {', '.join(TRANSFORMS)}")
+    if kind in KERNELS:
+        return KernelMember(kind, own or transform)
+    if kind == "looks":
+        return TwoLooks("sum", own or transform)
+    if kind in BOOSTERS:
+        return TreeMember(kind, own or transform, **tree)
+    raise InputError(f"boosting.members: unknown member '{kind}'; known: {', '.join([*KERNELS, 'looks', *BOOSTERS])}")
 
-# %% ../notebooks/42_boosting.ipynb #1e672f4b
+# %% ../notebooks/42_boosting.ipynb #486f6328
 class PastureRegressor(RegressorMixin, BaseEstimator):
     "Grams (n, 5) from features (n, d): members fitted on one `Space`, stacked on inner folds of whole sites."
 
-    def __init__(self, blocks: Blocks | None = None, members: tuple[str, ...] = ("linear", "matern", "sum", "lightgbm"), transform: str = "sqrt", stack: bool = True,
+    def __init__(self, blocks: Blocks | None = None, members: tuple[str, ...] = ("linear", "matern", "looks", "lightgbm"), transform: str = "sqrt", stack: bool = True,
                  inner: int = 5, pull: float = 0.1, pca_variance: float = 0.8, pls: int = 8, gmm: int = 6, rounds: float = 0.1, seed: int = 0):
         self.blocks, self.members, self.transform, self.stack, self.inner, self.pull = blocks, members, transform, stack, inner, pull
         self.pca_variance, self.pls, self.gmm, self.rounds, self.seed = pca_variance, pls, gmm, rounds, seed
 
-    def fit(self, X, y, groups=None) -> "PastureRegressor":
-        "X (n, d), y (n, 5) grams, groups (n,) site of each photo; None: each photo its own."
-        y = np.asarray(y, dtype=float)
-        groups = np.arange(len(y)) if groups is None else np.asarray(groups)
-        self.space_ = Space(self.blocks or (("features", np.shape(X)[1]),)).fit(X)
-        train = Training(self.space_, self.space_.transform(X), y, np.unique(groups, return_inverse=True)[1], inner_folds(groups, self.inner, self.seed))
+    def fit(self, X, y, groups=None, measured=None) -> "PastureRegressor":
+        """X (n, d), y (n, 5) grams, groups (n,) site of each photo; None: each photo its own.
+
+        `measured` (n, q), standardised: what else was noted of the training photos.
+        """
+        y, n = np.asarray(y, dtype=float), len(y)
+        groups = np.arange(n) if groups is None else np.asarray(groups)
+        site, folds = np.unique(groups, return_inverse=True)[1], inner_folds(groups, self.inner, self.seed)
+        roots = np.sqrt(y)
+        space = Space(self.blocks or (("features", np.shape(X)[1]),)).fit(X, (roots - roots.mean(0)) / np.maximum(roots.std(0), 1e-9), site)
+        train = Training(space, space.transform(X), y, site, folds, np.empty((n, 0)) if measured is None else np.asarray(measured, dtype=float))
         tree = dict(pca_variance=self.pca_variance, pls=self.pls, gmm=self.gmm, rounds=self.rounds, seed=self.seed)
+        self.space_, self.mean_ = space, y.mean(0)
         self.members_ = [make_member(name, self.transform, **tree).fit(train) for name in self.members]
-        self.mean_ = y.mean(0)
-        mean = np.stack([y[train.folds != f].mean(0) for f in train.folds]) if len(set(train.folds)) > 1 else np.repeat(self.mean_[None], len(y), 0)
-        inner = np.stack([*(m.inner_ for m in self.members_), mean])
-        self.weights_ = stack_weights(inner, y, self.pull) if self.stack else np.r_[np.full(len(self.members), 1 / len(self.members)), 0.0]
-        self.inner_ = np.tensordot(self.weights_, inner, 1)
+        self.weights_, self.inner_ = self._weigh(y, folds)
         return self
+
+    def _weigh(self, y, folds):
+        mean = np.repeat(self.mean_[None], len(y), 0) if np.ptp(folds) == 0 else np.stack([y[folds != f].mean(0) for f in folds])
+        inner = np.stack([*(m.inner_ for m in self.members_), mean])
+        equal = np.r_[np.full(len(self.members_), 1 / len(self.members_)), 0.0]
+        weights = stack_weights(inner, y, self.pull) if self.stack else equal
+        return weights, np.tensordot(weights, inner, 1)
 
     def predict(self, X) -> np.ndarray:
         "(m, 5) grams, none negative."
@@ -561,13 +635,13 @@ def left_out_coverage(y: np.ndarray, oof: np.ndarray, groups: np.ndarray, covera
         inside.append(((y[own] >= low - 1e-9) & (y[own] <= high + 1e-9)).mean(0))
     return np.mean(inside, axis=0)
 
-# %% ../notebooks/42_boosting.ipynb #04f5a2dc
+# %% ../notebooks/42_boosting.ipynb #179269f7
 PACKAGES = {"scikit-learn": (), "lightgbm": ("lightgbm",), "catboost": ("catboost", "catboost_joint")}  # package: the members that need it
 
 
 def versions(members: Iterable[str]) -> dict[str, str]:
     "Of the library and of what the pickles of these members hold."
-    used = [p for p, names in PACKAGES.items() if not names or set(names) & set(members)]
+    used = [p for p, names in PACKAGES.items() if not names or set(names) & {m.partition("/")[0] for m in members}]
     return {"nbs_lib": version, **{p: importlib.metadata.version(p) for p in used}}
 
 
@@ -576,7 +650,7 @@ def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]
     kept = []
     for name in members:
         make_member(name)
-        package = next((p for p, names in PACKAGES.items() if name in names), None)
+        package = next((p for p, names in PACKAGES.items() if name.partition("/")[0] in names), None)
         try:
             importlib.metadata.version(package or "scikit-learn")
             kept.append(name)
@@ -604,14 +678,14 @@ def load_fitted(artefacts: str | Path, name: str = "model", warn: Callable = pri
         return refit(artefacts, beside, warn)
     raise InputError(f"{folder / name}.joblib was saved under {', '.join(changed)}; install those versions, or run the stage boosting again")
 
-# %% ../notebooks/42_boosting.ipynb #d4d35c1c
+# %% ../notebooks/42_boosting.ipynb #8d5dc202
 def refit(artefacts: str | Path, beside: dict, warn: Callable = print) -> dict:
     "Fit the saved estimator anew from `features/` and `boosting/labels.npz`."
     with np.load(Path(artefacts) / "boosting" / "labels.npz", allow_pickle=False) as npz:
         labels = {key: npz[key] for key in npz.files}
-    X, blocks = join_features(find_features(Path(artefacts) / "features"), list(labels["image_id"]), [tuple(b) for b in beside["blocks"]])
+    X, blocks = join_features(find_features(Path(artefacts) / "features"), list(labels["image_id"]), tuple((b, w) for b, w in beside["blocks"]))
     params = {**beside["params"], "blocks": blocks, "members": available(beside["params"]["members"], warn)}
-    return {"regressor": PastureRegressor(**params).fit(X, labels["y"], labels["group"]),
+    return {"regressor": PastureRegressor(**params).fit(X, labels["y"], labels["group"], labels["measured"]),
             "classifier": StateClassifier(blocks, params["inner"], params["seed"]).fit(X, labels["state"], labels["group"]), "radius": labels["radius"]}
 
 
@@ -626,29 +700,51 @@ def predict(
     X, _ = join_features(features, ids, fitted["regressor"].blocks)
     return fitted["regressor"].predict(X), fitted["classifier"].predict_proba(X), fitted["classifier"].classes_
 
-# %% ../notebooks/42_boosting.ipynb #6faacd01
+# %% ../notebooks/42_boosting.ipynb #61127e78
 def new_regressor(run: Run, blocks: Blocks) -> PastureRegressor:
     "As `settings.ini` asks for; members that cannot be used are left out with a warning."
     s = run.settings.boosting
     return PastureRegressor(blocks, available(s.members, run.warn), s.transform, s.stack, s.inner_folds, s.pull, s.pca_variance, s.pls, s.gmm, s.rounds, run.settings.run.seed)
 
 
-def out_of_fold(regressor: PastureRegressor, classifier: StateClassifier, X, comp_y, states, groups, fold) -> tuple[np.ndarray, np.ndarray, list]:
+@dataclass(frozen=True)
+class Labelled:
+    "The photos of train.csv with all that a stage learns from them."
+    ids: list[str]
+    X: np.ndarray  # (n, d)
+    y: np.ndarray  # (n, 5) grams
+    group: np.ndarray  # (n,) site
+    state: np.ndarray  # (n,)
+    measured: np.ndarray  # (n, q) standardised: height, NDVI, states, species
+
+
+def out_of_fold(regressor: PastureRegressor, classifier: StateClassifier, data: Labelled, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
     "Predictions (n, 5) and P(state) (n, k) of each photo by estimators that have not seen its fold, and these estimators."
-    names = np.unique(states)
-    y, proba, fitted = np.zeros_like(comp_y), np.zeros((len(X), len(names))), []
+    names = np.unique(data.state)
+    y, proba, fitted = np.zeros_like(data.y), np.zeros((len(data.y), len(names))), []
     for k in progress(np.unique(fold), label="boosting"):
         held = fold == k
-        r = _clone(regressor).fit(X[~held], comp_y[~held], groups[~held])
-        c = _clone(classifier).fit(X[~held], states[~held], groups[~held])
-        y[held] = r.predict(X[held])
-        proba[np.ix_(held, np.searchsorted(names, c.classes_))] = c.predict_proba(X[held])
-        fitted.append({"regressor": r, "classifier": c})
+        one = fit_both(regressor, classifier, data, ~held)
+        y[held] = one["regressor"].predict(data.X[held])
+        proba[np.ix_(held, np.searchsorted(names, one["classifier"].classes_))] = one["classifier"].predict_proba(data.X[held])
+        fitted.append(one)
     return y, proba, fitted
 
 
-def _clone(estimator):
-    return type(estimator)(**estimator.get_params(deep=False))
+def fit_both(regressor: PastureRegressor, classifier: StateClassifier, data: Labelled, rows) -> dict:
+    "Copies of both, fitted on `rows` of `data`."
+    X, group = data.X[rows], data.group[rows]
+    return {"regressor": clone(regressor).fit(X, data.y[rows], group, standard_columns(pd.DataFrame(data.measured[rows]))),
+            "classifier": clone(classifier).fit(X, data.state[rows], group)}
+
+
+def measured_columns(train: pd.DataFrame) -> pd.DataFrame:
+    "What train.csv notes of each photo beside grams: height (log), NDVI, the states, and each plant that at least five photos name."
+    plants = train["species"].astype(str).str.split("_").explode()
+    often = [p for p, count in plants.value_counts().items() if count >= 5]
+    columns = {"height": np.log1p(train["height_cm"].astype(float)), "ndvi": train["ndvi"].astype(float)}
+    columns |= {state: (train["state"] == state).astype(float) for state in sorted(set(train["state"]))}
+    return pd.DataFrame(columns | {plant: (plants == plant).groupby(level=0).any().astype(float) for plant in sorted(often)})
 
 # %% ../notebooks/42_boosting.ipynb #c3bf09ff
 def save_fitted(run: Run, name: str, fitted: dict) -> None:
@@ -667,57 +763,61 @@ def write_states(run: Run, scheme: str, ids, fold, proba, names) -> None:
         pd.DataFrame({"image_id": ids, "fold": fold, **dict(zip(names, proba.T))}).to_parquet(temporary, index=False)
     run.beside(path, states=list(names), scheme=scheme)
 
-# %% ../notebooks/42_boosting.ipynb #f8f5ce93
+# %% ../notebooks/42_boosting.ipynb #b300827c
 @stage("boosting", reads=("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz"))
 def run_boosting(run: Run) -> dict:
     "Fit, predict out of fold under both schemes, save; returns scores, weights and the coverage of the intervals."
     comp = read_competition(run.input)
-    ids, y, groups, states = list(comp.train["image_id"]), comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str)
-    tables = find_features(run.artefacts / "features")
+    data, blocks = read_labelled(run, comp)
+    folds, states = read_folds(run, comp.train), np.unique(data.state)
+    regressor, classifier = new_regressor(run, blocks), StateClassifier(blocks, max(2, run.settings.boosting.inner_folds), run.settings.run.seed)
+    summary = {"features": dict(blocks), "photos": len(data.ids)}
+    for scheme in SCHEMES:
+        fold = folds[f"fold_{scheme}"].to_numpy()
+        oof, proba, fitted = out_of_fold(regressor, classifier, data, fold)
+        write_oof(run, "boosting", data.ids, fold, oof, scheme)
+        write_states(run, scheme, data.ids, fold, proba, states)
+        summary[scheme] = {**score(data.y, oof, fold), "state_accuracy": float((states[proba.argmax(1)] == data.state).mean())}
+        if scheme == "grouped":
+            radius = conformal_radius(data.y, oof, data.group, run.settings.boosting.coverage)
+            write_intervals(run, data, oof, radius)
+            for k, one in enumerate(fitted):
+                save_fitted(run, f"fold{k}", one)
+    save_labels(run, data, radius)
+    whole = {**fit_both(regressor, classifier, data, slice(None)), "radius": radius}
+    save_fitted(run, "model", whole)
+    return {**summary, "weights": dict(zip([*regressor.members, "mean"], whole["regressor"].weights_.round(3).tolist()))}
+
+
+def read_labelled(run: Run, comp: Competition) -> tuple[Labelled, Blocks]:
+    "train.csv and every features file, aligned; warns of photos that only the features know."
+    ids, tables = list(comp.train["image_id"]), find_features(run.artefacts / "features")
     for name, (has, _, _) in tables.items():
         if set(has) - set(ids):
             run.warn(f"features '{name}': {len(set(has) - set(ids))} photos are not in train.csv and are left out")
     X, blocks = join_features(tables, ids)
-    folds = read_folds(run, comp.train)
-    regressor, classifier = new_regressor(run, blocks), StateClassifier(blocks, run.settings.boosting.inner_folds, run.settings.run.seed)
-    summary = {"features": dict(blocks), "photos": len(ids)}
-    for scheme in SCHEMES:
-        fold = folds[f"fold_{scheme}"].to_numpy()
-        oof, proba, fitted = out_of_fold(regressor, classifier, X, y, states, groups, fold)
-        write_oof(run, "boosting", ids, fold, oof, scheme)
-        write_states(run, scheme, ids, fold, proba, np.unique(states))
-        summary[scheme] = {**score(y, oof, fold), "state_accuracy": float((np.unique(states)[proba.argmax(1)] == states).mean())}
-        if scheme == "grouped":
-            radius = conformal_radius(y, oof, groups, run.settings.boosting.coverage)
-            write_intervals(run, y, oof, groups, radius)
-            for k, one in enumerate(fitted):
-                save_fitted(run, f"fold{k}", one)
-    save_labels(run, ids, y, groups, states, radius)
-    whole = {"regressor": _clone(regressor).fit(X, y, groups), "classifier": _clone(classifier).fit(X, states, groups), "radius": radius}
-    save_fitted(run, "model", whole)
-    return {**summary, "weights": dict(zip([*regressor.members, "mean"], whole["regressor"].weights_.round(3).tolist()))}
+    return Labelled(ids, X, comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str), standard_columns(measured_columns(comp.train))), blocks
 
-# %% ../notebooks/42_boosting.ipynb #8cc9140c
+# %% ../notebooks/42_boosting.ipynb #4fb71f8f
 def score(y: np.ndarray, oof: np.ndarray, fold: np.ndarray) -> dict:
     "R² of predictions (n, 5), of each target, and of the training folds' means, which any model must beat."
     mean = np.stack([y[fold != k].mean(0) for k in fold])
     return {"r2": weighted_r2_score(y, oof), "constant": weighted_r2_score(y, mean), "per_target": dict(zip(TARGETS, per_target_r2_score(y, oof).round(4).tolist()))}
 
 
-def write_intervals(run: Run, y, oof, groups, radius) -> None:
+def write_intervals(run: Run, data: Labelled, oof: np.ndarray, radius: np.ndarray) -> None:
     "`boosting/intervals.json`: the half-width of each target's interval on √grams, and the coverage when a site is left out."
-    coverage = run.settings.boosting.coverage
-    path = run.art("boosting", "intervals.json")
-    write_json(path, {"coverage": coverage, "radius": dict(zip(TARGETS, radius)), "measured": dict(zip(TARGETS, left_out_coverage(y, oof, groups, coverage)))})
+    coverage, path, sites = run.settings.boosting.coverage, run.art("boosting", "intervals.json"), len(np.unique(data.group))
+    measured = left_out_coverage(data.y, oof, data.group, coverage)
+    write_json(path, {"coverage": coverage, "radius": dict(zip(TARGETS, radius)), "measured": dict(zip(TARGETS, measured)) if np.isfinite(measured).all() else None})
     run.wrote(path)
-    sites = len(np.unique(groups))
     if coverage > sites / (sites + 1):
         run.warn(f"boosting: {sites} sites are too few for intervals of {coverage:.0%}; the largest error seen is used instead")
 
 
-def save_labels(run: Run, ids, y, groups, states, radius) -> None:
+def save_labels(run: Run, data: Labelled, radius: np.ndarray) -> None:
     "`boosting/labels.npz`: what a refit needs beside the features."
     path = run.art("boosting", "labels.npz")
     with atomic(path) as temporary:
-        np.savez_compressed(temporary, image_id=np.array(ids, dtype=str), y=y, group=groups, state=states, radius=radius)
+        np.savez_compressed(temporary, image_id=np.array(data.ids, dtype=str), y=data.y, group=data.group, state=data.state, measured=data.measured, radius=radius)
     run.wrote(path)

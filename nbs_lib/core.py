@@ -184,7 +184,7 @@ class TrainDinov3Settings:
     budget_minutes: float  # of one fold's training; 0: no limit
     checkpointing: bool  # recompute activations in the way back: less memory, more time
 
-# %% ../notebooks/00_core.ipynb #86ee8b30
+# %% ../notebooks/00_core.ipynb #62e49c12
 @dataclass(frozen=True)
 class SiglipSettings:
     "Embeddings and text probes of model 2."
@@ -219,10 +219,10 @@ class FrozenSettings:
 @dataclass(frozen=True)
 class BoostingSettings:
     "Regressors on frozen features."
-    members: tuple[str, ...]  # kernels and boosters, see 42_boosting
+    members: tuple[str, ...]  # kernels, looks and boosters, see 42_boosting; linear/none has a transform of its own
     transform: str  # of the grams: none, sqrt or log1p
     stack: bool  # weights learned on inner folds; no: the plain mean
-    inner_folds: int  # of whole sites, inside each training fold
+    inner_folds: int  # of whole sites, inside each training fold; 0: none, as the recipe
     pull: float  # of the stack's weights towards equal ones, 0 or more
     pca_variance: float  # share kept for the boosters, 0 to 1
     pls: int  # partial-least-squares scores for the boosters

@@ -1,0 +1,346 @@
+"""Frozen features and regressors: leaks, faults of the features files, odd sizes, versions, and the stage as a whole."""
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings, strategies as st
+from sklearn.base import clone
+
+from nbs_lib import boosting
+from nbs_lib.boosting import (CompactFeatures, Labelled, PastureRegressor, Space, StateClassifier, available, conformal_radius, find_features, inner_folds, intervals,
+                              join_features, left_out_coverage, load_fitted, out_of_fold, predict, run_boosting, stack_weights)
+from nbs_lib.core import InputError, load_settings, open_run
+from nbs_lib.data import read_oof
+from nbs_lib.targets import TARGETS, weighted_r2_score
+
+FAST = dict(members=("linear", "matern"))
+
+
+def paddock(n=90, d=24, sites=9, seed=0):
+    r = np.random.default_rng(seed)
+    site = np.sort(r.integers(0, sites, n))
+    truth = r.normal(size=(sites, 3))[site] * 0.5 + r.normal(size=(n, 3))
+    parts = np.maximum([[30, 10, 3]] * np.exp(truth * [0.5, 0.7, 1.0]) - [4, 4, 3], 0)
+    X = np.tanh(truth @ r.normal(size=(3, d))) + r.normal(size=(n, d)) * 0.3
+    green, dead, clover = parts.T
+    y = np.stack([green, dead, clover, green + clover, green + clover + dead], 1)
+    return X.astype(np.float32), y, np.array([f"s{s}" for s in site])
+
+
+def held_out(regressor, X, y, site, fold, state=None):
+    state = np.full(len(y), "Tas") if state is None else state
+    return out_of_fold(regressor, StateClassifier(), Labelled([], X, y, site, state, np.empty((len(y), 0))), fold)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return paddock()
+
+
+@pytest.fixture(scope="module")
+def fitted(data):
+    X, y, site = data
+    return PastureRegressor(members=("linear", "sum", "lightgbm"), rounds=0.03).fit(X[:70], y[:70], site[:70])
+
+
+# Leaks
+
+
+def test_batch_does_not_matter(data, fitted):
+    X = data[0][70:]
+    whole, order = fitted.predict(X), np.random.default_rng(1).permutation(len(X))
+    assert np.allclose(fitted.predict(X[order]), whole[order], atol=1e-6)
+    assert np.allclose(np.concatenate([fitted.predict(X[i : i + 1]) for i in range(len(X))]), whole, atol=1e-6)
+    assert np.ptp(whole[:, 4]) > 5
+
+
+def test_shuffled_labels_score_no_better_than_the_constant(data):
+    X, y, site = data
+    fold, scores, constants = inner_folds(site, 5, 0), [], []
+    for seed in range(4):
+        z = y[np.random.default_rng(seed).permutation(len(y))]
+        oof = held_out(PastureRegressor(**FAST), X, z, site, fold)[0]
+        scores.append(weighted_r2_score(z, oof))
+        constants.append(boosting.score(z, oof, fold)["constant"])
+    assert np.mean(scores) <= np.mean(constants) + 0.02
+    oof = held_out(PastureRegressor(**FAST), X, y, site, fold)[0]
+    assert weighted_r2_score(y, oof) > np.mean(constants) + 0.2
+
+
+def test_the_outer_fold_is_not_seen(data):
+    X, y, site = data
+    states, fold = np.where(X[:, 0] > 0, "NSW", "Tas"), inner_folds(site, 3, 0)
+    regressor = PastureRegressor(members=("linear", "sum", "lightgbm"), rounds=0.02)
+    clean, clean_states, _ = held_out(regressor, X, y, site, fold, states)
+    held, poisoned, odd = fold == 1, y.copy(), states.copy()
+    poisoned[held] = 1e5
+    odd[held] = "Tas"
+    dirty, dirty_states, _ = held_out(regressor, X, poisoned, site, fold, odd)
+    assert np.array_equal(clean[held], dirty[held]) and np.array_equal(clean_states[held], dirty_states[held])
+    assert not np.allclose(clean[~held], dirty[~held])
+    moved = X.copy()
+    moved[np.flatnonzero(held)[0]] = 1e6  # one held-out photo; no other prediction may move
+    assert np.allclose(held_out(regressor, moved, y, site, fold, states)[0][held][1:], clean[held][1:], atol=1e-6)
+
+
+def test_stack_keeps_up_with_its_best_member(data):
+    X, y, site = data
+    fold = inner_folds(site, 5, 3)
+
+    def score(members):
+        return weighted_r2_score(y, held_out(PastureRegressor(members=members, rounds=0.05), X, y, site, fold)[0])
+
+    best = max(score((m,)) for m in ("linear", "sum", "lightgbm"))
+    assert score(("linear", "sum", "lightgbm")) >= best - 0.01
+
+
+# Estimator manners
+
+
+def test_clone_and_repeat(data):
+    X, y, site = data
+    one = PastureRegressor(members=("linear", "lightgbm"), rounds=0.02, seed=3)
+    assert np.array_equal(one.fit(X, y, site).predict(X), clone(one).fit(X, y, site).predict(X))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
+def test_very_few_photos(n):
+    X, y, site = paddock(n=40)
+    fit = PastureRegressor(members=("linear", "spectrum", "looks", "lightgbm"), rounds=0.02).fit(X[:n], y[:n], site[:n])
+    assert np.isfinite(fit.predict(X)).all()
+    proba = StateClassifier().fit(X[:n], ["NSW"] * (n - 1) + ["WA"], site[:n]).predict_proba(X)
+    assert np.allclose(proba.sum(1), 1)
+
+
+def test_target_of_zeros_and_constant_columns(data):
+    X, y, site = data
+    y = y.copy()
+    y[:, 2] = 0
+    X = np.concatenate([X, np.full((len(X), 2), 7.0)], 1)
+    fit = PastureRegressor(members=("linear", "catboost_joint", "lightgbm", "histgb", "gb"), rounds=0.02).fit(X[:60], y[:60], site[:60])
+    assert np.abs(fit.predict(X)[:, 2]).max() < 0.05
+    X[60:, -1] = 900  # constant in training, so it must not count
+    assert np.allclose(fit.predict(X)[60:], fit.predict(np.where(X == 900, 7, X))[60:])
+
+
+def test_clusters_fewer_than_photos_allow():
+    S = np.random.default_rng(0).normal(size=(6, 5))
+    assert np.isfinite(CompactFeatures().fit(S, S[:, :1]).transform(S)).all()
+
+
+def test_wide_blocks_weigh_no_more_than_narrow_ones():
+    r = np.random.default_rng(0)
+    X = r.normal(size=(30, 505))
+    view = Space((("wide", 500), ("narrow", 5))).fit(X).transform(X)
+    assert np.allclose(np.trace(view.grams, axis1=1, axis2=2), 30, atol=0.5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 5), st.integers(4, 30), st.floats(0, 10), st.integers(0, 1000))
+def test_weights_are_shares(members, n, pull, seed):
+    r = np.random.default_rng(seed)
+    weights = stack_weights(r.gamma(1, 20, (members + 1, n, 5)), r.gamma(1, 20, (n, 5)), pull)
+    assert weights.min() >= 0 and np.isclose(weights.sum(), 1) and np.isfinite(weights).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 1000))
+def test_inner_folds_keep_sites_whole(n, k, seed):
+    groups = np.random.default_rng(seed).integers(0, 6, n)
+    folds = inner_folds(groups, k, seed)
+    if len(set(groups)) > 1:
+        assert all(len(set(folds[groups == g])) == 1 for g in groups)
+    assert len(set(folds)) == min(k, len(set(groups)) if len(set(groups)) > 1 else n)
+
+
+def test_intervals_cover_new_sites():
+    r = np.random.default_rng(0)
+    inside = []
+    for _ in range(60):
+        site = r.integers(0, 20, 200)
+        y = (6 + r.normal(size=(21, 5))[site] + r.normal(size=(200, 5))) ** 2
+        radius = conformal_radius(y, np.full_like(y, 36), site, 0.8)
+        new = (6 + r.normal(size=5) + r.normal(size=(30, 5))) ** 2
+        low, high = intervals(np.full_like(new, 36), radius)
+        inside.append(((new >= low) & (new <= high)).mean())
+    assert 0.76 < np.mean(inside) < 0.9
+
+
+def test_few_sites_take_the_largest_error():
+    y = np.arange(20.0).reshape(4, 5)
+    assert np.allclose(conformal_radius(y, y * 0, np.array([0, 0, 1, 1]), 0.9), np.sqrt(y[-1]))
+    assert np.isnan(left_out_coverage(y, y, np.zeros(4))).all()
+
+
+# Features files
+
+
+def _write(folder, **arrays):
+    np.savez(folder / "f.npz", **{"image_id": ["a", "b"], "embedding": np.ones((2, 3)), **arrays})
+    return find_features(folder)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (dict(embedding=np.array([[1, np.nan, 1], [1, np.inf, 1]])), "2 values that are not finite in 1 columns, the first in column 1 of a"),
+        (dict(embedding=np.full((2, 3), 1e300)), "not finite"),
+        (dict(embedding=np.ones((3, 3))), "3 rows for 2 image_id"),
+        (dict(embedding=np.ones((0, 3)), image_id=np.array([], dtype=str)), "0 rows for 0"),
+        (dict(embedding=np.ones(2)), "not float64 of shape"),
+        (dict(embedding=np.array([["x"], ["y"]])), "must be a table of numbers"),
+        (dict(embedding=np.ones((2, 0))), "must be a table of numbers"),
+        (dict(embedding=np.array([[None], [1]], dtype=object)), "plain arrays"),
+        (dict(semantic=np.full((2, 1), np.nan)), "semantic has 2 values"),
+        (dict(image_id=["a", "a"]), "a is there more than once"),
+        (dict(image_id=["a", "c"]), "1 photos are missing, b the first"),
+    ],
+)
+def test_faults_of_a_features_file(tmp_path, arrays, message):
+    with pytest.raises(InputError, match=message) as e:
+        join_features(_write(tmp_path, **arrays), ["a", "b"])
+    assert "\n" not in str(e.value) and "f" in str(e.value)
+
+
+def test_no_file_broken_file_and_lacking_array(tmp_path):
+    with pytest.raises(InputError, match="no features there"):
+        find_features(tmp_path)
+    (tmp_path / "f.npz").write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(InputError, match=r"f\.npz: not readable"):
+        find_features(tmp_path)
+    np.savez(tmp_path / "f.npz", image_id=["a"])
+    with pytest.raises(InputError, match="lacks the array 'embedding'"):
+        find_features(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64, np.int64, np.uint8, bool])
+def test_other_dtypes_and_orders(tmp_path, kind):
+    values = np.array([[1, 0], [0, 1], [1, 1]]).astype(kind)
+    tables = _write(tmp_path, image_id=np.array(["c", "a", "b"]).astype("S1"), embedding=values)
+    X, blocks = join_features(tables, ["a", "c"])
+    assert X.dtype == np.float32 and blocks == (("f", 2),) and X.tolist() == [[0, 1], [1, 0]]
+
+
+def test_features_that_training_knew_otherwise(data):
+    X = data[0]
+    tables = {"f": (["a"], X[:1], None)}
+    with pytest.raises(InputError, match="'g' are missing"):
+        join_features(tables, ["a"], (("f", X.shape[1]), ("g", 2)))
+    with pytest.raises(InputError, match="24 columns, the model was fitted with 7"):
+        join_features(tables, ["a"], (("f", 7),))
+
+
+# Members
+
+
+def test_unknown_member_and_missing_library(monkeypatch):
+    with pytest.raises(InputError, match="unknown member 'forest'; known: linear"):
+        available(("forest",))
+    real, told = boosting.importlib.metadata.version, []
+
+    def without_catboost(name):
+        if name == "catboost":
+            raise boosting.importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(boosting.importlib.metadata, "version", without_catboost)
+    assert available(("linear", "catboost", "catboost_joint"), told.append) == ("linear",)
+    assert len(told) == 2 and "catboost is not installed" in told[0]
+    with pytest.raises(InputError, match="none can be used"):
+        available(("catboost",), told.append)
+
+
+def test_recipe_is_the_recipe():
+    s = load_settings("kaggle", "recipe").boosting
+    assert set(s.members) == {"catboost", "lightgbm", "histgb", "gb"} and s.transform == "none" and not s.stack
+    assert (s.pca_variance, s.pls, s.gmm, s.rounds) == (0.8, 8, 6, 1)
+    cat, light, hist, gb = (boosting.BOOSTERS[n](1.0, 42).get_params() for n in ("catboost", "lightgbm", "histgb", "gb"))
+    assert (cat["iterations"], cat["learning_rate"], cat["depth"]) == (1900, 0.045, 4)
+    assert (light["n_estimators"], light["learning_rate"], light["num_leaves"]) == (807, 0.014, 48)
+    assert (hist["max_iter"], hist["learning_rate"]) == (300, 0.05) and (gb["n_estimators"], gb["learning_rate"]) == (1354, 0.01)
+
+
+# The stage
+
+
+def competition(folder, n=60):
+    X, y, site = paddock(n, sites=8)
+    (folder / "train").mkdir(parents=True)
+    (folder / "test").mkdir()
+    state = ["Tas", "NSW", "Vic", "WA"]
+    rows = []
+    for i in range(n):
+        (folder / f"train/ID{i:03}.jpg").write_bytes(b"")  # this stage opens no photo
+        s = int(site[i][1:])
+        rows += [(f"ID{i:03}__{t}", f"train/ID{i:03}.jpg", f"2015/{1 + s}/3", state[s % 4], "Clover", 0.5, 5.0, t, v) for t, v in zip(TARGETS, y[i])]
+    columns = ["sample_id", "image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_NDVI", "Height_Ave_cm", "target_name", "target"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "train.csv", index=False)
+    (folder / "test/ID9.jpg").write_bytes(b"")
+    pd.DataFrame([(f"ID9__{t}", "test/ID9.jpg", t) for t in TARGETS], columns=["sample_id", "image_path", "target_name"]).to_csv(folder / "test.csv", index=False)
+    pd.DataFrame([(f"ID9__{t}", 0.0) for t in TARGETS], columns=["sample_id", "target"]).to_csv(folder / "sample_submission.csv", index=False)
+    return X, y
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("boosting")
+    X, y = competition(folder / "in")
+    run = open_run(folder / "in", folder / "out", "demo", overrides=["boosting.members=linear,matern,lightgbm", "boosting.rounds=0.02", "run.folds=3"])
+    order = np.random.default_rng(0).permutation(len(X) + 1)  # one photo more than the table knows
+    np.savez(run.art("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(len(X))] + ["ID999"])[order],
+             embedding=np.concatenate([X, X[:1]])[order], semantic=np.concatenate([X, X[:1]])[order, :3].astype(np.float64))
+    return run, run_boosting(run), X, y
+
+
+def test_oof_is_what_the_saved_folds_say(ran):
+    run, summary, X, y = ran
+    ids = [f"ID{i:03}" for i in range(len(X))]
+    for scheme, name in (("grouped", "boosting"), ("stratified", "boosting_stratified")):
+        oof = read_oof(run.artefacts / "oof" / f"{name}.parquet", ids)
+        assert np.isclose(weighted_r2_score(y, oof), summary[scheme]["r2"]) and summary[scheme]["r2"] > summary[scheme]["constant"] + 0.1
+    table = pd.read_parquet(run.artefacts / "oof" / "boosting.parquet")
+    both = np.concatenate([X, X[:, :3]], 1)
+    for k in range(3):
+        held = (table["fold"] == k).to_numpy()
+        again = load_fitted(run.artefacts, f"fold{k}")["regressor"].predict(both[held])
+        assert np.allclose(again, table.loc[held, list(TARGETS)], atol=1e-6)
+
+
+def test_states_and_intervals(ran):
+    run, _, X, _ = ran
+    states = pd.read_parquet(run.artefacts / "boosting" / "state.parquet")
+    assert list(states.columns) == ["image_id", "fold", "NSW", "Tas", "Vic", "WA"] and np.allclose(states[["NSW", "Tas", "Vic", "WA"]].sum(axis=1), 1)
+    told = json.loads((run.artefacts / "boosting" / "intervals.json").read_text())
+    assert set(told["radius"]) == set(TARGETS) and min(told["radius"].values()) > 0 and told["coverage"] == 0.9
+    manifest = json.loads((run.artefacts / "stages" / "boosting.json").read_text())
+    assert any("1 photos are not in train.csv" in w for w in manifest["warnings"]) and any("sites are too few" in w for w in manifest["warnings"])
+
+
+def test_a_second_run_has_nothing_to_do(ran, capsys):
+    run, summary, _, _ = ran
+    run_boosting(run)  # folds.csv was cut by the first one
+    capsys.readouterr()
+    assert run_boosting(run) == read_summary(run) and "up to date" in capsys.readouterr().out
+
+
+def read_summary(run):
+    return json.loads((run.artefacts / "stages" / "boosting.json").read_text())["summary"]
+
+
+def test_other_versions_are_refused_or_fitted_anew(ran, tmp_path):
+    run, _, X, _ = ran
+    shutil.copytree(run.artefacts, tmp_path / "artefacts")
+    features = {"eyes": (["p", "q"], X[:2], X[:2, :3])}
+    y, proba, states = predict(tmp_path / "artefacts", features)
+    assert y.shape == (2, 5) and proba.shape == (2, 4) and list(states) == ["NSW", "Tas", "Vic", "WA"]
+    beside = tmp_path / "artefacts" / "boosting" / "model.json"
+    told = json.loads(beside.read_text())
+    told["versions"]["scikit-learn"] = "0.99.0"
+    beside.write_text(json.dumps(told))
+    warnings = []
+    assert np.allclose(predict(tmp_path / "artefacts", features, warnings.append)[0], y, atol=1e-3) and "scikit-learn 0.99.0 (here " in warnings[0]
+    shutil.rmtree(tmp_path / "artefacts" / "features")
+    with pytest.raises(InputError, match=r"saved under scikit-learn 0\.99\.0 \(here \d.*install those versions"):
+        predict(tmp_path / "artefacts", features)
