@@ -133,7 +133,7 @@ def score_rows(scores: dict) -> tuple[list[str], list[list]]:
     rows += [[m, "hidden test", v["r2"], *v["r2_by_target"].values()] for m, v in scores["test"].items()]
     return ["model", "judged on", "score (R²)", *TARGETS], rows
 
-# %% ../notebooks/82_report.ipynb #0b3dc080
+# %% ../notebooks/82_report.ipynb #99a6a636
 def answer(scores: dict) -> str:
     "One sentence: the honest score and the constant beside it."
     best = scores["oof"].get("ensemble") or next(iter(scores["oof"].values()), None)
@@ -154,7 +154,8 @@ def write_report(run: Run, record: dict) -> Path:
     if "ensemble" in scores["oof"]:
         competition = read_competition(run.input)
         parts.append(embed(plot_predictions(competition, read_oof(oof_path(run, "ensemble"), competition.train["image_id"]))))
-    stages = [[s["name"], s["status"], s.get("seconds", ""), s.get("peak_rss_gb", ""), s.get("written_mb", ""), s.get("network", "")] for s in record.get("stages", [])]
+    cost = [("seconds", ".1f"), ("peak_rss_gb", ".2f"), ("written_mb", ".1f")]
+    stages = [[s["name"], s["status"], *(format(s[k], f) if k in s else "" for k, f in cost), s.get("network", "")] for s in record.get("stages", [])]
     parts += ["<h2>Stages</h2>", as_table(["stage", "status", "seconds", "peak memory, GB", "written, MB", "network"], stages)]
     warnings = [f"{s['name']}: {w}" for s in record.get("stages", []) for w in s.get("warnings", [])]
     parts += ["<h2>Warnings</h2>", "<ul>" + "".join(f"<li class='warn'>{html.escape(w)}</li>" for w in warnings) + "</ul>" if warnings else "<p>None.</p>"]
