@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['FACTS', 'DISTURBANCES', 'target_table', 'zeros_table', 'plot_targets', 'plot_sites', 'site_share', 'group_table',
            'covariate_table', 'plot_covariates', 'thumbnail', 'contact_sheet', 'sheet_by_grams', 'photo_facts',
-           'facts_table', 'strangeness', 'sheet_of_strange', 'sheet_of_disturbances', 'look_alikes', 'twin_table',
-           'sheet_of_twins', 'simple_predictions', 'yardsticks', 'run_eda', 'show_eda']
+           'facts_table', 'deviations', 'strangeness', 'sheet_of_strange', 'sheet_of_disturbances', 'look_alikes',
+           'twin_table', 'sheet_of_twins', 'simple_predictions', 'yardsticks', 'plot_yardsticks', 'run_eda', 'show_eda']
 
-# %% ../notebooks/10_eda.ipynb #dc4ad40f
+# %% ../notebooks/10_eda.ipynb #fabcdab8
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -133,10 +134,10 @@ def sheet_by_grams(comp: Competition, target: str = TARGETS[-1], count: int = 24
     titles = [f"{comp.train[target].iloc[i]:.0f} g · {comp.train['state'].iloc[i]} · {comp.train['height_cm'].iloc[i]:.0f} cm" for i in chosen]
     return contact_sheet([comp.paths("train")[i] for i in chosen], titles)
 
-# %% ../notebooks/10_eda.ipynb #521d3b6a
+# %% ../notebooks/10_eda.ipynb #b55d46da
 FACTS = {
     "green_cover": "share of pixels with excess green 2g − r − b > 0.1 (r, g, b: shares of the three colours)",
-    "straw_cover": "share of pixels with r > 0.36 and g > 0.33",
+    "straw_cover": "share of pixels with r > g > b, 2g − r − b < 0.06 and brighter than the mean",
     "excess_green": "mean of 2g − r − b",
     "redness": "mean of r − b, a warm cast",
     "brightness": "mean grey, 0 to 1",
@@ -163,7 +164,7 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
     dark, spread = grey < 0.22, rgb.max(2) - rgb.min(2)
     hsv = cv2.cvtColor(full, cv2.COLOR_RGB2HSV)
     coarse = cv2.resize(grey, (100, 50), interpolation=cv2.INTER_AREA)
-    values = [(excess > 0.1).mean(), ((r > 0.36) & (g > 0.33)).mean(), excess.mean(), (r - b).mean(), mean, grey.std() / mean,
+    values = [(excess > 0.1).mean(), ((r > g) & (g > b) & (excess < 0.06) & (grey > mean)).mean(), excess.mean(), (r - b).mean(), mean, grey.std() / mean,
               np.sort(grey, axis=None)[: grey.size // 10].mean() / mean, np.abs(np.diff(grey)).mean() / mean, np.abs(np.diff(coarse)).mean() / mean,
               ((r > 0.55) & (rgb[..., 0] > 180)).mean(), dark[edge].mean() - dark[~edge].mean(), ((grey > 0.55) & (spread < 40))[-40:].mean(),
               ((hsv[..., 0] >= 5) & (hsv[..., 0] <= 25) & (hsv[..., 1] > 150) & (hsv[..., 2] > 150)).mean()]
@@ -172,33 +173,42 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
 
 def facts_table(comp: Competition, split: str = "train") -> pd.DataFrame:
     "`photo_facts` of all photos of `split`, indexed by image_id."
-    paths = progress(comp.paths(split), label="facts")
-    return pd.DataFrame([photo_facts(thumbnail(p, 800)) for p in paths], index=getattr(comp, split)["image_id"])
+    paths = comp.paths(split)
+    with ThreadPoolExecutor() as pool:  # OpenCV lets go of the interpreter while it decodes
+        rows = list(progress(pool.map(lambda path: photo_facts(thumbnail(path, 800)), paths), len(paths), "facts"))
+    return pd.DataFrame(rows, index=getattr(comp, split)["image_id"])
 
-# %% ../notebooks/10_eda.ipynb #7b293c2a
+# %% ../notebooks/10_eda.ipynb #c3189850
 DISTURBANCES = ("lamps", "dark_border", "pale_bottom", "orange_rule", "redness")
 
 
+def deviations(facts: pd.DataFrame) -> pd.DataFrame:
+    "How far each fact of each photo lies from the median of all, in interquartile ranges (at least .02), capped at 10."
+    spread = (facts.quantile(0.75) - facts.quantile(0.25)).clip(lower=0.02)
+    return ((facts - facts.median()) / spread).clip(-10, 10)
+
+
 def strangeness(facts: pd.DataFrame) -> pd.Series:
-    "Distance of each photo from the median of all, each fact in units of its interquartile range and capped at 10."
-    spread = (facts.quantile(0.75) - facts.quantile(0.25)).clip(lower=1e-3)
-    return ((facts - facts.median()) / spread).clip(-10, 10).pow(2).mean(axis=1).pow(0.5).rename("strangeness")
+    "Root mean square of the `deviations` of each photo."
+    return deviations(facts).pow(2).mean(axis=1).pow(0.5).rename("strangeness")
+
+
+def _paths_of(comp: Competition, ids: Sequence[str]) -> list[Path]:
+    return [comp.folder / p for p in comp.train.set_index("image_id").loc[list(ids), "image_path"]]
 
 
 def sheet_of_strange(comp: Competition, facts: pd.DataFrame, count: int = 6):
     "The strangest photos, each with the fact that sets it apart. Returns the figure."
-    strange = strangeness(facts).sort_values(ascending=False)[:count]
-    spread = (facts.quantile(0.75) - facts.quantile(0.25)).clip(lower=1e-3)
-    why = ((facts - facts.median()) / spread).abs().loc[strange.index].idxmax(axis=1)
-    at = comp.train["image_id"].reset_index().set_index("image_id")["index"]
-    return contact_sheet([comp.paths("train")[at[i]] for i in strange.index], [f"{why[i]} {facts[why[i]][i]:.2f}" for i in strange.index], columns=3)
+    ids = strangeness(facts).sort_values(ascending=False).index[:count]
+    why = deviations(facts).abs().idxmax(axis=1)
+    return contact_sheet(_paths_of(comp, ids), [f"{why[i]} {facts[why[i]][i]:.2f}" for i in ids], columns=3)
 
 
-def sheet_of_disturbances(comp: Competition, facts: pd.DataFrame):
-    "For each disturbance the photo that has most of it. Returns the figure."
-    lead = facts[list(DISTURBANCES)].idxmax()
-    at = comp.train["image_id"].reset_index().set_index("image_id")["index"]
-    return contact_sheet([comp.paths("train")[at[i]] for i in lead], [f"{d} {facts[d][i]:.3f}" for d, i in lead.items()], columns=5)
+def sheet_of_disturbances(comp: Competition, facts: pd.DataFrame, each: int = 2):
+    "A column a disturbance: the photos that have most of it, or least of all when nothing is there. Returns the figure."
+    ids = [facts[d].sort_values(ascending=False).index[k] for k in range(min(each, len(facts))) for d in DISTURBANCES]
+    titles = [f"{d} {facts[d][i]:.3f}" if facts[d][i] > 0.001 else f"no {d} here" for d, i in zip(DISTURBANCES * each, ids)]
+    return contact_sheet(_paths_of(comp, ids), titles, columns=len(DISTURBANCES))
 
 # %% ../notebooks/10_eda.ipynb #56ac9b58
 def look_alikes(facts: pd.DataFrame) -> np.ndarray:
@@ -227,7 +237,7 @@ def sheet_of_twins(comp: Competition, facts: pd.DataFrame, count: int = 4):
     flat = [i for pair in pairs for i in pair]
     return contact_sheet([comp.paths("train")[i] for i in flat], [f"{comp.groups[i]} · {comp.y[i, -1]:.0f} g" for i in flat], columns=4)
 
-# %% ../notebooks/10_eda.ipynb #dca26fb0
+# %% ../notebooks/10_eda.ipynb #8947633b
 def simple_predictions(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> dict[str, np.ndarray]:
     "Out-of-fold predictions (n, 5) of the constant, of a line through greenness, and of a ridge on all facts."
     columns = {"constant": [], "greenness": ["excess_green"], "ridge on facts": list(facts)}
@@ -253,6 +263,21 @@ def yardsticks(facts: pd.DataFrame, y: np.ndarray, folds: pd.DataFrame) -> pd.Da
                 rows[name].update(zip(TARGETS, per_target_r2_score(y, predicted)))
     return pd.DataFrame(rows).T[[*SCHEMES, *TARGETS]]
 
+
+def plot_yardsticks(table: pd.DataFrame):
+    "Bars of `yardsticks`: what each simple answer scores when sites are kept together, and when they are not. Returns the figure."
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    for k, (scheme, colour) in enumerate(zip(SCHEMES, ("#557a2b", "#d8b26e"))):
+        bars = ax.barh(np.arange(len(table)) + 0.2 - 0.4 * k, table[scheme], 0.38, color=colour, label=f"{scheme} folds")
+        ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    ax.set_yticks(range(len(table)), table.index)
+    ax.invert_yaxis()
+    ax.set(xlabel="weighted R² out of fold", xlim=(min(0, table[list(SCHEMES)].min().min()), 1))
+    ax.legend(fontsize=8, loc="lower right")
+    return fig
+
 # %% ../notebooks/10_eda.ipynb #dfb68b04
 @stage("eda", reads=("input/train.csv", "input/test.csv", "input/sample_submission.csv", "input/train/*"))
 def run_eda(run: Run) -> dict:
@@ -275,7 +300,7 @@ def run_eda(run: Run) -> dict:
             "constant_score": constant_baseline(comp.y, comp.y),
             "yardsticks": {s: tables["yardsticks"][s].round(4).to_dict() for s in SCHEMES}}
 
-# %% ../notebooks/10_eda.ipynb #cdb2baed
+# %% ../notebooks/10_eda.ipynb #b8062d78
 def show_eda(run: Run) -> pd.DataFrame:
     "Draw every picture of this notebook for the run's own data; returns its yardsticks."
     comp = read_competition(run.input)
@@ -287,4 +312,6 @@ def show_eda(run: Run) -> pd.DataFrame:
     sheet_of_strange(comp, facts)
     sheet_of_disturbances(comp, facts)
     sheet_of_twins(comp, facts)
-    return pd.read_csv(run.artefacts / "eda" / "yardsticks.csv", index_col=0).round(3)
+    table = pd.read_csv(run.artefacts / "eda" / "yardsticks.csv", index_col=0)
+    plot_yardsticks(table)
+    return table.round(3)
