@@ -7,7 +7,7 @@ __all__ = ['ORDERS', 'FUSIONS', 'SCAN_RIVALS', 'panorama_order', 'left_right_ord
            'FiLM', 'AttentionMixer', 'sequential_scan', 'chunk_length', 'chunked_scan', 'fused_scan', 'selective_scan',
            'Mamba', 'BiMambaMixer', 'build_fusion', 'bench_scan']
 
-# %% ../notebooks/30_fusion.ipynb #6a26c09e
+# %% ../notebooks/30_fusion.ipynb #2796d553
 import importlib
 import json
 import math
@@ -17,9 +17,9 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -394,36 +394,46 @@ SCAN_RIVALS = {  # name: (what is timed, how it is made)
     "transformers MambaMixer": ("block", _transformers_block),
 }
 
-# %% ../notebooks/30_fusion.ipynb #0e3b6af4
+# %% ../notebooks/30_fusion.ipynb #5b3d0cfd
+def _scan_arguments(kind: str, length: int, batch: int, inner: int, state: int) -> list[Tensor]:
+    "Random tokens for a block, or u, delta, A, B, C for a scan."
+    if kind == "block":
+        return [torch.randn(batch, length, inner // 2)]
+    r = lambda *s: torch.randn(batch, *s, length)
+    return [r(inner), F.softplus(r(inner) - 3), -torch.arange(1.0, state + 1).repeat(inner, 1), r(state), r(state)]
+
+
+def _timed_call(scan: Callable, args: list[Tensor], backward: bool) -> float:
+    "Seconds of one call, with the way back or without."
+    args = [t.requires_grad_(backward) for t in args]
+    begin = time.perf_counter()
+    with torch.set_grad_enabled(backward):
+        out = scan(*args)
+    if backward:
+        out.sum().backward()
+    return time.perf_counter() - begin
+
+
+def _peak_mb() -> float:
+    "The largest resident memory of this process so far; not on Windows."
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def _measure_scan(name: str, length: int, batch: int, inner: int, state: int, backward: bool, repeats: int, seconds: float) -> dict:
-    "Best seconds of some calls, and by how many MB the first one raised the peak of a fresh process."
-    import resource                                                               # not on Windows; only here
-
-    def arguments(steps: int) -> list[Tensor]:
-        if kind == "block":
-            return [torch.randn(batch, steps, inner // 2)]
-        r = lambda *s: torch.randn(batch, *s, steps)
-        return [r(inner), F.softplus(r(inner) - 3), -torch.arange(1.0, state + 1).repeat(inner, 1), r(state), r(state)]
-
-    def call(args: list[Tensor]) -> float:
-        begin = time.perf_counter()
-        with torch.set_grad_enabled(backward):
-            out = scan(*(t.requires_grad_(backward) for t in args))
-        if backward:
-            out.sum().backward()
-        return time.perf_counter() - begin
-
+    "Best of some calls, and by how many MB the first one raised the peak of this (fresh) process."
     torch.manual_seed(0)
     kind, make = SCAN_RIVALS[name]
-    scan, peak = make(inner, state), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    call(arguments(4))
-    args, before = arguments(length), peak()
-    times, raised = [call(args)], peak() - before
+    scan = make(inner, state)
+    _timed_call(scan, _scan_arguments(kind, 4, batch, inner, state), backward)    # what is loaded once is loaded now
+    args, before = _scan_arguments(kind, length, batch, inner, state), _peak_mb()
+    times, raised = [_timed_call(scan, args, backward)], _peak_mb() - before
     while len(times) < repeats and sum(times) < seconds:
-        times.append(call(args))
+        times.append(_timed_call(scan, args, backward))
     return {"seconds": min(times), "peak_mb": raised, "calls": len(times)}
 
-
+# %% ../notebooks/30_fusion.ipynb #cf08a0c3
 def bench_scan(
     lengths: tuple[int, ...] = (1024, 4096),
     names: tuple[str, ...] = tuple(SCAN_RIVALS),
@@ -446,9 +456,10 @@ def _in_own_process(args: tuple, limit: float) -> dict:
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
     failed = {"seconds": None, "peak_mb": None}
     try:
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=limit, env=os.environ | {"PYTHONPATH": path})
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False, timeout=limit,
+                              env=os.environ | {"PYTHONPATH": path})
     except subprocess.TimeoutExpired:
-        return failed | {"note": f"stopped after {limit:.0f} s"}
+        return failed | {"note": f"stopped after {limit:g} s"}
     if done.returncode:
         return failed | {"note": (done.stderr.strip() or f"ended with code {done.returncode}").splitlines()[-1]}
     row = json.loads(done.stdout.splitlines()[-1])

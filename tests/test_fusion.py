@@ -3,6 +3,7 @@ import copy
 import importlib
 import subprocess
 import sys
+import time
 import types
 import warnings
 
@@ -408,3 +409,27 @@ def test_the_mixer_of_both_directions_hears_both_ends():
     x = torch.randn(1, 40, 8, requires_grad=True)
     BiMambaMixer(8, dropout=0.0)(x)[0, 20].sum().backward()
     assert (x.grad[0].abs().sum(-1) > 0).all()
+
+
+# The bench.
+
+def test_chunks_are_worth_it():
+    """Far from the bench's factor, so that a busy machine does not matter; the loop by loop form would fail it."""
+    args = inputs(1, 256, 512, 16)
+    seconds = {}
+    for scan in (sequential_scan, chunked_scan):
+        for _ in range(4):
+            begin = time.process_time()
+            with torch.no_grad():
+                selective_scan(**args, scan=scan)
+            seconds[scan] = min(seconds.get(scan, 1e9), time.process_time() - begin)
+    assert seconds[chunked_scan] * 2 < seconds[sequential_scan]
+
+
+def test_a_bench_row_says_why_it_is_empty(monkeypatch):
+    monkeypatch.setitem(fusion.SCAN_RIVALS, "ghost", ("scan", None))               # the fresh process does not know it
+    row = fusion._in_own_process(("ghost", 8, 1, 4, 2, False, 1, 1.0), 300.0)
+    assert row["seconds"] is None and "ghost" in row["note"] and "\n" not in row["note"]
+    rows = fusion.bench_scan(lengths=(8,), names=("chunked",), inner=4, limit=.01)
+    assert [r["direction"] for r in rows] == ["forward", "forward + backward"]
+    assert all(r["seconds"] is None and r["note"] == "stopped after 0.01 s" for r in rows)
