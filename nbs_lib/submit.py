@@ -315,9 +315,12 @@ def alarm(clock: Clock) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
-# %% ../notebooks/60_submit.ipynb #5e8349d6
-def out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
+# %% ../notebooks/60_submit.ipynb #ea522432
+def out_of_memory(error: BaseException | None) -> bool:
+    "Whether `error`, or what it was raised from, says that memory ran out."
+    if error is None or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return error is not None
+    return (isinstance(error, RuntimeError) and "out of memory" in str(error).lower()) or out_of_memory(error.__cause__)
 
 
 @dataclass
@@ -334,7 +337,7 @@ class Device:
             part = index[start : start + self.batch]
             try:
                 answer = work(part, self.device)
-            except (RuntimeError, MemoryError) as e:
+            except Exception as e:
                 if not out_of_memory(e) or (self.batch == 1 and self.device.type == "cpu"):
                     raise
                 self.shrink()
@@ -533,7 +536,7 @@ def _first_look(job: Job, model: Model1, piece: np.ndarray) -> None:
     if model.plans and good is not None:
         attempt(job.run.warn, "a first look by model 1", lambda: model.look(model.plans[0], model.views[0], good))
 
-# %% ../notebooks/60_submit.ipynb #1d82d8bb
+# %% ../notebooks/60_submit.ipynb #b5ecac84
 class Model2:
     "Features, grams and states."
 
@@ -572,7 +575,7 @@ class Model2:
     def run(self) -> None:
         "All readable photos, as far as the clock allows."
         kind, index, clock = "model 2", np.flatnonzero(self.job.reader.readable), self.job.clock
-        for piece in pieces(index, max(self.job.chunk, len(index) // 6), clock, kind, lambda: 1.2 * clock.pace.get("model 2 speaks", 0.0)):
+        for piece in pieces(index, max(self.job.chunk, len(index) // 6), clock, kind, lambda: 1.2 * clock.pace.get("model 2 speaks", 0.0), first=8):
             clock.timed(kind, len(piece), lambda piece=piece: self.describe(piece))
             if not self.spoken:
                 clock.timed("model 2 speaks", 1, self.speak)

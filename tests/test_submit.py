@@ -1,0 +1,541 @@
+"""60_submit: a fault drill. Whatever is missing, broken or slow at test time, the file is whole, and the fault is named.
+
+`python tests/test_submit.py --table` runs the drill and writes tests/fault_table.md, which the README shows.
+"""
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import nbs_lib.submit as submit
+from nbs_lib.core import InputError, read_json
+from nbs_lib.data import make_folds, read_competition, read_oof
+from nbs_lib.model import load_model, save_model
+from nbs_lib.submit import run_submit
+from nbs_lib.targets import TARGETS
+
+TABLE = Path(__file__).parent / "fault_table.md"
+# Every stage for real, with the least work: a probe alone, narrow features, one regressor.
+SMALL = ("run.folds=3", "train_dinov3.size=96", "train_dinov3.head=none", "train_dinov3.views=id,H", "train_dinov3.schemes=grouped", "train_dinov3.depths=2",
+         "frozen.widths=96", "frozen.depths=2", "frozen.poolings=mean", "frozen.colour_width=64", "boosting.members=linear", "boosting.inner_folds=2",
+         "ensemble.judge=no", "ensemble.weights=equal", "ensemble.rules=WA:Dry_Dead_g", "ensemble.shrink=no", "ensemble.draws=100", "run.workers=2")
+
+
+def whole(path: Path, folder: Path) -> pd.Series:
+    "The grams of a submission, after checking all that Kaggle checks and that the five agree; independent of the library."
+    table = pd.read_csv(path)
+    wanted = pd.read_csv(folder / "sample_submission.csv")
+    assert list(table.columns) == ["sample_id", "target"]
+    assert list(table["sample_id"]) == list(wanted["sample_id"]), "the sample's rows in the sample's order"
+    grams = table.set_index("sample_id")["target"]
+    assert np.isfinite(grams).all() and (grams >= 0).all()
+    for photo in {i.rpartition("__")[0] for i in grams.index}:
+        green, dead, clover, gdm, total = (grams[f"{photo}__{t}"] for t in TARGETS)
+        assert abs(green + clover - gdm) <= 1e-6 and abs(gdm + dead - total) <= 1e-6
+    return grams
+
+
+def copy_run(source: Path, target: Path, overrides=(), links=True):
+    "A run on a copy of the input and of the artefacts, to break things in."
+    shutil.copytree(source / "in", target / "in")
+    shutil.copytree(source / "out" / "artefacts", target / "out" / "artefacts", ignore=shutil.ignore_patterns("test_*", "submit.json"),
+                    copy_function=os.link if links else shutil.copy2)
+    return tiny.run_on(target / "in", target / "out", *SMALL, *overrides)
+
+
+def train_small(folder: Path) -> Path:
+    "All stages before submit, on 24 photos."
+    from nbs_lib.boosting import run_boosting
+    from nbs_lib.ensemble import run_ensemble
+    from nbs_lib.frozen import run_frozen
+    from nbs_lib.photos import run_inpaint
+    from nbs_lib.siglip import run_siglip
+    from nbs_lib.train_dinov3 import run_train_dinov3
+
+    run = tiny.run_on(tiny.competition(folder / "in", 24, 6), folder / "out", *SMALL)
+    make_folds(read_competition(run.input).train, 3, 0, warn=lambda text: None).to_csv(run.art("folds.csv"), index=False)
+    for stage in (run_inpaint, run_train_dinov3, run_siglip, run_frozen, run_boosting, run_ensemble):
+        stage(run)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    if os.environ.get("NBS_TRAINED"):
+        return Path(os.environ["NBS_TRAINED"])
+    return train_small(tmp_path_factory.mktemp("trained"))
+
+
+@pytest.fixture(scope="session")
+def untouched(trained, tmp_path_factory):
+    "What comes out when nothing is wrong: grams, summary."
+    run = copy_run(trained, tmp_path_factory.mktemp("untouched"))
+    summary = run_submit(run)
+    return whole(run.output / "submission.csv", run.input), summary
+
+
+@pytest.fixture(autouse=True)
+def no_internet(monkeypatch):
+    real = socket.socket.connect
+
+    def connect(self, address):
+        if self.family != socket.AF_UNIX:  # the fork server listens on one
+            raise OSError("no network here")
+        return real(self, address)
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+# ---- the drill: what is done to the run, what must be said (a part of a warning), which models must answer ----
+def text_photo(run, _):
+    next((run.input / "test").iterdir()).write_text("this is no photo")
+
+
+def cut_photo(run, _):
+    path = sorted((run.input / "test").iterdir())[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def missing_photo(run, _):
+    sorted((run.input / "test").iterdir())[0].unlink()
+
+
+def all_photos(run, _):
+    for path in (run.input / "test").iterdir():
+        path.write_text("this is no photo")
+
+
+def odd_photos(run, _):
+    "Another size, another format under the same name, another ending, grey."
+    a, b, c, d, *_ = sorted((run.input / "test").iterdir())
+    cv2.imwrite(str(a), cv2.resize(cv2.imread(str(a)), (901, 333)))
+    Image.open(b).save(b, format="PNG")
+    Image.open(c).save(c.with_suffix(".PNG"), format="PNG")
+    c.unlink()
+    Image.open(d).convert("L").save(d, format="JPEG")
+
+
+def shuffled_rows(run, _):
+    for name, seed in (("test.csv", 1), ("sample_submission.csv", 2)):
+        path = run.input / name
+        pd.read_csv(path).sample(frac=1, random_state=seed).to_csv(path, index=False)
+
+
+def one_photo(run, _):
+    keep = sorted(pd.read_csv(run.input / "sample_submission.csv")["sample_id"].str[:6])[0]
+    for name in ("test.csv", "sample_submission.csv"):
+        table = pd.read_csv(run.input / name)
+        table[table["sample_id"].str.startswith(keep)].to_csv(run.input / name, index=False)
+
+
+def replace(path: Path, content: bytes | None) -> None:
+    path.unlink()  # artefacts are hard links: never write through one
+    if content is not None:
+        path.write_bytes(content)
+
+
+def missing_fold(run, _):
+    for ending in ("safetensors", "json"):
+        replace(run.artefacts / "dinov3" / f"fold1.{ending}", None)
+
+
+def corrupt_fold(run, _):
+    path = run.artefacts / "dinov3" / "fold1.safetensors"
+    replace(path, path.read_bytes()[:100])
+
+
+def corrupt_backbone(run, _):
+    replace(next((run.artefacts / "dinov3").glob("backbone*.safetensors")), b"gone")
+
+
+def no_model1(run, _):
+    shutil.rmtree(run.artefacts / "dinov3")
+
+
+def nan_fold(run, _):
+    path = run.artefacts / "dinov3" / "fold2.safetensors"
+    state = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in load_file(path).items()}
+    replace(path, None)
+    save_file(state, path)
+
+
+def no_siglip(run, monkeypatch):
+    shutil.rmtree(run.artefacts / "siglip-tiny")
+    monkeypatch.setattr(submit.siglip, "find_weights", lambda run: submit.siglip.check_folder(run.artefacts / "siglip-tiny"))
+
+
+def no_boosting(run, _):
+    for path in (run.artefacts / "boosting").glob("model.*"):
+        replace(path, None)
+
+
+def corrupt_boosting(run, _):
+    replace(run.artefacts / "boosting" / "model.joblib", b"\x80\x05garbage")
+
+
+def nothing_trained(run, _):
+    for name in ("dinov3", "boosting", "features", "oof"):
+        shutil.rmtree(run.artefacts / name)
+
+
+def nothing_at_all(run, monkeypatch):
+    nothing_trained(run, monkeypatch)
+    (run.artefacts / "blend.json").unlink()
+    (run.input / "train.csv").unlink()
+
+
+def no_blend(run, _):
+    replace(run.artefacts / "blend.json", b'{"models": ["dinov3"')
+
+
+def no_train(run, _):
+    (run.input / "train.csv").unlink()
+    shutil.rmtree(run.input / "train")
+
+
+def memory(run, monkeypatch):
+    "Three times there is no room; then the batch is small enough."
+    real, room = submit.BiomassNet.encode, [3]
+
+    def encode(net, x):
+        if room[0]:
+            room[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(net, x)
+
+    monkeypatch.setattr(submit.BiomassNet, "encode", encode)
+
+
+def memory_gpu(run, monkeypatch):
+    "A GPU on which not even one photo fits: the work ends on the CPU."
+    real = submit.Team.answers
+
+    def answers(team, store, index, view, device):
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(team, store, index, view, device)
+
+    monkeypatch.setattr(submit.Team, "answers", answers)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [submit.Device(torch.device("cuda", 0), batch, warn)])
+    for room in (submit.siglip, submit.frozen):
+        compute = room.compute_features
+        monkeypatch.setattr(room, "compute_features", lambda run, store, device=None, compute=compute: compute(run, store, cpu))
+
+
+def nan_boosting(run, monkeypatch):
+    real = submit.boosting.predict
+
+    def predict(artefacts, features, warn=print):
+        grams, proba, names = real(artefacts, features, warn)
+        grams[0] = np.nan
+        return grams, proba, names
+
+    monkeypatch.setattr(submit.boosting, "predict", predict)
+
+
+def full_disk(run, monkeypatch):
+    import nbs_lib.photos as photos
+
+    monkeypatch.setattr(photos.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+
+
+def late(run, monkeypatch):
+    monkeypatch.setenv("NBS_STARTED", str(time.time() - 9 * 3600))
+
+
+ALL = {"dinov3": 6, "boosting": 6}
+DRILL: dict[str, tuple[Callable | None, str, dict]] = {
+    "nothing is wrong": (None, "", ALL),
+    "rows in a strange order": (shuffled_rows, "", ALL),
+    "photos of another size, format, ending": (odd_photos, "", ALL),
+    "one test photo": (one_photo, "", {"dinov3": 1, "boosting": 1}),
+    "a photo that is no photo": (text_photo, "1 test photos cannot be read", {"dinov3": 5, "boosting": 5}),
+    "a photo cut in half": (cut_photo, "1 test photos cannot be read", {"dinov3": 5, "boosting": 5}),
+    "a photo that is not there": (missing_photo, "1 of 6 test photos are not there", {"dinov3": 5, "boosting": 5}),
+    "no photo can be read": (all_photos, "6 test photos cannot be read", {}),
+    "a fold of model 1 is missing": (missing_fold, "fold 1 of model 1 is missing", ALL),
+    "a checkpoint is half written": (corrupt_fold, "fold 1 of model 1 is left out", ALL),
+    "a fold gives NaN": (nan_fold, "answers that are no numbers", ALL),
+    "the shared backbone is broken": (corrupt_backbone, "fold 0 of model 1 is left out", {"boosting": 6}),
+    "no model 1": (no_model1, "of model 1 is missing", {"boosting": 6}),
+    "no SigLIP weights": (no_siglip, "model 2 is left out", {"dinov3": 6}),
+    "no model 2": (no_boosting, "model 2 is left out", {"dinov3": 6}),
+    "model 2 is half written": (corrupt_boosting, "model 2 is left out", {"dinov3": 6}),
+    "model 2 gives a NaN": (nan_boosting, "model 2 gave no number for 1 photos", {"dinov3": 6, "boosting": 5}),
+    "no model at all": (nothing_trained, "of model 1 is missing", {}),
+    "no model, no blend, no training table": (nothing_at_all, "the mean of train.csv is left out", {}),
+    "blend.json is half written": (no_blend, "blending with the recipe's weights", ALL),
+    "no training table and photos": (no_train, "the colour model is left out", ALL),
+    "memory for one photo at a time": (memory, "the batch is now 1", ALL),
+    "no memory on the GPU at all": (memory_gpu, "going on with the CPU", ALL),
+    "the disk is full": (full_disk, "the store needs", {}),
+    "the deadline has passed": (late, "no time for", {}),
+}
+
+
+def drill(name: str, source: Path, folder: Path, monkeypatch) -> dict:
+    "Break one thing, submit, check the file; what was said and who answered."
+    break_it, says, models = DRILL[name]
+    run = copy_run(source, folder)
+    if break_it is not None:
+        break_it(run, monkeypatch)
+    summary = run_submit(run)
+    warnings = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    grams = whole(run.output / "submission.csv", run.input)
+    said = next((w for w in warnings if says in w), None)
+    assert (said is not None) if says else not warnings, warnings
+    assert {m: k for m, k in summary["models"].items() if k or m in models} == models, (summary, warnings)
+    assert not list((run.artefacts / "photos").glob("submit")), "what was stored for the run is cleaned up"
+    return {"fault": name, "said": tidy(said or "", folder), "models": models, "photos": summary["photos"], "grams": grams}
+
+
+def tidy(text: str, folder: Path) -> str:
+    "A warning without the names of temporary folders."
+    for path in (folder / "out" / "artefacts", folder / "out", folder / "in"):
+        text = text.replace(f"{path}/", "")
+    return text.removeprefix("submit: ")
+
+
+def row(result: dict) -> str:
+    answered = [f"{'model 1' if m == 'dinov3' else 'model 2'} {k} of {result['photos']}" for m, k in result["models"].items() if k]
+    said = result["said"].replace("|", "\\|")
+    return f"| {result['fault']} | {said if len(said) < 140 else said[:139] + '…'} | {', '.join(answered) or 'colour or the means'} |"
+
+
+@pytest.mark.parametrize("name", DRILL)
+def test_fault(name, trained, untouched, tmp_path, monkeypatch):
+    result = drill(name, trained, tmp_path, monkeypatch)
+    grams, reference = result["grams"], untouched[0]
+    if name in ("nothing is wrong", "rows in a strange order", "one test photo", "memory for one photo at a time", "no memory on the GPU at all"):
+        assert np.allclose(grams, reference[grams.index], atol=1e-5), "the same photo gets the same five numbers"
+    if "photo" in name and name.startswith("a "):
+        odd = [i for i in grams.index if abs(grams[i] - reference[i]) > 1e-5]
+        assert len({i.rpartition("__")[0] for i in odd}) == 1, "only the broken photo is predicted otherwise"
+        assert all(grams[i] > 0 for i in grams.index if i.endswith("Dry_Total_g")), "never zeros"
+    if TABLE.is_file():
+        assert row(result) in TABLE.read_text().splitlines(), "tests/fault_table.md is stale: python tests/test_submit.py --table"
+
+
+@pytest.mark.parametrize("gone", ["test.csv", "sample_submission.csv", "test"])
+def test_only_tables_and_the_photo_folder_are_needed(trained, tmp_path, gone):
+    run = copy_run(trained, tmp_path)
+    shutil.rmtree(run.input / gone) if gone == "test" else (run.input / gone).unlink()
+    with pytest.raises(InputError, match=gone):
+        run_submit(run)
+    assert not (run.output / "submission.csv").exists()
+
+
+def test_ids_apart(trained, tmp_path):
+    run = copy_run(trained, tmp_path)
+    table = pd.read_csv(run.input / "test.csv")
+    table.replace({"sample_id": {i: i.replace("ID8", "ID7") for i in table["sample_id"]}}).to_csv(run.input / "test.csv", index=False)
+    with pytest.raises(InputError, match="only one of"):
+        run_submit(run)
+
+
+# ---- one preprocessing path ----
+def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkeypatch):
+    "Training photos as test photos, asked of the one fold that left them out: the numbers of oof/dinov3.parquet."
+    run = copy_run(trained, tmp_path)
+    comp = read_competition(run.input)
+    fold = pd.read_parquet(run.artefacts / "oof" / "dinov3.parquet").set_index("image_id")["fold"]
+    ids = [i for i in comp.train["image_id"] if fold[i] == 1]
+    rows = pd.DataFrame({"sample_id": [f"{i}__{t}" for i in ids for t in TARGETS]})
+    rows.assign(image_path="train/" + rows["sample_id"].str.partition("__")[0] + ".jpg", target_name=rows["sample_id"].str.partition("__")[2]).to_csv(run.input / "test.csv", index=False)
+    rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
+    monkeypatch.setattr(submit, "plan_teams", lambda artefacts: [(1,)])
+    seen = {}
+    monkeypatch.setattr(submit.Answer, "take", lambda self, model, rows, grams, real=submit.Answer.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    run_submit(run)
+    wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[[list(comp.train["image_id"]).index(i) for i in sorted(ids)]]
+    assert np.abs(seen["dinov3"] - wanted).max() <= 1e-5
+
+
+def test_alone_or_among_others(trained, untouched, tmp_path):
+    "Each photo submitted alone gets the numbers it gets among the others."
+    reference = untouched[0]
+    for photo in sorted({i[:6] for i in reference.index})[:3]:
+        run = copy_run(trained, tmp_path / photo)
+        for name in ("test.csv", "sample_submission.csv"):
+            table = pd.read_csv(run.input / name)
+            table[table["sample_id"].str.startswith(photo)].to_csv(run.input / name, index=False)
+        run_submit(run)
+        grams = whole(run.output / "submission.csv", run.input)
+        assert np.allclose(grams, reference[grams.index], atol=1e-5)
+
+
+# ---- several devices, several backbones ----
+def part_ways(run) -> None:
+    "Give every fold a backbone file of its own, as a fine-tuned model has."
+    for k in range(3):
+        path = run.artefacts / "dinov3" / f"fold{k}.safetensors"
+        net, meta = load_model(path), read_json(path.with_suffix(".json"))
+        for old in (path, path.with_suffix(".json")):
+            old.unlink()
+        save_model(net, path, None, **{key: v for key, v in meta.items() if key not in ("config", "shared")})
+
+
+def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, tmp_path, monkeypatch):
+    run = copy_run(trained, tmp_path)
+    part_ways(run)
+    assert submit.plan_teams(run.artefacts) == [(0,), (1,), (2,)]
+    cpu = torch.device("cpu")
+    used = set()
+    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [submit.Device(cpu, 2, warn), submit.Device(cpu, 2, warn)])
+    real = submit.Device.each
+    monkeypatch.setattr(submit.Device, "each", lambda self, index, work: (used.add((id(self), threading.get_ident())), real(self, index, work))[1])
+    run_submit(run)
+    assert len({device for device, _ in used}) >= 2 and len({thread for _, thread in used}) >= 2, "both devices worked, each in its thread"
+    assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
+
+
+# ---- the clock ----
+def slowed(monkeypatch, seconds: float) -> None:
+    real = submit.encode_chunk
+
+    def encode(net, store, index, view, device):
+        time.sleep(seconds * len(index))
+        return real(net, store, index, view, device)
+
+    monkeypatch.setattr(submit, "encode_chunk", encode)
+
+
+def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
+    slowed(monkeypatch, 0.4)
+    whole_run = copy_run(trained, tmp_path / "whole")
+    part_ways(whole_run)
+    start = time.time()
+    assert not run_submit(whole_run)["dropped"]
+    needed = time.time() - start
+    run = copy_run(trained, tmp_path / "half", [f"limits.hours={needed / 2 / 3600}", "submit.margin_minutes=0"])
+    part_ways(run)
+    monkeypatch.setenv("NBS_STARTED", str(time.time()))
+    start = time.time()
+    summary = run_submit(run)
+    took = time.time() - start
+    assert took <= 1.05 * needed / 2, f"{took:.2f} s of {needed / 2:.2f}"
+    whole(run.output / "submission.csv", run.input)
+    assert summary["dropped"] and "view H" in summary["dropped"][-1], "further views go first"
+    assert summary["models"]["dinov3"] == 6, "every photo had a look"
+    warnings = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert any("no time for" in w for w in warnings)
+
+
+def test_a_stall_is_broken_off(trained, tmp_path, monkeypatch):
+    "One photo takes a minute: no plan sees that coming, the alarm does."
+    slowed(monkeypatch, 60)
+    run = copy_run(trained, tmp_path, ["limits.hours=0.001", "submit.margin_minutes=0"])  # 3.6 s
+    monkeypatch.setenv("NBS_STARTED", str(time.time()))
+    start = time.time()
+    run_submit(run)
+    assert time.time() - start < 6
+    whole(run.output / "submission.csv", run.input)
+    assert any("the deadline came" in w for w in read_json(run.artefacts / "stages" / "submit.json")["warnings"])
+
+
+def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trained, tmp_path, monkeypatch):
+    run = copy_run(trained, tmp_path)
+    run_submit(run)
+    before = (run.output / "submission.csv").read_bytes()
+    run_submit(run)
+    assert (run.output / "submission.csv").read_bytes() == before
+    seen = []
+    real = submit.add_colour
+    monkeypatch.setattr(submit, "add_colour", lambda job: (real(job), seen.append((run.output / "submission.csv").read_bytes())))
+    run_submit(run, force=True)
+    assert seen == [before], "means and colours do not replace what models said"
+
+
+# ---- kills ----
+def submit_quietly(folder: str) -> None:
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    run_submit(tiny.run_on(Path(folder) / "in", Path(folder) / "out", *SMALL), force=True)
+
+
+def watched(folder: Path, end: float | None = None, number: int = signal.SIGKILL) -> tuple[float, float | None, int]:
+    "Submit in a process, kill it `end` seconds later, and read the file all the time: seconds, when it came, how often it was read."
+    process = CONTEXT.Process(target=submit_quietly, args=(str(folder),))
+    path, came, reads = folder / "out" / "submission.csv", None, 0
+    process.start()
+    start = time.time()
+    while process.is_alive():
+        if end is not None and time.time() - start >= end:
+            os.kill(process.pid, number)
+            process.join(10)
+            break
+        if path.exists():
+            whole(path, folder / "in")
+            came, reads = came or time.time() - start, reads + 1
+        time.sleep(0.01)
+    process.join(10)
+    took = time.time() - start
+    if path.exists():
+        whole(path, folder / "in")
+    assert end is not None or process.exitcode == 0
+    return took, came, reads
+
+
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["nbs_lib.submit", "tiny"])
+
+
+def test_killed_at_ten_random_moments(trained, tmp_path):
+    run = copy_run(trained, tmp_path)
+    watched(tmp_path)  # warms the fork server
+    (run.output / "submission.csv").unlink()
+    needed, first, reads = watched(tmp_path)
+    assert first < 60 and reads > 5
+    moments = np.random.default_rng(int(time.time())).uniform(0, needed, 10)
+    outcomes = []
+    for k, moment in enumerate(moments):
+        (run.output / "submission.csv").unlink(missing_ok=True)
+        number = (signal.SIGTERM, signal.SIGKILL)[k % 2]
+        _, came, _ = watched(tmp_path, moment, number)
+        assert came is not None or moment < first + 2, f"killed after {moment:.2f} s of {needed:.2f}, and no file"
+        outcomes.append(came is not None)
+    assert any(outcomes)
+    watched(tmp_path)
+    assert not list(run.output.glob(".submission.tmp-*")), "half-written temporary files are swept up by the next run"
+
+
+def write_table() -> None:
+    "Run the drill and write what came out."
+    import tempfile
+
+    folder = Path(tempfile.mkdtemp())
+    source = train_small(folder / "trained")
+    lines = ["| What is wrong | What is said | Who answered |", "|---|---|---|"]
+    for k, name in enumerate(DRILL):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            lines.append(row(drill(name, source, folder / str(k), monkeypatch)))
+    TABLE.write_text("\n".join(lines) + "\n")
+    shutil.rmtree(folder)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    write_table()
