@@ -280,7 +280,7 @@ class Head(nn.Module):
         start = torch.where(base / self.unit > 15, base / self.unit, start)
         return self.unit * F.softplus(raw + (start if self.kind == "pooled" else start[:, None]))
 
-# %% ../notebooks/31_model.ipynb #0ece0e7a
+# %% ../notebooks/31_model.ipynb #0ef8fdd7
 class Encoded(NamedTuple):
     "What the backbone saw in B photographs."
     pooled: Tensor  # (B, features) float32, both halves averaged
@@ -416,6 +416,9 @@ def add_lora(net: BiomassNet) -> None:
     names = [name for name, module in body.named_modules() if isinstance(module, nn.Linear) and name.startswith(("blocks.", "stages."))]
     if not names:
         raise InputError(f"train_dinov3.lora: {net.config.backbone} has no linear layers in its blocks; set lora = 0 and use unfreeze")
+    for module in body.modules():
+        if hasattr(module, "qkv_bias_separate"):  # else EVA's attention reads the weight itself, past the adapter
+            module.qkv_bias_separate = True
     inject_adapter_in_model(LoraConfig(r=net.config.lora, lora_alpha=2 * net.config.lora, target_modules=names), body)
 
 

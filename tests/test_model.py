@@ -1,0 +1,207 @@
+"""Faults and properties of 31_model: weights that do not fit, heads that must agree with their maps, adapters, pieces on disk."""
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nbs_lib.core import InputError
+from nbs_lib.model import (
+    FIVE_TO_PARTS,
+    PARTS_TO_FIVE,
+    Backbone,
+    Encoded,
+    ModelConfig,
+    build_model,
+    cross_fit,
+    five,
+    grouped_splits,
+    load_model,
+    load_weights,
+    save_model,
+)
+from nbs_lib.targets import QUADRAT_M2, imbalance
+
+VIT, CNN = "vit_tiny_patch16_dinov3_qkvb", "tf_efficientnet_lite0"
+
+
+@pytest.fixture(scope="module")
+def vit():
+    torch.manual_seed(0)
+    return Backbone(VIT)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def as_written(state: dict, form: str, path: Path) -> Path:
+    "The same weights in the layouts in which they are passed around."
+    if form == "safetensors":
+        save_file(state, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors")
+    if form == "folder":
+        save_file(state, path.parent / "model.safetensors")
+        return path.parent
+    wrapped = {"bare": state, "wrapped": {"state_dict": state, "epoch": 3}, "prefixed": {f"module.{k}": v for k, v in state.items()},
+               "classifier": {**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}}[form]
+    torch.save(wrapped, path.with_suffix(".pth"))
+    return path.with_suffix(".pth")
+
+
+@pytest.mark.parametrize("form", ["safetensors", "folder", "bare", "wrapped", "prefixed", "classifier"])
+def test_weights_load_from_every_layout(vit, form, tmp_path):
+    state = {k: v.clone() for k, v in vit.net.state_dict().items()}
+    other = Backbone(VIT)
+    load_weights(other, str(as_written(state, form, tmp_path / "w")))
+    assert all(torch.equal(v, state[k]) for k, v in other.net.state_dict().items())
+
+
+@pytest.mark.parametrize("fault, told", [("missing", "1 missing"), ("unexpected", "1 unexpected"), ("shape", "1 of another shape"), ("text", "not a weight file"), ("half", "not a weight file"), ("absent", "no such weight file"), ("empty", "train_dinov3.weights is empty")])
+def test_weights_that_do_not_fit_are_named(vit, fault, told, tmp_path):
+    state = {k: v.clone() for k, v in vit.net.state_dict().items()}
+    key = "blocks.3.attn.qkv.weight"
+    if fault == "missing":
+        del state[key]
+    if fault == "unexpected":
+        state["blocks.99.attn.qkv.weight"] = torch.zeros(1)
+    if fault == "shape":
+        state[key] = state[key][:1]
+    path = tmp_path / "w.safetensors"
+    save_file(state, path)
+    if fault == "text":
+        path.write_text("<!doctype html><title>403 Forbidden</title>")
+    if fault == "half":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    if fault == "absent":
+        path.unlink()
+    before = {k: v.clone() for k, v in vit.net.state_dict().items()}
+    with pytest.raises(InputError, match=told) as e:
+        load_weights(vit, "" if fault == "empty" else str(path))
+    assert "\n" not in str(e.value)
+    assert all(torch.equal(v, before[k]) for k, v in vit.net.state_dict().items())
+
+
+def test_a_pickle_with_code_is_refused(vit, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"state_dict": Evil()}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="not a weight file"):
+        load_weights(vit, str(tmp_path / "w.pth"))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("backbone", [VIT, CNN])
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("order", ["panorama", "left_right"])
+def test_density_map_adds_up_to_the_answer(backbone, halves, order):
+    net = build_model(ModelConfig(backbone, probe=False, head="density", dim=16, halves=halves, order=order, prefix=True)).eval()
+    net.start_from(np.abs(np.random.default_rng(0).normal(20, 9, (9, 3))) @ PARTS_TO_FIVE.T)
+    for part in net.head.parts:
+        torch.nn.init.normal_(part[-1].weight)
+    x = torch.randn(2, 2, 3, 64, 96)
+    with torch.inference_mode():
+        grams, picture = net(x), net.density(x)
+    assert picture.shape[-1] == 2 * picture.shape[-2] * 96 // 64
+    torch.testing.assert_close(picture.mean((2, 3)) * QUADRAT_M2, grams, rtol=1e-4, atol=1e-4)
+    assert np.abs(imbalance(five(grams.double()).numpy())).max() < 1e-9
+
+
+def test_the_seam_is_where_the_halves_meet():
+    "Light in the right edge of the left half and the left edge of the right half falls into neighbouring columns of the map."
+    net = build_model(ModelConfig(CNN, probe=False, head="density", dim=8, fusion="none", layers=1), "wheel:efficientnet_lite0").eval()
+    for part in net.head.parts:
+        torch.nn.init.normal_(part[-1].weight)
+    x = torch.zeros(1, 2, 3, 128, 256)
+    lit = x.clone()
+    lit[:, 0, :, :, -32:], lit[:, 1, :, :, :32] = 3.0, 3.0
+    with torch.inference_mode():
+        change = (net.density(lit) - net.density(x)).abs().mean((0, 1, 2))
+    assert len(change) == 16 and change[6:10].min() > torch.cat([change[:4], change[12:]]).max()
+
+
+@pytest.mark.parametrize("backbone", [VIT, "vit_tiny_patch16_224"])
+def test_lora_starts_as_the_backbone_and_every_adapter_learns(backbone):
+    torch.manual_seed(1)
+    config = ModelConfig(backbone, probe=False, head="pooled", dim=8, lora=2)
+    net = build_model(config).eval()
+    plain = build_model(dataclasses.replace(config, lora=0)).eval()
+    names = {k.replace("base_layer.", ""): v for k, v in net.state_dict().items() if "lora_" not in k}
+    plain.load_state_dict(names)
+    x = torch.randn(1, 2, 3, 64, 64)
+    for head in (net.head, plain.head):
+        for part in head.parts:
+            torch.nn.init.ones_(part[-1].weight)
+    torch.testing.assert_close(net(x), plain(x))
+    net(x).sum().backward()
+    grads = {n: p.grad for n, p in net.named_parameters() if "lora_B" in n}
+    assert len(grads) == 12 * 4 and all(g is not None and g.abs().max() > 0 for g in grads.values())
+
+
+def test_checkpointing_changes_no_gradient():
+    net = build_model(ModelConfig(VIT, probe=False, head="density", dim=8)).train()
+    for part in net.head.parts:
+        torch.nn.init.ones_(part[-1].weight)
+    x, grads = torch.randn(1, 2, 3, 64, 64), []
+    for on in (False, True):
+        net.backbone.net.set_grad_checkpointing(on)
+        net.zero_grad()
+        torch.manual_seed(5)
+        net(x).sum().backward()
+        grads.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and any(n.startswith("backbone") for n in grads[0])
+    for n in grads[0]:
+        torch.testing.assert_close(grads[0][n], grads[1][n], rtol=1e-4, atol=1e-5)
+
+
+def test_pieces_on_disk_come_together_and_a_gap_is_told(tmp_path):
+    net = build_model(ModelConfig(VIT, probe=False, head="pooled", dim=8)).eval()
+    for name, p in net.backbone.named_parameters():
+        p.requires_grad_("blocks.11." in name)
+    common = tmp_path / "backbone.safetensors"
+    save_model(net, tmp_path / "fold0.safetensors", common)
+    x = torch.randn(1, 2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path / "fold0.safetensors")(x), net(x))
+    common.unlink()
+    with pytest.raises(InputError, match="backbone.safetensors: missing"):
+        load_model(tmp_path / "fold0.safetensors")
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    save_model(build_model(ModelConfig(CNN, probe=False, dim=8)), tmp_path / "fold0.safetensors")
+    save_model(build_model(ModelConfig(CNN, probe=False, dim=16)), tmp_path / "fold1.safetensors")
+    (tmp_path / "fold0.safetensors").write_bytes((tmp_path / "fold1.safetensors").read_bytes())
+    with pytest.raises(InputError, match="another architecture"):
+        load_model(tmp_path / "fold0.safetensors")
+
+
+def test_the_probe_never_sees_the_group_it_answers_for():
+    "Features that name the photo: a probe that looked would be right, one that did not is no better than a constant."
+    rng = np.random.default_rng(0)
+    y = np.abs(rng.normal(20, 10, (40, 3))) @ PARTS_TO_FIVE.T
+    groups = np.arange(40) // 4
+    _, smear, held = cross_fit(np.eye(40), y, groups)
+    answers = held.mean(0) ** 2 + smear
+    assert ((y - answers) ** 2).sum() > 0.9 * ((y - y.mean(0)) ** 2).sum()
+    for train, out in grouped_splits(groups, 5, 0):
+        assert not set(groups[train]) & set(groups[out])
+
+
+def test_projection_is_orthogonal_and_exact_on_what_obeys():
+    parts = np.abs(np.random.default_rng(0).normal(size=(6, 3)))
+    np.testing.assert_allclose(parts @ PARTS_TO_FIVE.T @ FIVE_TO_PARTS.T, parts, atol=1e-12)
+    both = PARTS_TO_FIVE @ FIVE_TO_PARTS
+    np.testing.assert_allclose(both, both.T, atol=1e-12)
+
+
+def test_encoded_rows_and_halves_keep_their_order():
+    e = Encoded(torch.arange(3.0)[:, None], torch.arange(6.0).view(3, 2, 1, 1, 1), torch.zeros(3, 2, 0, 1))
+    assert e.rows(torch.tensor([2, 0])).pooled.flatten().tolist() == [2, 0]
+    assert e.apart().grid.flatten().tolist() == [0, 1, 2, 3, 4, 5] and e.apart().pooled.flatten().tolist() == [0, 0, 1, 1, 2, 2]

@@ -1,0 +1,256 @@
+"""Faults of 32_train_dinov3: kills, half files, bad numbers, several processes; and that every kind of network learns."""
+import dataclasses
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nbs_lib import train_dinov3 as room
+from nbs_lib.core import InputError, load_settings
+from nbs_lib.model import Encoded, ModelConfig, build_model
+from nbs_lib.targets import weighted_r2_score
+from nbs_lib.train_dinov3 import Fit, Kept, load_fold, load_state, predict, save_state, steps, train
+
+VIT, CNN = "vit_tiny_patch16_dinov3_qkvb", "tf_efficientnet_lite0"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def settings(**changes):
+    base = dict(epochs=8, warmup=1, lr=3e-3, batch=2, accumulate=2, patience=99, checkpointing=False, dropout=0.0, dim=16)
+    return dataclasses.replace(load_settings("demo").train_dinov3, **{**base, **changes})
+
+
+def eight(backbone: str, channels: int = 24, seed: int = 0):
+    "Eight photographs' maps as a frozen backbone would give them, and labels that have nothing to do with them."
+    rng = np.random.default_rng(seed)
+    prefix = 5 if backbone == VIT else 0
+    grid = torch.tensor(rng.normal(size=(8, 2, channels, 2, 2)), dtype=torch.float32)
+    parts = np.abs(rng.normal(20, 12, (8, 3)))
+    y = np.stack([parts[:, 0], parts[:, 2], parts[:, 1], parts[:, :2].sum(1), parts.sum(1)], 1)
+    return Encoded(torch.zeros(8, 0), grid, torch.tensor(rng.normal(size=(8, 2, prefix, channels)), dtype=torch.float32)), y
+
+
+def net_on(backbone: str, **changes):
+    torch.manual_seed(0)
+    net = build_model(ModelConfig(backbone, **{"probe": False, "dim": 16, "dropout": 0.0, **changes}))
+    return net
+
+
+@pytest.mark.parametrize("backbone, channels", [(VIT, 192), (CNN, 320)])
+@pytest.mark.parametrize("head", ["pooled", "density"])
+@pytest.mark.parametrize("fusion", ["gated_conv", "mamba", "film", "attention", "none"])
+def test_every_network_can_learn_eight_photos_by_heart(fusion, head, backbone, channels):
+    encoded, y = eight(backbone, channels)
+    net = net_on(backbone, fusion=fusion, head=head, prefix=True)
+    net.start_from(y)
+    before = weighted_r2_score(y, predict(net, range(8), kept={"id": encoded}))
+    train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=8, accumulate=1, lr=1e-2), 0, epochs=80))
+    after = weighted_r2_score(y, predict(net, range(8), kept={"id": encoded}))
+    assert after > 0.9 > before, (before, after)
+
+
+def trained(net) -> dict:
+    return {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}
+
+
+def test_accumulation_changes_nothing_but_rounding():
+    encoded, y = eight(CNN, 320)
+    ends = []
+    for batch, accumulate in ((8, 1), (3, 3), (1, 8)):
+        net = net_on(CNN)
+        net.start_from(y)
+        train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=batch, accumulate=accumulate), 0, epochs=4))
+        ends.append(trained(net))
+    for other in ends[1:]:
+        for n in ends[0]:
+            torch.testing.assert_close(other[n], ends[0][n], rtol=1e-3, atol=1e-4)
+
+
+def test_the_backbone_learns_only_where_it_should():
+    pairs = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64, 3), dtype=np.uint8)
+    _, y = eight(VIT)
+    for blocks, lora, changed in ((0, 0, set()), (2, 0, {10, 11}), (-1, 0, set(range(12))), (-1, 2, set(range(12)))):
+        net = net_on(VIT, head="pooled", lora=lora)
+        net.start_from(y[:4])
+        before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
+        s = settings(unfreeze=blocks, lora=lora, freeze_epochs=1, lr_backbone=1e-3, select="last")
+        train(net, Fit(room.Pixels(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
+        moved = {n for n, p in net.backbone.named_parameters() if not torch.equal(p, before[n])}
+        assert {int(n.split("blocks.")[1].split(".")[0]) for n in moved if "blocks." in n} == changed
+        assert all("lora_" in n for n in moved) or not lora
+
+
+def test_the_first_epochs_leave_the_backbone_alone():
+    pairs = np.random.default_rng(0).integers(0, 255, (2, 2, 64, 64, 3), dtype=np.uint8)
+    _, y = eight(VIT)
+    net = net_on(VIT, head="pooled")
+    net.start_from(y[:2])
+    before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
+    train(net, Fit(room.Pixels(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
+    assert all(torch.equal(p, before[n]) for n, p in net.backbone.named_parameters())
+
+
+CHILD = """
+import sys, json, torch, numpy as np
+sys.path.insert(0, {tests!r})
+import test_train as t
+from pathlib import Path
+torch.set_num_threads(1)
+encoded, y = t.eight(t.CNN, 320)
+net = t.net_on(t.CNN, dropout=0.2)
+net.start_from(y)
+s = t.settings(save_minutes=0.0, dropout=0.2, batch=1, accumulate=2)
+t.train(net, t.Fit(t.Kept(encoded), y, np.arange(8), s, 0, epochs=30, state=Path({state!r}), key="k"))
+torch.save(t.trained(net), {out!r})
+"""
+
+
+def child(state: Path, out: Path, **env) -> subprocess.Popen:
+    code = CHILD.format(tests=str(Path(__file__).parent), state=str(state), out=str(out))
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **env}, cwd=Path(__file__).parent.parent)
+
+
+def test_kill_minus_nine_at_any_moment_and_go_on(tmp_path):
+    assert child(tmp_path / "whole.pt", tmp_path / "whole.out").wait() == 0
+    state, kills = tmp_path / "killed.pt", 0
+    for _ in range(2):
+        p = child(state, tmp_path / "killed.out")
+        while not state.exists() and p.poll() is None:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 0.6) if kills == 0 else random.uniform(0.5, 2.0))
+        p.send_signal(signal.SIGKILL)
+        kills += p.wait() == -signal.SIGKILL
+    assert kills >= 1
+    assert child(state, tmp_path / "killed.out").wait() == 0
+    whole, killed = (torch.load(tmp_path / f"{name}.out", weights_only=True) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[n], killed[n]) for n in whole)
+
+
+PAIR = """
+import sys, json, torch, numpy as np
+sys.path.insert(0, {tests!r})
+import test_train as t
+torch.set_num_threads(1)
+encoded, y = t.eight(t.CNN, 320)
+net = t.net_on(t.CNN)
+net.start_from(y)
+history = t.train(net, t.Fit(t.Kept(encoded), y, np.arange(7), t.settings(batch=3, accumulate=2), 0, epochs=5))
+import os
+if os.environ.get("RANK", "0") == "0":
+    json.dump([h["loss"] for h in history], open({out!r}, "w"))
+"""
+
+
+def test_two_gloo_processes_learn_as_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    code = {n: PAIR.format(tests=str(Path(__file__).parent), out=str(tmp_path / f"{n}.json")) for n in ("one", "two")}
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    here = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", code["one"]], env=alone, cwd=here, check=True)
+    both = [subprocess.Popen([sys.executable, "-c", code["two"]], cwd=here, env={**alone, "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}) for r in range(2)]
+    assert [p.wait(timeout=120) for p in both] == [0, 0]
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert one[-1] < one[0]
+    np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+def test_half_a_state_falls_back_to_the_one_before(tmp_path):
+    path, said = tmp_path / "s.pt", []
+    for step in (1, 2):
+        save_state(path, key="k", step=step)
+    path.write_bytes(path.read_bytes()[:-40])
+    assert load_state(path, "k", said.append)["step"] == 1 and "broken" in said[0]
+    path.write_text("not a state")
+    assert load_state(path, "k", said.append)["step"] == 1
+    path.with_suffix(".before.pt").write_bytes(b"")
+    assert load_state(path, "k", said.append) is None
+
+
+def test_a_state_of_other_settings_is_not_used(tmp_path):
+    save_state(tmp_path / "s.pt", key="old", step=7)
+    said = []
+    assert load_state(tmp_path / "s.pt", "new", said.append) is None and "other settings" in said[0]
+
+
+def test_one_bad_batch_is_passed_over():
+    encoded, y = eight(CNN, 320)
+    y[3] = np.nan
+    net = net_on(CNN, head="pooled")
+    net.start_from(np.nan_to_num(y))
+    history = train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs=3))
+    assert len(history) == 3 and all(np.isfinite(h["loss"]) for h in history)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
+def test_out_of_memory_says_what_to_turn(error):
+    class Full(Kept):
+        def batch(self, index, rng):
+            raise error
+
+    encoded, y = eight(CNN, 320)
+    with pytest.raises(InputError, match="halve batch"):
+        train(net_on(CNN), Fit(Full(encoded), y, np.arange(8), settings(), 0, epochs=1))
+
+
+def test_a_time_budget_ends_a_training_cleanly():
+    encoded, y = eight(CNN, 320)
+    net, said = net_on(CNN, head="pooled"), []
+    net.start_from(y)
+    scores = iter([0.5, 0.1])
+    fit = Fit(Kept(encoded), y, np.arange(8), settings(budget_minutes=1e-9), 0, epochs=50, watch=lambda e, n: next(scores))
+    assert len(train(net, fit, said.append)) == 1 and "time budget" in said[0]
+    assert np.isfinite(predict(net, range(8), kept={"id": encoded})).all()
+
+
+def test_patience_keeps_the_best_epoch():
+    encoded, y = eight(CNN, 320)
+    net, seen = net_on(CNN, head="pooled"), []
+
+    def watch(epoch, n):
+        seen.append(trained(n))
+        return [0.1, 0.9, 0.3, 0.2, 0.2, 0.2][epoch]
+
+    history = train(net, Fit(Kept(encoded), y, np.arange(8), settings(patience=2), 0, epochs=6, watch=watch))
+    assert len(history) == 4
+    assert all(torch.equal(p, seen[1][n]) for n, p in trained(net).items())
+
+
+def test_views_are_averaged_and_an_index_is_a_subset():
+    pairs = np.random.default_rng(0).integers(0, 255, (3, 2, 64, 64, 3), dtype=np.uint8)
+    net = net_on(CNN, head="density").eval()
+    for part in net.head.parts:
+        torch.nn.init.normal_(part[-1].weight)
+    each = [predict(net, pairs, (v,)) for v in room.VIEWS]
+    np.testing.assert_allclose(predict(net, pairs, room.VIEWS), np.mean(each, 0), rtol=1e-5)
+    assert max(np.abs(each[0] - e).max() for e in each[1:]) > 1e-3
+    np.testing.assert_allclose(predict(net, pairs, index=[2, 0], batch=1), each[0][[2, 0]], rtol=1e-5)
+    with pytest.raises(InputError, match="choose out of id"):
+        predict(net, pairs, ("sideways",))
+
+
+def test_every_photo_once_an_epoch():
+    for n, batch, accumulate in ((1, 2, 4), (9, 2, 4), (17, 3, 1)):
+        plan = steps(np.arange(n), batch, accumulate, np.random.default_rng(0))
+        assert sorted(i for s in plan for m in s for i in m) == list(range(n)) and all(len(m) <= batch for s in plan for m in s)
+
+
+def test_a_missing_fold_is_told(tmp_path):
+    with pytest.raises(InputError, match="fold3.json"):
+        load_fold(tmp_path, 3)
