@@ -7,15 +7,20 @@ __all__ = ['PUBLISHED_MEANS', 'Task', 'find_photo', 'read_task', 'is_whole', 'An
            'read_thumbs', 'nearest_mean', 'Team', 'plan_teams', 'load_team', 'Tally', 'Clock', 'open_clock', 'pieces',
            'DeadlinePassed', 'alarm', 'out_of_memory', 'Device', 'find_devices', 'share', 'Shelf', 'Part', 'Reader',
            'Job', 'Model1', 'count_folds', 'read_and_look', 'Model2', 'join_blocks', 'model_shapes', 'attempt',
-           'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test', 'run_submit', 'show_submit']
+           'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test', 'run_submit', 'show_submit',
+           'recipe_way', 'our_way', 'many_photos', 'bench_submit']
 
-# %% ../notebooks/60_submit.ipynb #98ea498e
+# %% ../notebooks/60_submit.ipynb #c37a10d6
 import contextlib
 import copy
 import io
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,11 +37,12 @@ from PIL import Image
 
 from . import boosting, frozen, siglip
 from .balance import reconcile
-from .core import InputError, Run, atomic, read_json, stage
+from .core import InputError, Run, load_settings, read_json, shipped, stage
 from .data import check_samples, long_form, read_table, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
+from .inpaint import read_bytes
 from .model import BiomassNet
-from .photos import FULL, PhotoStore, Shape, build_stores, half_shape, open_store
+from .photos import FULL, PhotoStore, Shape, build_stores, clean_halves, half_shape, open_store, resize_half
 from .targets import TARGETS, TOTAL, imbalance
 from .train_dinov3 import encode_chunk, load_fold, predict
 
@@ -707,3 +713,88 @@ def show_submit(run: Run, most: int = 6):
         ax.axis("off")
     fig.tight_layout()
     plt.show()
+
+# %% ../notebooks/60_submit.ipynb #7d858fa1
+def recipe_way(run: Run, task: Task, index: Sequence[int]) -> np.ndarray:
+    "(m, 5) grams of model 1 as the recipe gets them: each fold opens and cleans each photo again, and sees one view of one photo at a time."
+    shape, views, cpu = model_shapes(run)["dinov3"], run.settings.train_dinov3.views, torch.device("cpu")
+    folds = sorted(k for plan in plan_teams(run.artefacts) for k in plan)
+    grams = np.zeros((len(folds), len(index), 5))
+    for f, k in enumerate(folds):
+        net = load_fold(run.artefacts, k).eval()
+        for row, i in enumerate(index):
+            halves, _ = clean_halves(read_bytes(task.paths[i]), task.ids[i], run.settings)
+            pair = np.stack([resize_half(half, shape) for half in halves])
+            grams[f, row] = np.mean([predict(net, [pair], (view,), 1, cpu)[0] for view in views], axis=0)
+    return grams.mean(axis=0)
+
+
+def our_way(run: Run, task: Task, index: Sequence[int]) -> np.ndarray:
+    "(m, 5) grams of model 1 as `run_submit` gets them."
+    clock = Clock(time.time() + 1e6)
+    job = Job(run, task, Answer(run.output / "bench.csv", task, open_blend(run, print)), clock, Reader(run, task, [model_shapes(run)["dinov3"]]), find_devices(run.settings.submit.batch))
+    try:
+        model, good = Model1(job), job.reader.get(np.asarray(index))
+        for view in model.views:
+            for folds in model.plans:
+                model.look(folds, view, good)
+        return model.tally.mean()[index]
+    finally:
+        job.reader.close()
+
+
+def many_photos(source: Path, folder: Path, n: int) -> Path:
+    "A competition folder whose test has `n` photos: links to those of `source`, under names of their own."
+    photos = sorted(Path(source, "test").iterdir())
+    (folder / "test").mkdir(parents=True)
+    shutil.copy(Path(source, "train.csv"), folder / "train.csv")
+    (folder / "train").symlink_to(Path(source, "train").resolve())
+    ids = [f"ID{i:06d}" for i in range(n)]
+    for i, name in enumerate(ids):
+        (folder / "test" / f"{name}.jpg").symlink_to(photos[i % len(photos)].resolve())
+    rows = long_form(ids, np.zeros((n, 5)))
+    rows.to_csv(folder / "sample_submission.csv", index=False)
+    rows.assign(image_path=[f"test/{i.partition('__')[0]}.jpg" for i in rows["sample_id"]], target_name=rows["sample_id"].str.rpartition("__")[2]).to_csv(folder / "test.csv", index=False)
+    return folder
+
+
+def bench_submit(demo: str | Path = "", photos: int = 800, few: int = 12) -> list[dict]:
+    "Rows name, photos, seconds, photos_a_second, peak_mb, note: the whole of submit, and model 1 against the recipe's way."
+    demo = Path(demo) if demo else shipped("runs", "demo")
+    if not (demo / "artefacts" / "blend.json").is_file():
+        return [{"name": "submit", "note": "not measured: there are no trained models; run make demo first"}]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [_measure_submit(demo, Path(folder, str(n)), n) for n in (photos // 8, photos)]
+        run, task = _bench_run(demo, many_photos(demo / "input" / "csiro-biomass", Path(folder, "few"), few), Path(folder, "few out"))
+        index, told = np.arange(few), {}
+        for name, way in (("model 1, the recipe's way", recipe_way), ("model 1, our way", our_way)):
+            start = time.perf_counter()
+            told[name] = way(run, task, index)
+            seconds = time.perf_counter() - start
+            rows.append({"name": name, "photos": few, "seconds": round(seconds, 2), "photos_a_second": round(few / seconds, 2)})
+        apart = np.abs(np.subtract(*told.values())).max()
+        rows[-1]["note"] = f"{rows[-2]['seconds'] / rows[-1]['seconds']:.1f} times as fast; grams differ by at most {apart:.0e}"
+        return rows
+
+
+def _bench_run(demo: Path, input: Path, output: Path) -> tuple[Run, Task]:
+    "The demo's models and settings on another input."
+    output.mkdir(parents=True)
+    (output / "artefacts").symlink_to((demo / "artefacts").resolve())
+    run = Run(input, output, load_settings("demo"))
+    return run, read_task(input)
+
+
+def _measure_submit(demo: Path, folder: Path, n: int) -> dict:
+    "The whole of submit in a fresh process."
+    source = many_photos(demo / "input" / "csiro-biomass", folder / "in", n)
+    (folder / "out" / "artefacts").mkdir(parents=True)
+    for part in Path(demo, "artefacts").iterdir():
+        if part.name not in ("photos", "stages"):
+            (folder / "out" / "artefacts" / part.name).symlink_to(part.resolve())
+    code = ("import json, resource, sys, time; from nbs_lib.core import open_run; from nbs_lib.submit import run_submit; start = time.perf_counter(); "
+            "s = run_submit(open_run(sys.argv[1], sys.argv[2], 'demo')); "
+            "print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, s['models']]))")
+    done = subprocess.run([sys.executable, "-c", code, str(source), str(folder / "out")], capture_output=True, text=True, check=True)
+    seconds, peak, models = json.loads(done.stdout.splitlines()[-1])
+    return {"name": f"the whole of submit, {n} photos", "photos": n, "seconds": round(seconds, 1), "photos_a_second": round(n / seconds, 2), "peak_mb": round(peak), "note": str(models)}
