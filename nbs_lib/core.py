@@ -486,9 +486,9 @@ def hash_code(room: str) -> str:
             todo += re.findall(r"^\s*from nbs_lib\.(\w+) import", seen[name], re.M)
     return hashlib.blake2b("".join(seen[n] for n in sorted(seen)).encode(), digest_size=12).hexdigest()
 
-# %% ../notebooks/00_core.ipynb #81105f27
+# %% ../notebooks/00_core.ipynb #39240c42
 # Who writes an artefact: so that a missing one can name the stage to run.
-WRITERS = {"folds.csv": "eda", "photos": "inpaint", "stamps.csv": "inpaint", "photos.csv": "inpaint", "dinov3": "train_dinov3",
+WRITERS = {"folds.csv": "eda", "photos": "inpaint", "dinov3": "train_dinov3",
            "oof/dinov3.parquet": "train_dinov3", "features/siglip.npz": "siglip", "features": "frozen", "boosting": "boosting",
            "oof/boosting.parquet": "boosting", "blend.json": "ensemble", "oof": "ensemble"}
 

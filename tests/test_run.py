@@ -26,7 +26,7 @@ def tree(folder: Path) -> dict[str, int]:
 # ---- what a whole run leaves
 
 def test_every_promised_file_is_there(finished):
-    for name in ("submission.csv", "report.html", "scores.json", "run.json", "artefacts/folds.csv", "artefacts/stamps.csv", "artefacts/photos.csv",
+    for name in ("submission.csv", "report.html", "scores.json", "run.json", "artefacts/folds.csv", "artefacts/photos/stamps.csv", "artefacts/photos/photos.csv",
                  "artefacts/oof/dinov3.parquet", "artefacts/oof/boosting.parquet", "artefacts/oof/ensemble.parquet", "artefacts/blend.json"):
         assert (finished / name).is_file(), name
     for notebook in STAGES.values():
@@ -186,7 +186,8 @@ def test_unreadable_photo_is_named(fault, tables, finished, tmp_path):
 
 def test_a_missing_artefact_names_its_stage(paddock, tmp_path):
     done = command("--profile", "demo", "--input", paddock, "--output", tmp_path / "out", "--only", "ensemble", "--no-report")
-    assert done.returncode == 2 and "--from" in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2 and last.startswith("error: ") and "boosting" in last
 
 
 # ---- stopped runs
