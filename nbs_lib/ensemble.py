@@ -6,7 +6,7 @@
 __all__ = ['RECIPE_MODEL', 'PARTS', 'OOF_FILES', 'Members', 'model_files', 'check_folds', 'read_states', 'read_members',
            'fixed_weights', 'mix', 'learn_weights', 'Policy', 'Blend', 'known_zero', 'fit_carry', 'drop_parts',
            'fit_blend', 'apply_blend', 'nested_predictions', 'grouped_bootstrap', 'compare', 'candidate_names',
-           'choose_policy', 'score_table', 'save_blend', 'load_blend', 'run_ensemble', 'show_ensemble']
+           'choose_policy', 'tell_evidence', 'score_table', 'save_blend', 'load_blend', 'run_ensemble', 'show_ensemble']
 
 # %% ../notebooks/51_ensemble.ipynb #0fd5bed5
 from collections.abc import Mapping, Sequence
@@ -293,6 +293,14 @@ def _try(policy: Policy, step: str, change: dict, members: Members, settings, se
     name = value if isinstance(value, str) else value[0] if isinstance(value, tuple) else step
     return (new if trial["taken"] else policy), {"step": step, "candidate": name, **trial}
 
+# %% ../notebooks/51_ensemble.ipynb #78918557
+def tell_evidence(evidence: list[dict]) -> list[str]:
+    "A line a trial: what was tried, by how much it was better, against which noise, and whether it was taken."
+    fixed = sorted((e for e in evidence if "gain" not in e), key=lambda e: -e["score"])
+    lines = ["fixed weights: " + ", ".join(f"{e['candidate']} {e['score']:.4f}" for e in fixed)] if fixed else []
+    return lines + [f"{e['step']} '{e['candidate']}': {e['gain']:+.4f} ± {e['noise']:.4f}, better in {e['p_better']:.0%} of the draws of sites: {'taken' if e['taken'] else 'left out'}"
+                    for e in evidence if "gain" in e]
+
 # %% ../notebooks/51_ensemble.ipynb #c64aaac7
 def score_table(y: np.ndarray, predicted: np.ndarray, train: pd.DataFrame) -> pd.DataFrame:
     "Scores of `predicted` (n, 5) by target, state, species and date: by, value, n, r2, rmse_g, bias_g, share of the weighted squared error."
@@ -358,9 +366,9 @@ def run_ensemble(run: Run) -> dict:
     run.beside(path)
     return {"policy": asdict(policy), "weights": dict(zip(blend.models, blend.weights.round(3).tolist(), strict=True)), "r2": scores, "evidence": evidence}
 
-# %% ../notebooks/51_ensemble.ipynb #ca8aee14
+# %% ../notebooks/51_ensemble.ipynb #672ebe96
 def show_ensemble(run: Run):
-    "Out-of-fold prediction against truth for each target, and the evidence behind the blend as a table."
+    "Out-of-fold prediction against truth for each target, and the evidence behind the blend in words."
     import matplotlib.pyplot as plt
 
     comp = read_competition(run.input)
@@ -373,4 +381,4 @@ def show_ensemble(run: Run):
         ax.set(title=TARGETS[t], xlabel="weighed, g", ylabel="out of fold, g" if t == 0 else None)
     fig.tight_layout()
     plt.show()
-    return pd.DataFrame(read_json(run.artefacts / "blend.json")["evidence"])
+    print(*tell_evidence(read_json(run.artefacts / "blend.json")["evidence"]), sep="\n")
