@@ -29,9 +29,10 @@ def paddock(n=90, d=24, sites=9, seed=0):
     return X.astype(np.float32), y, np.array([f"s{s}" for s in site])
 
 
-def held_out(regressor, X, y, site, fold, state=None):
+def held_out(regressor, X, y, site, fold, state=None, height=None):
     state = np.full(len(y), "Tas") if state is None else state
-    return out_of_fold(regressor, StateClassifier(), Labelled([], X, y, site, state, np.empty((len(y), 0))), fold)
+    measured = np.empty((len(y), 0)) if height is None else height[:, None]
+    return out_of_fold(regressor, StateClassifier(), Labelled([], X, y, site, state, measured), fold)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +73,17 @@ def test_shuffled_labels_score_no_better_than_the_constant(data):
 def test_the_outer_fold_is_not_seen(data):
     X, y, site = data
     states, fold = np.where(X[:, 0] > 0, "NSW", "Tas"), inner_folds(site, 3, 0)
-    regressor = PastureRegressor(members=("linear", "sum", "lightgbm"), rounds=0.02)
-    clean, clean_states, _ = held_out(regressor, X, y, site, fold, states)
+    regressor = PastureRegressor(members=("linear", "looks", "lightgbm"), rounds=0.02)
+    clean, clean_states, _ = held_out(regressor, X, y, site, fold, states, y[:, 4])
     held, poisoned, odd = fold == 1, y.copy(), states.copy()
     poisoned[held] = 1e5
     odd[held] = "Tas"
-    dirty, dirty_states, _ = held_out(regressor, X, poisoned, site, fold, odd)
+    dirty, dirty_states, _ = held_out(regressor, X, poisoned, site, fold, odd, poisoned[:, 4])
     assert np.array_equal(clean[held], dirty[held]) and np.array_equal(clean_states[held], dirty_states[held])
     assert not np.allclose(clean[~held], dirty[~held])
     moved = X.copy()
     moved[np.flatnonzero(held)[0]] = 1e6  # one held-out photo; no other prediction may move
-    assert np.allclose(held_out(regressor, moved, y, site, fold, states)[0][held][1:], clean[held][1:], atol=1e-6)
+    assert np.allclose(held_out(regressor, moved, y, site, fold, states, y[:, 4])[0][held][1:], clean[held][1:], atol=1e-6)
 
 
 def test_stack_keeps_up_with_its_best_member(data):
