@@ -172,6 +172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'nbs_lib.core.read_ini': ('core.html#read_ini', 'nbs_lib/core.py'),
                               'nbs_lib.core.read_json': ('core.html#read_json', 'nbs_lib/core.py'),
                               'nbs_lib.core.resolve_mount': ('core.html#resolve_mount', 'nbs_lib/core.py'),
+                              'nbs_lib.core.rooms_behind': ('core.html#rooms_behind', 'nbs_lib/core.py'),
                               'nbs_lib.core.seed_everything': ('core.html#seed_everything', 'nbs_lib/core.py'),
                               'nbs_lib.core.settings_file': ('core.html#settings_file', 'nbs_lib/core.py'),
                               'nbs_lib.core.shipped': ('core.html#shipped', 'nbs_lib/core.py'),

@@ -8,8 +8,8 @@ __all__ = ['SECTIONS', 'WRITERS', 'FULL', 'InputError', 'atomic', 'write_json', 
            'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings', 'SubmitSettings', 'Settings',
            'parse_value', 'package_folder', 'shipped', 'settings_file', 'read_ini', 'parse_overrides', 'load_settings',
            'mount_candidates', 'resolve_mount', 'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file',
-           'hash_code', 'Run', 'check_output', 'open_run', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh',
-           'stage', 'check_reads']
+           'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run', 'hash_inputs', 'describe', 'manifest_path',
+           'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #f2d55602
 import configparser
@@ -462,7 +462,7 @@ def progress(items: Iterable, total: int | None = None, label: str = "", every: 
                 left = f", {(now - start) / done * (total - done):.0f} s left" if total else ""
                 print(f"{label}: {done}{f' of {total}' if total else ''}{left}", flush=True)
 
-# %% ../notebooks/00_core.ipynb #09f91070
+# %% ../notebooks/00_core.ipynb #459b95c6
 @functools.lru_cache(maxsize=8192)
 def _hash_once(path: str, size: int, mtime_ns: int) -> str:
     with open(path, "rb") as f:
@@ -475,16 +475,23 @@ def hash_file(path: str | Path) -> str:
     return _hash_once(str(path), stat.st_size, stat.st_mtime_ns)
 
 
-def hash_code(room: str) -> str:
-    "Of the module `nbs_lib.<room>` and all modules of the library that it imports, at whatever depth."
-    package = package_folder()
+def rooms_behind(room: str) -> dict[str, str]:
+    "Source of the module `nbs_lib.<room>` and of all modules of the library that it imports, at whatever depth."
     seen, todo = {}, [room]
     while todo:
         name = todo.pop()
-        if name not in seen and (package / f"{name}.py").is_file():
-            seen[name] = (package / f"{name}.py").read_text()
-            todo += re.findall(r"^\s*from nbs_lib\.(\w+) import", seen[name], re.M)
-    return hashlib.blake2b("".join(seen[n] for n in sorted(seen)).encode(), digest_size=12).hexdigest()
+        if name not in seen and (package_folder() / f"{name}.py").is_file():
+            seen[name] = (package_folder() / f"{name}.py").read_text()
+            todo += re.findall(r"^\s*from (?:nbs_lib)?\.(\w+) import", seen[name], re.M)
+            for names in re.findall(r"^\s*from (?:nbs_lib|\.) import ([\w, ]+)", seen[name], re.M):
+                todo += re.findall(r"\w+", names)
+    return seen
+
+
+def hash_code(room: str) -> str:
+    "Of the text of `rooms_behind(room)`."
+    sources = rooms_behind(room)
+    return hashlib.blake2b("".join(sources[n] for n in sorted(sources)).encode(), digest_size=12).hexdigest()
 
 # %% ../notebooks/00_core.ipynb #39240c42
 # Who writes an artefact: so that a missing one can name the stage to run.
@@ -557,7 +564,7 @@ def open_run(
     check_output(output, input)
     return Run(input, output, settings)
 
-# %% ../notebooks/00_core.ipynb #b59d5723
+# %% ../notebooks/00_core.ipynb #2f7e7bcc
 def _expand(run: Run, pattern: str) -> list[Path]:
     "The files of `input/…` or `artefacts/…`, sorted; no wildcard: that one file, or none."
     where, _, rest = pattern.partition("/")
@@ -575,13 +582,13 @@ def hash_inputs(run: Run, reads: Iterable[str]) -> dict[str, dict]:
     return out
 
 
-def describe(run: Run, name: str, reads: Iterable[str], sections: Iterable[str]) -> dict:
-    "All that decides what stage `name` writes, as plain JSON."
+def describe(run: Run, name: str, room: str, reads: Iterable[str], sections: Iterable[str]) -> dict:
+    "All that decides what stage `name`, a function of module `room`, writes, as plain JSON."
     chosen = {s: dataclasses.asdict(getattr(run.settings, s)) for s in dict.fromkeys((name, "run", *sections)) if s in SECTIONS}
-    return json.loads(json.dumps({"stage": name, "settings": chosen, "seed": run.settings.run.seed, "library": version,
-                                  "code": hash_code(name), "inputs": hash_inputs(run, reads)}, default=_plain))
+    return json.loads(json.dumps({"stage": name, "room": room, "settings": chosen, "seed": run.settings.run.seed, "library": version,
+                                  "code": hash_code(room), "inputs": hash_inputs(run, reads)}, default=_plain))
 
-# %% ../notebooks/00_core.ipynb #9f80d556
+# %% ../notebooks/00_core.ipynb #497eca1b
 def manifest_path(run: Run, name: str) -> Path:
     return run.artefacts / "stages" / f"{name}.json"
 
@@ -593,12 +600,12 @@ def is_fresh(run: Run, name: str) -> bool:
         return False
     try:
         old = read_json(path)
-        now = describe(run, name, old["inputs"], old["settings"])
+        now = describe(run, name, old["room"], old["inputs"], old["settings"])
         return all(old[k] == now[k] for k in now) and all((run.output / f).is_file() and (run.output / f).stat().st_size == size for f, size in old["outputs"].items())
     except (InputError, KeyError, TypeError, AttributeError):
         return False  # written by another version: do the stage again
 
-# %% ../notebooks/00_core.ipynb #35947316
+# %% ../notebooks/00_core.ipynb #c97d9c4c
 FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "is over its quota", errno.EROFS: "is read-only"}
 
 
@@ -610,6 +617,8 @@ def stage(
     "Make a function of a `Run` a stage: skipped when up to date, its reads checked, a manifest written at the end."
 
     def decorate(function):
+        room = function.__module__.removeprefix("nbs_lib.") if function.__module__.startswith("nbs_lib.") else name  # in its own notebook: __main__
+
         @functools.wraps(function)
         def staged(run: Run, force: bool = False) -> dict:
             if not force and is_fresh(run, name):
@@ -617,7 +626,7 @@ def stage(
                 return read_json(manifest_path(run, name))["summary"]
             check_reads(run, name, reads)
             manifest_path(run, name).unlink(missing_ok=True)
-            run = dataclasses.replace(run, provenance=describe(run, name, reads, sections), warnings=[], written=[])
+            run = dataclasses.replace(run, provenance=describe(run, name, room, reads, sections), warnings=[], written=[])
             start = time.monotonic()
             try:
                 summary = function(run)

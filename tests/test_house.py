@@ -16,8 +16,8 @@ NUMBER = {name: p.stem[:2] for name, p in MODULES.items()}
 # What each room may import: the table of the design, closed upwards (a room may also use what its imports stand on).
 ABOVE = {
     "core": (), "targets": (), "data": ("core", "targets"), "demo": ("core", "targets"), "eda": ("data", "targets"), "inpaint": ("core",),
-    "photos": ("core", "inpaint"), "fusion": (), "model": ("fusion",), "train_dinov3": ("model", "photos", "data", "targets"),
-    "siglip": ("photos", "core"), "frozen": ("model", "photos"), "boosting": ("data", "targets"), "balance": ("targets",),
+    "photos": ("core", "inpaint", "data"), "fusion": (), "model": ("fusion", "targets"), "train_dinov3": ("model", "photos", "data", "targets"),
+    "siglip": ("photos", "core"), "frozen": ("model", "photos", "siglip"), "boosting": ("data", "targets"), "balance": ("targets",),
     "ensemble": ("data", "targets", "balance"), "submit": ("train_dinov3", "siglip", "frozen", "boosting", "ensemble", "balance"),
     "ledger": ("core", "targets"), "budget": ("model", "core"), "kaggle": ("core",), "report": ("core", "targets", "data"),
     "run": ("core", "report", "demo"), "bench": tuple(MODULES),
@@ -37,10 +37,12 @@ def closure(name: str) -> set[str]:
 def imports(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nbs_lib."):
-            found.add(node.module.split(".")[1])
-        elif isinstance(node, ast.ImportFrom) and node.module == "nbs_lib":
-            found |= {a.name for a in node.names} - {"__version__"}
+        if isinstance(node, ast.ImportFrom):  # nbdev writes `from nbs_lib.core import` as `from .core import`
+            module = "." * node.level + (node.module or "")
+            if module in (".", "nbs_lib"):
+                found |= {a.name for a in node.names} - {"__version__"}
+            elif module.startswith((".", "nbs_lib.")):
+                found.add(module.removeprefix("nbs_lib").lstrip(".").split(".")[0])
         elif isinstance(node, ast.Import):
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("nbs_lib.")}
     return found
