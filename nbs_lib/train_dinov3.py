@@ -542,7 +542,7 @@ def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
     notes["history"] = train(net, fit, warn)
     return net, notes
 
-# %% ../notebooks/32_train_dinov3.ipynb #7661779e
+# %% ../notebooks/32_train_dinov3.ipynb #87d4f78a
 def fold_path(artefacts: Path, k: int, scheme: str = "grouped") -> Path:
     "Where the weights of fold `k` are; only the grouped scheme's are used to submit."
     return Path(artefacts, "dinov3", f"fold{k}.safetensors" if scheme == "grouped" else f"{scheme}_fold{k}.safetensors")
@@ -597,7 +597,7 @@ def run_fold(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int
     common = path.with_name(f"backbone_{digest(s.backbone, s.weights, s.unfreeze)}.safetensors") if s.unfreeze >= 0 or s.lora else None
     save_model(net, path, common, **run.provenance, key=key, scheme=scheme, fold=k, views=s.views, notes=notes, held_out=held_out.tolist())
     for leftover in state.parent.glob(path.stem + "*"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)  # several processes tidy up together
     return held_out, notes
 
 
@@ -624,6 +624,7 @@ def run_train_dinov3(run: Run) -> dict:
     s = run.settings.train_dinov3
     check_settings(s)
     seed_everything(run.settings.run.seed)
+    accelerator(pick_device())  # of several processes, each takes its own GPU
     m, ids, schemes = gather(run)
     summary = {}
     for scheme, numbers in schemes.items():
@@ -667,17 +668,23 @@ def sum_up(table: pd.DataFrame) -> pd.DataFrame:
     wide = table.groupby(["fusion", "head", "scheme"])["r2w"].agg(["mean", "std"]).unstack("scheme")
     return wide.sort_values(("mean", "grouped"), ascending=False).round(4)
 
-# %% ../notebooks/32_train_dinov3.ipynb #62408aeb
+# %% ../notebooks/32_train_dinov3.ipynb #966bc5e6
 def main(argv: Sequence[str] | None = None) -> int:
-    "The command line of this room: the ablation table of a run's folder."
-    parser = argparse.ArgumentParser(prog="python -m nbs_lib.train_dinov3", description="Measure fusion × head on a frozen backbone.")
-    parser.add_argument("--ablate", nargs=2, metavar=("INPUT", "OUTPUT"), required=True)
+    "The command line of this room: train by itself (for `accelerate launch`), or the ablation table of a run's folder."
+    parser = argparse.ArgumentParser(prog="python -m nbs_lib.train_dinov3", description="Train model 1 alone, or measure fusion × head on a frozen backbone.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--train", nargs=2, metavar=("INPUT", "OUTPUT"))
+    what.add_argument("--ablate", nargs=2, metavar=("INPUT", "OUTPUT"))
     parser.add_argument("--profile", default="demo")
+    parser.add_argument("--preset", default="")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     a = parser.parse_args(argv)
     try:
-        print(sum_up(ablate(open_run(*a.ablate, a.profile, "", a.set), seeds=range(a.seeds))).to_string())
+        if a.train:
+            print(json.dumps(run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set)), indent=1))
+        else:
+            print(sum_up(ablate(open_run(*a.ablate, a.profile, a.preset, a.set), seeds=range(a.seeds))).to_string())
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

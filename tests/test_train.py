@@ -254,3 +254,53 @@ def test_every_photo_once_an_epoch():
 def test_a_missing_fold_is_told(tmp_path):
     with pytest.raises(InputError, match="fold3.json"):
         load_fold(tmp_path, 3)
+
+
+SMALL = ["train_dinov3.size=64", "train_dinov3.epochs=2", "train_dinov3.inner_folds=2", "run.folds=2", "train_dinov3.schemes=grouped"]
+
+
+def opened(tmp_path, *more):
+    "A run on a competition in miniature whose photographs are in the store."
+    import tiny
+    from nbs_lib.core import open_run
+    from nbs_lib.photos import run_inpaint
+
+    if not (tmp_path / "in").exists():
+        tiny.competition(tmp_path / "in", n_train=12, n_test=2)
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", [*SMALL, *more])
+    run_inpaint(run)
+    return run
+
+
+def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
+    from nbs_lib.data import read_competition, read_folds, read_oof
+    from nbs_lib.photos import open_store
+
+    run = opened(tmp_path)
+    room.run_train_dinov3(run)
+    train_table = read_competition(run.input).train
+    ids, numbers = train_table["image_id"], read_folds(run, train_table)["fold_grouped"].to_numpy()
+    oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
+    folder = run.artefacts / "dinov3"
+    store = open_store(run, "train", 64)
+    for k in (0, 1):  # what was written is what the saved weights say of the photos
+        out = np.flatnonzero(numbers == k)
+        np.testing.assert_allclose(predict(load_fold(run.artefacts, k), store, index=out), oof[out], rtol=1e-5, atol=1e-5)
+    both = room.predict_folds(run.artefacts, store)
+    np.testing.assert_allclose(both, np.mean([predict(load_fold(run.artefacts, k), store) for k in (0, 1)], 0), rtol=1e-5, atol=1e-5)
+    before = {k: (folder / f"fold{k}.safetensors").stat().st_mtime_ns for k in (0, 1)}
+    (folder / "fold1.safetensors").unlink()
+    room.run_train_dinov3(run)
+    after = {k: (folder / f"fold{k}.safetensors").stat().st_mtime_ns for k in (0, 1)}
+    assert after[0] == before[0] and after[1] != before[1]
+    np.testing.assert_array_equal(read_oof(run.artefacts / "oof/dinov3.parquet", ids), oof)
+
+
+def test_a_trained_backbone_goes_the_same_way(tmp_path):
+    run = opened(tmp_path, "train_dinov3.unfreeze=2", "train_dinov3.select=holdout", "train_dinov3.views=id, H", "train_dinov3.aux=intervals, state, ndvi, height",
+                 "train_dinov3.probe=no", "train_dinov3.halves=yes")
+    summary = room.run_train_dinov3(run)["grouped"]
+    assert summary["heads kept"] == 2 and np.isfinite(summary["r2w"])
+    meta = json.loads((run.artefacts / "dinov3/fold0.json").read_text())
+    assert meta["frozen"] and not meta["shared"] and (run.artefacts / "dinov3" / meta["frozen"]).is_file()
+    assert not list((run.artefacts / "dinov3/state").glob("*.pt"))
