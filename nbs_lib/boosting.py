@@ -503,11 +503,11 @@ BOOSTERS: dict[str, Callable] = {
 }
 JOINT = {"catboost_joint"}  # those that take all targets at once
 
-# %% ../notebooks/42_boosting.ipynb #ac89978b
+# %% ../notebooks/42_boosting.ipynb #ffa34b23
 def stack_weights(
     inner: np.ndarray,  # (M, n, 5) inner predictions, grams
     y: np.ndarray,  # (n, 5) grams
-    pull: float = 0.1,  # towards equal weights, in units of the mean prediction's squared spread
+    pull: float = 0.3,  # towards equal weights, in units of the mean prediction's squared spread
     free: int = 1,  # the last members that get no pull
 ) -> np.ndarray:
     "(M,) weights, none negative, sum one, of least weighted squared error."
@@ -550,12 +550,12 @@ def make_member(name: str, transform: str = "sqrt", **tree) -> Member:
         return TreeMember(kind, own or transform, **tree)
     raise InputError(f"boosting.members: unknown member '{kind}'; known: {', '.join([*KERNELS, 'looks', *BOOSTERS])}")
 
-# %% ../notebooks/42_boosting.ipynb #486f6328
+# %% ../notebooks/42_boosting.ipynb #d04fcc18
 class PastureRegressor(RegressorMixin, BaseEstimator):
     "Grams (n, 5) from features (n, d): members fitted on one `Space`, stacked on inner folds of whole sites."
 
     def __init__(self, blocks: Blocks | None = None, members: tuple[str, ...] = ("linear", "matern", "looks", "lightgbm"), transform: str = "sqrt", stack: bool = True,
-                 inner: int = 5, pull: float = 0.1, pca_variance: float = 0.8, pls: int = 8, gmm: int = 6, rounds: float = 0.1, seed: int = 0):
+                 inner: int = 5, pull: float = 0.3, pca_variance: float = 0.8, pls: int = 8, gmm: int = 6, rounds: float = 0.1, seed: int = 0):
         self.blocks, self.members, self.transform, self.stack, self.inner, self.pull = blocks, members, transform, stack, inner, pull
         self.pca_variance, self.pls, self.gmm, self.rounds, self.seed = pca_variance, pls, gmm, rounds, seed
 
