@@ -10,8 +10,20 @@ from hypothesis import strategies as st
 
 from nbs_lib.core import InputError, load_settings, read_json
 from nbs_lib.data import read_competition, read_oof
-from nbs_lib.ensemble import (Members, Policy, apply_blend, choose_policy, fit_blend, grouped_bootstrap, learn_weights, load_blend, mix,
-                              nested_predictions, run_ensemble, score_table)
+from nbs_lib.ensemble import (
+    Members,
+    Policy,
+    apply_blend,
+    choose_policy,
+    fit_blend,
+    grouped_bootstrap,
+    learn_weights,
+    load_blend,
+    mix,
+    nested_predictions,
+    run_ensemble,
+    score_table,
+)
 from nbs_lib.targets import from_parts, imbalance, weighted_r2_score
 
 CHOSEN = dataclasses.replace(load_settings("demo").ensemble, draws=400)
