@@ -484,6 +484,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.photos.describe_store': ('photos.html#describe_store', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.half_shape': ('photos.html#half_shape', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.join': ('photos.html#join', 'nbs_lib/photos.py'),
+                                'nbs_lib.photos.listed_photos': ('photos.html#listed_photos', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.open_store': ('photos.html#open_store', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.pale_at_edge': ('photos.html#pale_at_edge', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.photo_key': ('photos.html#photo_key', 'nbs_lib/photos.py'),

@@ -6,9 +6,9 @@
 __all__ = ['Shape', 'FULL', 'QUALITY', 'ROW', 'half_shape', 'wanted_shapes', 'resize_half', 'photo_quality', 'pale_at_edge',
            'PhotoStore', 'store_folder', 'open_store', 'StoreWriter', 'code_key', 'photo_key', 'clean_halves',
            'build_stores', 'build_store', 'join', 'split', 'tta_views', 'augment', 'scale_and_pad', 'to_tensor',
-           'HalvesDataset', 'describe_store', 'run_inpaint', 'write_table']
+           'HalvesDataset', 'describe_store', 'listed_photos', 'run_inpaint', 'write_table']
 
-# %% ../notebooks/21_photos.ipynb #84425d1b
+# %% ../notebooks/21_photos.ipynb #432a96c9
 import dataclasses
 import functools
 import hashlib
@@ -30,7 +30,6 @@ from torch.utils.data import Dataset
 
 from . import inpaint
 from .core import InputError, PhotosSettings, Run, Settings, atomic, progress, stage, write_json
-from .data import read_competition
 from .inpaint import clean_photo, decode_photo, read_bytes, split_halves
 
 # %% ../notebooks/21_photos.ipynb #384ee9bf
@@ -383,7 +382,7 @@ class HalvesDataset(Dataset):
         picture = torch.from_numpy(np.array(pair))
         return picture if self.targets is None else (picture, self.targets[i])
 
-# %% ../notebooks/21_photos.ipynb #ff4ec20a
+# %% ../notebooks/21_photos.ipynb #3895795f
 def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
     "A row a photo: image_id, split, found, box, area of the stamp, height, width, and the columns of `photo_quality`."
     rows = store.rows
@@ -393,26 +392,41 @@ def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
     return table.assign(**{name: rows["quality"][:, k] for k, name in enumerate(QUALITY)})
 
 
+def listed_photos(folder: Path, split: str) -> list[Path]:
+    "The photos that `<split>.csv` names, each once, by image_id; raise `InputError` for a table that names none or one that is not there."
+    table = folder / f"{split}.csv"
+    try:
+        named = pd.read_csv(table, usecols=["image_path"])["image_path"].dropna().unique()
+    except (OSError, ValueError) as e:
+        raise InputError(f"{table}: names no photos ({e}); a column image_path is needed") from e
+    paths = sorted((folder / str(name) for name in named), key=lambda p: p.stem)
+    absent = [p for p in paths if not p.is_file() and not p.is_dir()]
+    if not paths or absent:
+        raise InputError(f"{table}: {'names no photos' if not paths else f'{len(absent)} photos are not there, the first is {absent[0]}'}; copy the competition's folder again")
+    return paths
+
+
 @stage("inpaint", reads=("input/train.csv", "input/test.csv", "input/train/*", "input/test/*"), sections=("photos", "train_dinov3", "frozen"))
 def run_inpaint(run: Run) -> dict:
     "Build the stores of train and visible test photos and write stamps.csv and photos.csv; how many photos, stamps and bytes."
-    competition, shapes, tables, size = read_competition(run.input), wanted_shapes(run.settings), [], 0
-    for split, wide in (("train", competition.train), ("test", competition.test)):
-        stores = build_stores(run, split, [run.input / p for p in wide.image_path], list(wide.image_id), shapes)
+    shapes, tables, size = wanted_shapes(run.settings), [], 0
+    for split in ("train", "test"):
+        paths = listed_photos(run.input, split)
+        stores = build_stores(run, split, paths, [p.stem for p in paths], shapes)
         tables.append(describe_store(stores[0], split))
         for store in stores:
             run.beside(store.folder / "halves.npy", ids=store.ids, shape=store.shape)
             run.wrote(store.folder / "store.json")
             size += store.halves.nbytes
     table = pd.concat(tables, ignore_index=True)
-    for name, columns in (("stamps", ["found", "box", "area"]), ("photos", ["height", "width", *QUALITY])):
+    for name, columns in (("stamps", ["found", "box", "area"]), ("photos", ["height", "width", *QUALITY])):  # their definitions: `photo_quality`
         write_table(run, name, table[["image_id", "split", *columns]])
     return {"photos": len(table), "stamps": int(table.found.sum()), "shapes": shapes, "megabytes": round(size / 1e6)}
 
 
 def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
-    "artefacts/photos/<name>.csv, atomically, with its provenance beside it."
-    path = run.art("photos", f"{name}.csv")
+    "artefacts/<name>.csv, atomically, with its provenance beside it."
+    path = run.art(f"{name}.csv")
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False)
     run.beside(path, rows=len(table))

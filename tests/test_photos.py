@@ -1,0 +1,278 @@
+"""Faults and properties of 20_inpaint and 21_photos that are no lesson: odd files, kills, full disks, flips."""
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as examples, strategies as st
+from nbs_lib import photos
+from nbs_lib.core import InputError, load_settings, open_run
+from nbs_lib.inpaint import MAX_PIXELS, clean_photo, inpaint_stamp, orange_rule, read_photo, split_halves, stamp_mask
+from nbs_lib.photos import FULL, HalvesDataset, augment, build_store, build_stores, half_shape, join, open_store, split, to_tensor, tta_views
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def grass(seed: int, size=(1000, 2000)) -> np.ndarray:
+    "A textured green picture, (h, w, 3) uint8."
+    rng = np.random.default_rng(seed)
+    grain = cv2.GaussianBlur(rng.normal(0, 60, size).astype(np.float32), (0, 0), 2)[..., None]
+    return (np.array([95, 125, 60]) + grain).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    return tmp_path
+
+
+def write_photos(folder: Path, n: int, size=(300, 600)) -> list[Path]:
+    paths = [folder / "in" / f"ID{k}.jpg" for k in range(n)]
+    for k, path in enumerate(paths):
+        Image.fromarray(grass(k, size)).save(path, quality=92)
+    return paths
+
+
+def run_in(folder: Path, *overrides: str):
+    return open_run(folder / "in", folder / "out", overrides=["photos.workers=2", *overrides])
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "CMYK", "1", "I;16", "I", "YCbCr"])
+def test_modes_become_rgb(tmp_path, mode):
+    picture = grass(0, (120, 240))
+    if mode in ("I;16", "I"):
+        image = Image.fromarray(picture[..., 1].astype(np.uint16) * 257)
+        image = image if mode == "I;16" else image.convert("I")
+    else:
+        image = Image.fromarray(picture).convert(mode)
+    path = tmp_path / f"a.{'jpg' if mode in ('RGB', 'L', 'CMYK', 'YCbCr') else 'tif' if mode == 'I' else 'png'}"
+    image.save(path)
+    photo = read_photo(path)
+    assert photo.shape == (120, 240, 3) and photo.dtype == np.uint8
+    if mode not in ("1", "P"):
+        wanted = picture if mode in ("RGB", "RGBA", "CMYK", "YCbCr") else np.repeat(np.asarray(image.convert("L") if mode in ("L", "LA") else Image.fromarray(picture[..., 1]))[..., None], 3, 2)
+        assert np.abs(photo.astype(int) - wanted).mean() < 12
+
+
+@pytest.mark.parametrize("orientation, shape", [(1, (100, 240)), (3, (100, 240)), (6, (240, 100)), (8, (240, 100))])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_exif_orientation(tmp_path, orientation, shape, suffix):
+    exif = Image.Exif()
+    exif[274] = orientation
+    picture = grass(0, (100, 240))
+    picture[:20, :20] = 255
+    Image.fromarray(picture).save(tmp_path / f"a.{suffix}", exif=exif)
+    photo = read_photo(tmp_path / f"a.{suffix}")
+    corner = {1: np.s_[:15, :15], 3: np.s_[-15:, -15:], 6: np.s_[:15, -15:], 8: np.s_[-15:, :15]}[orientation]
+    assert photo.shape[:2] == shape and photo[corner].mean() > 230
+
+
+def test_refusals_name_the_file(tmp_path):
+    Image.fromarray(grass(0)).save(tmp_path / "good.jpg")
+    whole = (tmp_path / "good.jpg").read_bytes()
+    bad = {"zero.jpg": b"", "half.jpg": whole[: len(whole) // 2], "tail.jpg": whole[:-2000], "text.jpg": b"image_id,path\n" * 50,
+           "magic.jpg": whole[:3], "png.png": b"\x89PNG\r\n\x1a\n" + b"0" * 100}
+    for name, content in bad.items():
+        (tmp_path / name).write_bytes(content)
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.jpg")
+    Image.new("F", (100, 100)).save(tmp_path / "float.tif")
+    (tmp_path / "dir.jpg").mkdir()
+    for name in [*bad, "dot.jpg", "float.tif", "dir.jpg", "absent.jpg"]:
+        with pytest.raises(InputError) as told:
+            read_photo(tmp_path / name)
+        assert name in str(told.value) and "\n" not in str(told.value) and len(str(told.value)) < 400
+
+
+def claim_size(content: bytes, width: int, height: int) -> bytes:
+    "The bytes of a small JPEG or PNG whose header claims another size."
+    if content[:4] == b"\x89PNG":
+        head = content[12:16] + width.to_bytes(4, "big") + height.to_bytes(4, "big") + content[24:29]
+        return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+    at = content.index(b"\xff\xc0") + 5
+    return content[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + content[at + 4 :]
+
+
+@pytest.mark.parametrize("size", [(20000, 10000), (9000, 8000)])
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_huge_is_refused_before_it_is_decoded(tmp_path, suffix, size):
+    path = tmp_path / f"huge.{suffix}"
+    Image.fromarray(grass(0, (64, 64))).save(path)
+    path.write_bytes(claim_size(path.read_bytes(), *size))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(InputError, match="huge.*million"):
+        read_photo(path)
+    assert time.monotonic() - start < 1 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
+    assert size[0] * size[1] > MAX_PIXELS
+
+
+# --- cleaning --------------------------------------------------------------------------------------------------------------
+def test_only_the_mask_is_touched():
+    photo = grass(1)
+    cv2.putText(photo, "24/12/2014", (40, 960), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (255, 140, 10), 4, cv2.LINE_AA)
+    mask = stamp_mask(photo)
+    repaired = inpaint_stamp(photo, mask)
+    assert mask.any() and (repaired[~mask] == photo[~mask]).all() and (repaired[mask] != photo[mask]).any()
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 3000), (3000, 64), (333, 777), (1000, 2000), (2000, 1000)])
+def test_any_size_without_writing_stays_clean(shape):
+    photo = grass(2, shape)
+    assert not stamp_mask(photo).any()
+    left, right = split_halves(clean_photo(photo, load_settings("demo").inpaint))
+    assert left.shape == right.shape and left.shape[0] <= 2 * left.shape[1] + 1
+
+
+def test_rules_and_crop():
+    settings = load_settings("demo", overrides=["inpaint.rule=orange", "inpaint.crop_bottom=0"]).inpaint
+    photo = grass(3)
+    photo[400:500, 400:900] = (230, 150, 40)
+    clean, mask = clean_photo(photo, settings, with_mask=True)
+    assert clean.shape == photo.shape and mask[450, 600] and orange_rule(photo)[450, 600] and not stamp_mask(photo).any()
+    for bad in ("inpaint.rule=blue", "inpaint.crop_bottom=0.7"):
+        with pytest.raises(InputError, match=r"settings \[inpaint\]"):
+            clean_photo(photo, load_settings("demo", overrides=[bad]).inpaint)
+
+
+# --- the store -------------------------------------------------------------------------------------------------------------
+def count_cleaned(monkeypatch) -> list[str]:
+    "Names of the photos that are cleaned from now on."
+    seen, real = [], photos.clean_halves
+    monkeypatch.setattr(photos, "clean_halves", lambda content, name, settings: (seen.append(Path(name).stem), real(content, name, settings))[1])
+    return seen
+
+
+def test_only_what_changed_is_done_again(folder, monkeypatch):
+    paths = write_photos(folder, 4)
+    ids = [p.stem for p in paths]
+    seen = count_cleaned(monkeypatch)
+    first = build_store(run_in(folder), "train", paths, ids, 64)
+    kept = first.halves[0].copy()
+    assert sorted(seen) == ids
+    build_store(run_in(folder), "train", paths, ids, 64)
+    assert len(seen) == 4
+    Image.fromarray(grass(9, (300, 600))).save(paths[2])
+    again = build_store(run_in(folder), "train", paths, ids, 64)
+    assert seen[4:] == ["ID2"] and (again.halves[0] == kept).all()
+    build_store(run_in(folder, "inpaint.crop_bottom=0"), "train", paths, ids, 64)
+    assert len(seen) == 9
+    build_stores(run_in(folder, "inpaint.crop_bottom=0"), "train", paths, ids, [64, 96])
+    assert len(seen) == 13  # the new size is made, from one decode a photo
+    build_store(run_in(folder, "inpaint.crop_bottom=0"), "train", paths[:2], ids[:2], 64)
+    assert open_store(run_in(folder), "train", 64).ids == ids[:2]
+
+
+def test_a_killed_build_goes_on(folder):
+    paths = write_photos(folder, 12, (1000, 2000))
+    program = textwrap.dedent("""
+        import sys
+        from pathlib import Path
+        from nbs_lib.core import open_run
+        from nbs_lib.photos import build_stores
+        folder = Path(sys.argv[1])
+        paths = [folder / "in" / f"ID{k}.jpg" for k in range(12)]
+        run = open_run(folder / "in", folder / "out", overrides=["photos.workers=1"])
+        print("ready", flush=True)
+        build_stores(run, "train", paths, [p.stem for p in paths], [(320, 320), (900, 1000)])
+    """)
+    child = subprocess.Popen([sys.executable, "-c", program, str(folder)], cwd=HERE, stdout=subprocess.PIPE)
+    rows = folder / "out/artefacts/photos/train_900x1000/rows.npy"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        if rows.is_file() and rows.stat().st_size and (np.load(rows)["key"] != b"").sum() >= 3:
+            break
+    child.send_signal(signal.SIGKILL)
+    child.communicate()
+    done = int((np.load(rows)["key"] != b"").sum())
+    assert 3 <= done < 12
+    with pytest.raises(InputError, match="not finished"):
+        open_store(run_in(folder), "train", FULL)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = count_cleaned(patch)
+        store = build_stores(run_in(folder), "train", paths, [p.stem for p in paths], [(320, 320), FULL])[1]
+    assert 12 - done <= len(seen) <= 13 - done
+    for k in (0, 5, 11):
+        whole = clean_photo(read_photo(paths[k]), load_settings("demo").inpaint)
+        assert (join(store[k]) == whole).all()
+
+
+def test_a_full_disk_is_told(folder, monkeypatch):
+    paths = write_photos(folder, 2)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError) as told:  # the stage decorator turns it into one line
+            build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 64)
+        assert told.value.errno == errno.ENOSPC
+    usage = photos.shutil.disk_usage(folder)
+    monkeypatch.setattr(photos.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match="GB"):
+        build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 96)
+
+
+def test_a_broken_photo(folder):
+    paths = write_photos(folder, 3)
+    paths[1].write_bytes(paths[1].read_bytes()[:3000])
+    ids = [p.stem for p in paths]
+    with pytest.raises(InputError, match="ID1.jpg"):
+        build_store(run_in(folder), "test", paths, ids, 64)
+    run = run_in(folder)
+    store = build_store(run, "test", [*paths[:2], folder / "in/absent.jpg"], ids, 64, folder=folder / "elsewhere", strict=False)
+    assert (store[1] == 128).all() and (store[2] == 128).all() and store[0].std() > 5 and len(run.warnings) == 2
+    assert open_store(run, "test", 64, folder / "elsewhere").ids == ids
+
+
+def test_workers_may_pickle_a_store(folder):
+    import pickle
+
+    store = build_store(run_in(folder), "train", write_photos(folder, 2), ["ID0", "ID1"], 64)
+    store.halves  # mapped: must not travel
+    copy = pickle.loads(pickle.dumps(store))
+    assert len(pickle.dumps(store)) < 2000 and (copy[1] == store[1]).all()
+    with pytest.raises(InputError, match="ID9"):
+        store.position(["ID0", "ID9"])
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------------
+@examples(max_examples=25, deadline=None)
+@given(st.integers(8, 40), st.integers(8, 40), st.integers(0, 2**31))
+def test_views_are_flips_of_the_panorama(h, w, seed):
+    pair = np.random.default_rng(seed).integers(0, 256, (2, h, w, 3), dtype=np.uint8)
+    whole = join(pair)
+    for view, flipped in zip(tta_views(pair), (whole, whole[:, ::-1], whole[::-1], whole[::-1, ::-1])):
+        assert (join(view) == flipped).all()
+    assert (split(whole) == pair).all()
+
+
+@pytest.mark.parametrize("override", ["jitter=0", "jitter=0.3", "scale_pad=0.3", "rotate90=yes", "flips=no"])
+def test_augment_repeats_and_keeps_its_input(override):
+    settings = load_settings("demo", overrides=[f"photos.{override}"]).photos
+    pair = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    before = pair.copy()
+    outs = [augment(pair, np.random.default_rng(k), settings) for k in range(20)]
+    assert (pair == before).all() and all(o.shape == pair.shape and o.dtype == np.uint8 for o in outs)
+    assert all((o == augment(pair, np.random.default_rng(k), settings)).all() for k, o in enumerate(outs))
+    assert any((o != pair).any() for o in outs)
+
+
+def test_dataset_and_tensor(folder):
+    store = build_store(run_in(folder), "train", write_photos(folder, 3), ["ID0", "ID1", "ID2"], 64)
+    loader = torch.utils.data.DataLoader(HalvesDataset(store, [2, 1], np.eye(3)), batch_size=2, num_workers=1)
+    pictures, targets = next(iter(loader))
+    assert pictures.shape == (2, 2, *half_shape(64), 3) and targets.tolist() == np.eye(3)[[2, 1]].tolist()
+    x = to_tensor(pictures, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
+    assert torch.allclose(x[0, 1, 2], (torch.from_numpy(store[2][1, ..., 2].astype(np.float32)) / 255 - 0.3) / 0.1, atol=1e-5)
