@@ -243,7 +243,7 @@ def find_weights(run: Run) -> str:
         return wanted
     return str(resolve_mount("datasets", f"{kaggle.username}/{kaggle.dinov3_dataset}", wanted) / wanted)
 
-# %% ../notebooks/41_frozen.ipynb #02f8f718
+# %% ../notebooks/41_frozen.ipynb #96f6af34
 @stage("frozen", reads=STORE, sections=("photos", "kaggle"))
 def run_frozen(run: Run) -> dict:
     "Write `features/frozen.npz` and `features/colour.npz` for the training photos."
@@ -264,7 +264,7 @@ def show_frozen(run: Run, each: int = 6) -> None:
 
     store, z = open_store(run, "train", FULL), np.load(run.artefacts / "features" / "frozen.npz")["embedding"]
     z = (z - z.mean(0)) / (z.std(0) + 1e-6)
-    distance = ((z[:, None, :256] - z[None, :, :256]) ** 2).sum(-1)
+    distance = (z**2).sum(1) - 2 * z @ z.T  # of each row to all columns, but for a constant
     np.fill_diagonal(distance, np.inf)
     chosen = np.linspace(0, len(store) - 1, each).astype(int)
     fig, axes = plt.subplots(2, each, figsize=(2 * each, 2.2), squeeze=False)

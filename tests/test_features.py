@@ -1,0 +1,433 @@
+"""SigLIP, frozen and colour features: what is no lesson in 40_siglip and 41_frozen."""
+import dataclasses
+import json
+import shutil
+import weakref
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings as hypothesis_settings, strategies as st
+from safetensors.torch import load_file, save_file
+
+from nbs_lib import frozen, siglip
+from nbs_lib.core import InputError, load_settings, open_run, read_json
+from nbs_lib.photos import FULL, ROW, store_folder
+
+CPU = torch.device("cpu")
+
+
+def some_pairs(n: int, shape=(180, 200), seed: int = 0) -> np.ndarray:
+    "Blobs of many sizes in the colours of a paddock, (n, 2, H, W, 3) uint8."
+    rng = np.random.default_rng(seed)
+    coarse = [cv2.resize(rng.integers(0, 200, (side, 2 * side, 3)).astype(np.float32), (2 * shape[1], shape[0])) for _ in range(n) for side in (4, 16, 60)]
+    panorama = np.stack(coarse).reshape(n, 3, shape[0], 2 * shape[1], 3).mean(1) * rng.uniform(0.6, 1.2, (n, 1, 1, 1))
+    panorama = panorama.clip(0, 255).astype(np.uint8)
+    return np.stack([panorama[:, :, : shape[1]], panorama[:, :, shape[1] :]], 1)
+
+
+def write_store(run, pairs: np.ndarray, split: str = "train") -> list[str]:
+    "A finished store of `pairs`, as stage inpaint leaves it."
+    folder, ids = store_folder(run, split, FULL), [f"ID{i}" for i in range(len(pairs))]
+    folder.mkdir(parents=True)
+    np.save(folder / "halves.npy", np.stack([siglip.at_full(p) for p in pairs]))
+    np.save(folder / "rows.npy", np.zeros(len(pairs), ROW))
+    (folder / "store.json").write_text(json.dumps({"ids": ids, "shape": FULL}))
+    return ids
+
+
+@pytest.fixture
+def open_here(tmp_path):
+    (tmp_path / "input").mkdir()
+    return lambda *overrides, profile="demo": open_run(tmp_path / "input", tmp_path / "out", profile, overrides=overrides)
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return load_settings("demo")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, settings):
+    words = [w for words in siglip.read_prompts(settings.siglip).values() for w in words]
+    return siglip.write_tiny_siglip(tmp_path_factory.mktemp("siglip"), words)
+
+
+@pytest.fixture(scope="module")
+def eye(tiny):
+    return siglip.load_siglip(tiny, CPU)
+
+
+@pytest.fixture(scope="module")
+def backbone(settings):
+    return frozen.load_backbone(settings.frozen, CPU)
+
+
+# --- SigLIP
+
+
+@given(st.integers(1, 4000), st.integers(2, 900), st.data())
+def test_patches_cover_every_pixel(length, patch, data):
+    patch = min(patch, length)
+    overlap = data.draw(st.integers(0, patch - 1))
+    starts = siglip.patch_starts(length, patch, overlap)
+    assert starts[0] == 0 and starts[-1] == length - patch
+    steps = np.diff(starts)
+    assert (steps > 0).all() and (steps <= patch - overlap + 0.5).all()
+    assert len(starts) == 1 or (len(starts) - 2) * (patch - overlap) < length - patch  # none is needless
+
+
+@given(st.integers(200, 2600), st.sampled_from([0.5, 0.45]))
+def test_a_photo_has_eight_patches_at_any_size(width, ratio):
+    assert siglip.cut_patches(np.zeros((round(width * ratio), width, 3), np.uint8)).shape[0] == 8
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "spiece.model", "model.safetensors"])
+def test_a_missing_file_is_named(tiny, tmp_path, name):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=name.split(".")[0]) as told:
+        siglip.load_siglip(folder, CPU)
+    assert "\n" not in str(told.value) and str(folder) in str(told.value)
+
+
+def test_all_missing_files_are_named_at_once(tmp_path):
+    with pytest.raises(InputError, match=r"config\.json.*preprocessor.*spiece.*safetensors"):
+        siglip.check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "spiece.model", "model.safetensors"])
+def test_half_a_file_is_refused(tiny, tmp_path, name):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="cannot be loaded"):
+        siglip.load_siglip(folder, CPU)
+
+
+def test_a_missing_tensor_is_not_replaced_by_noise(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    state = load_file(folder / "model.safetensors")
+    del state["vision_model.post_layernorm.weight"]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="post_layernorm"):
+        siglip.load_siglip(folder, CPU)
+
+
+def test_another_kind_of_model_is_refused(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(InputError, match="'clip', not 'siglip'"):
+        siglip.load_siglip(folder, CPU)
+
+
+def test_both_answers_of_transformers():
+    pooled = torch.ones(2, 3)
+    assert siglip.as_tensor(pooled) is pooled  # 4.5x
+    assert siglip.as_tensor(SimpleNamespace(pooler_output=pooled, last_hidden_state=None)) is pooled  # 5.x
+
+
+def test_tiny_siglip_repeats_and_follows_its_seed(tiny, tmp_path, settings):
+    words = [w for words in siglip.read_prompts(settings.siglip).values() for w in words]
+    state = torch.random.get_rng_state()
+    again, other = (siglip.write_tiny_siglip(tmp_path / str(seed), words, seed) for seed in (0, 1))
+    assert torch.equal(state, torch.random.get_rng_state())  # the caller's random numbers are left alone
+    first, same, differ = (load_file(f / "model.safetensors") for f in (tiny, again, other))
+    assert all(torch.equal(first[k], same[k]) for k in first) and not all(torch.equal(first[k], differ[k]) for k in first)
+
+
+def test_text_is_read_whatever_its_case_and_marks(eye):
+    a, b, c = eye.read(["Dense green Clover!", "dense green clover", "bare soil"])
+    assert torch.allclose(a, b, atol=1e-6) and not torch.allclose(a, c, atol=1e-3)
+
+
+def test_no_photo_depends_on_another(eye, settings):
+    pairs, s = some_pairs(5), settings.siglip
+    together = siglip.embed_photos(pairs, eye, s)
+    for batch in (1, 3):
+        for whole, part in zip(together, siglip.embed_photos(pairs[::-1], eye, dataclasses.replace(s, batch=batch)), strict=True):
+            assert np.abs(whole - part[::-1]).max() < 1e-5
+    alone = siglip.embed_photos(pairs[2:3], eye, s)
+    assert all(np.abs(whole[2:3] - part).max() < 1e-5 for whole, part in zip(together, alone, strict=True))
+    assert np.abs(alone[1]).min() > 0 and together[0].std(0).max() > 1e-3  # one photo is not all zeros, and photos differ
+
+
+def test_probes_against_a_slow_reference(eye, settings):
+    pairs, s = some_pairs(2), settings.siglip
+    _, semantic, patches = siglip.embed_photos(pairs, eye, s)
+
+    def unit(x):
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    concepts = {c: unit(unit(eye.read(words).numpy()).mean(0)) for c, words in siglip.read_prompts(s).items()}
+    scale, bias = float(np.exp(eye.model.logit_scale.item())), eye.model.logit_bias.item()
+    for row, seen in zip(semantic, patches, strict=True):
+        cosine = {c: (unit(seen) @ direction).mean() for c, direction in concepts.items()}
+        p = {c: 1 / (1 + np.exp(-(scale * v + bias))) for c, v in cosine.items()}
+        wanted = [*cosine.values(), p["green"] / (p["green"] + p["dead"]), p["clover"] / (p["clover"] + p["grass"]),
+                  np.log((p["dense"] + p["medium"]) / (p["bare"] + p["sparse"]))]
+        assert np.allclose(row, wanted, atol=1e-4)
+
+
+@given(st.lists(st.floats(-1, 1), min_size=8, max_size=8))
+def test_ratios_are_finite_for_any_cosines(cosine):
+    row = siglip.add_ratios(torch.tensor([cosine]), 117.0, -12.9)[0]
+    assert torch.isfinite(row).all() and (0 <= row[8:10]).all() and (row[8:10] <= 1).all()
+
+
+def test_a_concept_without_words_is_refused():
+    with pytest.raises(InputError, match=r"\[siglip\] clover"):
+        siglip.read_prompts(load_settings("demo", overrides=["siglip.clover="]).siglip)
+
+
+def test_stage_siglip_writes_once_and_then_reads_the_cache(open_here, monkeypatch):
+    run = open_here("siglip.per_patch=yes")
+    ids = write_store(run, some_pairs(3))
+    summary = siglip.run_siglip(run)
+    path = run.artefacts / "features" / "siglip.npz"
+    with np.load(path, allow_pickle=False) as npz:
+        assert list(npz["image_id"]) == ids and npz["embedding"].dtype == np.float32
+        assert npz["embedding"].shape == (3, 32) and npz["semantic"].shape == (3, 11) and npz["patches"].shape == (3, 8, 32)
+    assert read_json(path.with_suffix(".json"))["semantic"] == list(siglip.SEMANTIC)
+    monkeypatch.setattr(siglip, "embed_photos", lambda *_: pytest.fail("computed again"))
+    assert siglip.run_siglip(run) == summary
+
+
+def test_without_weights_the_stage_says_so_and_goes_on(open_here, capsys):
+    run = open_here(profile="laptop")
+    write_store(run, some_pairs(1))
+    stale = run.art("features", "siglip.npz")
+    stale.write_bytes(b"of an earlier run")
+    assert siglip.run_siglip(run) == {"photos": 0}
+    assert "no weights" in capsys.readouterr().out and not stale.exists()
+    assert siglip.compute_features(run, []) == {}
+
+
+def test_weights_that_are_nowhere_are_an_error(open_here):
+    run = open_here("siglip.weights=no/such/folder")
+    write_store(run, some_pairs(1))
+    with pytest.raises(InputError, match="no/such/folder"):
+        siglip.run_siglip(run)
+
+
+def test_a_stage_before_inpaint_names_inpaint(open_here):
+    for stage in (siglip.run_siglip, frozen.run_frozen):
+        with pytest.raises(InputError, match="inpaint"):
+            stage(open_here())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    siglip.write_features(path, ["a"], np.ones((1, 2)))
+    before = path.read_bytes()
+
+    def fail(file, **_):
+        file.write_bytes(b"half")
+        raise OSError("disk")
+
+    monkeypatch.setattr(siglip.np, "savez", fail)
+    with pytest.raises(OSError, match="disk"):
+        siglip.write_features(path, ["a"], np.zeros((1, 2)))
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+
+class Watched:
+    "Makes each pair when it is asked for; counts how often, and how many are held at once."
+
+    def __init__(self, n: int, shape=FULL):
+        self.ids, self.asked, self.alive, self.most = [f"ID{i}" for i in range(n)], [0] * n, weakref.WeakSet(), 0
+        self.base = some_pairs(1, shape)[0]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        pair = self.base.copy().view(Pair)
+        self.asked[i] += 1
+        self.alive.add(pair)
+        self.most = max(self.most, len(self.alive))
+        return pair
+
+
+class Pair(np.ndarray):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+@pytest.mark.parametrize("room", [siglip, frozen])
+def test_each_photo_is_read_once_and_one_batch_is_held(open_here, room):
+    store, run = Watched(5), open_here("siglip.batch=2", "frozen.batch=2", "frozen.widths=96", "frozen.colour_width=64")
+    for ids, embedding, _ in room.compute_features(run, store, CPU).values():
+        assert ids == store.ids and len(embedding) == 5
+    assert store.asked == [1] * 5 and store.most <= 3
+
+
+@pytest.mark.parametrize("room", [siglip, frozen])
+def test_a_store_of_another_size_gives_nearly_the_same(open_here, room):
+    run, pairs = open_here("frozen.widths=96", "frozen.colour_width=128"), some_pairs(3, FULL)
+    larger = np.stack([[cv2.resize(half, (1024, 928), interpolation=cv2.INTER_CUBIC) for half in pair] for pair in pairs])
+    stores = [type("Store", (list,), {"ids": ["a", "b", "c"]})(p) for p in (pairs, larger)]
+    for name, (_, first, _) in (made := [room.compute_features(run, store, CPU) for store in stores])[0].items():
+        second = made[1][name][1]
+        assert np.median(np.abs(first - second) / (np.abs(first).mean(0) + 1e-3)) < 0.05
+
+
+# --- frozen
+
+
+def test_no_frozen_photo_depends_on_another(backbone, settings):
+    pairs = some_pairs(5)
+    s = dataclasses.replace(settings.frozen, widths=(96, 160), poolings=("mean", "sd", "max", "min", "gem"), halves=("mean", "difference", "left", "right"))
+    whole = frozen.frozen_features(pairs, backbone, s)
+    assert whole.shape == (5, sum(frozen.frozen_blocks(backbone, s).values())) and np.isfinite(whole).all()
+    assert np.abs(frozen.frozen_features(pairs[::-1], backbone, s)[::-1] - whole).max() < 1e-4 * np.abs(whole).max()
+    for i in (0, 3):
+        alone = frozen.frozen_features(pairs[i : i + 1], backbone, s)
+        assert np.abs(alone - whole[i]).max() < 1e-5 * max(1, np.abs(whole).max())
+
+
+def test_blocks_name_the_columns_they_cover(backbone, settings):
+    s = dataclasses.replace(settings.frozen, widths=(64, 96), poolings=("mean", "max"), halves=("left", "mean"))
+    row, at = frozen.frozen_features(some_pairs(1), backbone, s)[0], 0
+    blocks = {}
+    for name, wide in frozen.frozen_blocks(backbone, s).items():
+        blocks[name] = row[at : (at := at + wide)]
+    assert at == len(row)
+    for name in blocks:
+        if name.endswith("mean"):
+            assert (blocks[name] <= blocks[name.removesuffix("mean") + "max"] + 1e-5).all()
+    only = dataclasses.replace(s, widths=(96,), poolings=("max",), halves=("left",))
+    left = frozen.frozen_features(some_pairs(1), backbone, only)[0]
+    assert np.allclose(left, np.concatenate([v for k, v in blocks.items() if k.startswith("left 96px") and k.endswith("max")]), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_dinov3_qkvb", "vit_small_patch14_dinov2"])
+def test_a_vit_keeps_the_shape_and_gives_its_class_token(name, settings):
+    s = dataclasses.replace(settings.frozen, backbone=name, weights="random", depths=2, widths=(64,), poolings=("mean",))
+    net = frozen.load_backbone(s, CPU)
+    features = frozen.frozen_features(some_pairs(2), net, s)
+    assert features.shape[1] == sum(frozen.frozen_blocks(net, s).values()) == sum(net.channels) + net.channels[-1]
+
+
+def test_pooling_against_numpy():
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    flat = x.numpy().reshape(2, 3, -1)
+    wanted = [flat.mean(-1), flat.std(-1), flat.max(-1), flat.min(-1), (flat.clip(1e-6) ** 3).mean(-1) ** (1 / 3)]
+    assert np.allclose(frozen.pool(x, ("mean", "sd", "max", "min", "gem")).numpy(), np.concatenate(wanted, 1), atol=1e-5)
+
+
+@given(st.integers(64, 1500), st.integers(64, 1500), st.integers(32, 1100), st.sampled_from([14, 16, 32]))
+def test_a_fitting_shape_is_near_and_divisible(height, width, wanted, stride):
+    h, w = frozen.fitting_shape((height, width), wanted, stride)
+    assert h % stride == w % stride == 0 and min(h, w) >= stride
+    assert abs(w - wanted) <= stride and (h == stride or abs(h - height * wanted / width) <= stride / 2)
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("frozen.poolings=mean,average", "average"), ("frozen.poolings=", "poolings"), ("frozen.halves=both", "both"), ("frozen.halves=", "halves"),
+    ("frozen.widths=", "widths"), ("frozen.widths=0", "widths"), ("frozen.batch=0", "batch"), ("frozen.depths=9", "depths"), ("frozen.depths=0", "depths"),
+    ("frozen.backbone=efficientnet_of_dreams", "efficientnet_of_dreams"), ("frozen.weights=no/such.safetensors", "no/such.safetensors"),
+    ("frozen.weights=", "weights"), ("frozen.colour_width=0", "colour_width")])
+def test_frozen_settings_are_checked_before_the_first_photo(open_here, override, message):
+    store = Watched(1)
+    with pytest.raises(InputError, match=message) as told:
+        frozen.compute_features(open_here(override), store, CPU)
+    assert "\n" not in str(told.value) and store.asked == [0]
+
+
+@pytest.mark.parametrize("override", ["siglip.patch=0", "siglip.overlap=520", "siglip.overlap=-1", "siglip.batch=0"])
+def test_siglip_settings_are_checked_before_the_first_photo(open_here, override):
+    store = Watched(1)
+    with pytest.raises(InputError, match=override.split("=")[0].split(".")[1]):
+        siglip.compute_features(open_here(override), store, CPU)
+    assert store.asked == [0]
+
+
+# --- colour
+
+
+def test_no_colour_photo_depends_on_another(settings):
+    pairs = some_pairs(4)
+    whole, names = frozen.colour_features(pairs, settings.frozen)
+    assert len(names) == len(set(names)) == whole.shape[1] and np.isfinite(whole).all()
+    assert np.array_equal(whole[2:3], frozen.colour_features(pairs[2:3], settings.frozen)[0])
+    assert np.array_equal(whole, frozen.colour_features(pairs[:, ::-1], settings.frozen)[0])
+
+
+@pytest.mark.parametrize("value", [0, 1, 128, 255])
+def test_flat_pictures_give_finite_numbers(value, settings):
+    row, names = frozen.colour_features(np.full((1, 2, 90, 100, 3), value, np.uint8), settings.frozen)
+    assert np.isfinite(row).all() and not row[0, len(names) // 2 :].any()
+
+
+@hypothesis_settings(max_examples=200)
+@given(st.tuples(*[st.integers(0, 255)] * 3))
+def test_indices_of_any_colour_are_bounded(rgb):
+    maps = frozen.vegetation_indices(np.full((1, 1, 3), rgb, np.uint8))
+    for name, value in maps.items():
+        low, high = {"CIVE": (-190, 235), "ExG": (-1, 2), "ExR": (-1, 1.4), "ExGR": (-2.4, 3), "VARI": (-2, 2), "a": (-1.3, 1.3), "b": (-1.3, 1.3)}.get(name, (-1, 1))
+        assert low - 1e-3 <= value.item() <= high + 1e-3, name
+
+
+def test_indices_by_hand():
+    red, green, blue = 80.0, 120.0, 50.0
+    maps = {k: v.item() for k, v in frozen.vegetation_indices(np.array([[[red, green, blue]]], np.uint8)).items()}
+    wanted = {"ExG": (2 * green - red - blue) / 250, "ExR": (1.4 * red - green) / 250, "NGRDI": 40 / 200, "GLI": (2 * green - red - blue) / (2 * green + red + blue),
+              "VARI": 40 / 150, "CIVE": 0.441 * red - 0.811 * green + 0.385 * blue + 18.787, "MGRVI": (green**2 - red**2) / (green**2 + red**2), "saturation": 70 / 120}
+    assert all(np.isclose(maps[k], v, rtol=0.01, atol=0.01) for k, v in wanted.items())
+
+
+def test_a_cloud_changes_no_chromatic_index():
+    pair = some_pairs(1)[0].clip(60, 240)
+    bright, dim = frozen.vegetation_indices(pair[0]), frozen.vegetation_indices((pair[0] * 0.5).astype(np.uint8))
+    for name in ("ExG", "ExR", "NGRDI", "GLI", "saturation"):
+        assert np.abs(bright[name] - dim[name]).mean() < 0.02, name
+
+
+def test_classes_of_cover_do_not_overlap():
+    rgb = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    masks = frozen.cover_masks(rgb)
+    lone = [masks[k] & ~masks["shadow"] & ~masks["glare"] for k in ("green", "straw", "earth", "grey")]
+    assert np.sum(lone, axis=0).max() == 1
+    assert (np.sum(lone, axis=0) + masks["shadow"] + masks["glare"] >= 1).all()  # every pixel is something
+
+
+def test_more_green_is_more_green(settings):
+    soil, leaf = np.array([120, 90, 70], np.uint8), np.array([70, 130, 50], np.uint8)
+    shares = []
+    for rows in (0, 30, 60, 90):
+        half = np.tile(soil, (90, 100, 1))
+        half[:rows] = leaf
+        shares.append(frozen.colour_half(half, 100)["cover green"])
+    assert np.allclose(shares, [0, 1 / 3, 2 / 3, 1], atol=0.04)
+
+
+def test_glcm_contrast_against_a_slow_reference():
+    grey = np.random.default_rng(0).integers(0, 256, (24, 30), dtype=np.uint8)
+    q = grey.astype(int) // 8
+    right, down = (q[:, 1:] - q[:, :-1]) ** 2, (q[1:] - q[:-1]) ** 2
+    slash, back = (q[1:, 1:] - q[:-1, :-1]) ** 2, (q[1:, :-1] - q[:-1, 1:]) ** 2
+    assert np.isclose(frozen.texture_features(grey)["contrast 1px"], np.mean([d.mean() for d in (right, down, slash, back)]))
+
+
+def test_texture_does_not_care_for_quarter_turns():
+    grey = cv2.cvtColor(some_pairs(1, (128, 128))[0, 0], cv2.COLOR_RGB2GRAY)
+    turned = frozen.texture_features(np.ascontiguousarray(np.rot90(grey)))
+    for name, value in frozen.texture_features(grey).items():
+        assert np.isclose(value, turned[name], rtol=0.05, atol=0.01), name
+
+
+def test_stage_frozen_writes_both_files_and_then_reads_the_cache(open_here, monkeypatch):
+    run = open_here("frozen.widths=64,96", "frozen.colour_width=64")
+    ids = write_store(run, some_pairs(3))
+    summary = frozen.run_frozen(run)
+    for name, wide in (("frozen", 2 * 2048), ("colour", summary["colour"])):
+        path = run.artefacts / "features" / f"{name}.npz"
+        with np.load(path, allow_pickle=False) as npz:
+            assert list(npz["image_id"]) == ids and npz["embedding"].shape == (3, wide) and npz["embedding"].dtype == np.float32
+        columns = read_json(path.with_suffix(".json"))["columns"]
+        assert (sum(columns.values()) if name == "frozen" else len(columns)) == wide
+    monkeypatch.setattr(frozen, "compute_features", lambda *_: pytest.fail("computed again"))
+    assert frozen.run_frozen(run) == summary
