@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'MIXED', 'SELECT', 'FUSION_NAMES', 'biomass_los
            'fit_fold', 'fold_path', 'load_fold', 'gather', 'digest', 'finished', 'run_fold', 'probe_alone',
            'score_scheme', 'run_train_dinov3', 'ablate', 'sum_up', 'main', 'predict_folds', 'show_train']
 
-# %% ../notebooks/32_train_dinov3.ipynb #b65a93c6
+# %% ../notebooks/32_train_dinov3.ipynb #8596356e
 import argparse
 import contextlib
 import copy
@@ -35,7 +35,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from .core import InputError, Run, TrainDinov3Settings, atomic, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage
+from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage
 from .data import oof_path, read_competition, read_folds, read_oof, write_oof
 from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, five, grouped_splits, load_model, pixel_stats,
                            save_model)
@@ -542,7 +542,7 @@ def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
     notes["history"] = train(net, fit, warn)
     return net, notes
 
-# %% ../notebooks/32_train_dinov3.ipynb #87d4f78a
+# %% ../notebooks/32_train_dinov3.ipynb #607120e4
 def fold_path(artefacts: Path, k: int, scheme: str = "grouped") -> Path:
     "Where the weights of fold `k` are; only the grouped scheme's are used to submit."
     return Path(artefacts, "dinov3", f"fold{k}.safetensors" if scheme == "grouped" else f"{scheme}_fold{k}.safetensors")
@@ -583,7 +583,8 @@ def finished(path: Path, key: str) -> np.ndarray | None:
 def run_fold(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int, scheme: str) -> tuple[np.ndarray, dict]:
     "Train fold `k`, or take it as it is; held-out predictions (m, 5) and notes."
     s, path, seed = run.settings.train_dinov3, fold_path(run.artefacts, k, scheme), run.settings.run.seed + k
-    key = digest(s, run.settings.photos, seed, ids, numbers == k, m.y, run.provenance.get("inputs"))
+    photos, weights = [key.decode() for key in m.store.rows["key"]], hash_file(s.weights) if Path(s.weights).is_file() else s.weights
+    key = digest(s, run.settings.photos, seed, ids, numbers == k, m.y, photos, weights)
     out, index = np.flatnonzero(numbers == k), np.flatnonzero(numbers != k)
     run.wrote(path)
     if (done := finished(path, key)) is not None:
