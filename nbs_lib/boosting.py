@@ -38,16 +38,16 @@ from .core import InputError, Run, atomic, progress, read_json, stage, version, 
 from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, write_oof
 from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
 
-# %% ../notebooks/42_boosting.ipynb #2327f53e
+# %% ../notebooks/42_boosting.ipynb #899a1691
 Table = tuple[list[str], np.ndarray, np.ndarray | None]  # image_id (n,), embedding (n, d), semantic (n, k)
 
 
 def read_features(path: str | Path) -> Table:
     "One file of `features/`; raise `InputError` naming it for whatever is wrong inside."
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as npz:
             parts = {key: npz[key] for key in npz.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as e:
         raise InputError(f"{path}: not readable as an .npz of plain arrays ({e}); write it again") from e
     for key in ("image_id", "embedding"):
         if key not in parts:
@@ -503,19 +503,19 @@ BOOSTERS: dict[str, Callable] = {
 }
 JOINT = {"catboost_joint"}  # those that take all targets at once
 
-# %% ../notebooks/42_boosting.ipynb #ffa34b23
+# %% ../notebooks/42_boosting.ipynb #24035874
 def stack_weights(
     inner: np.ndarray,  # (M, n, 5) inner predictions, grams
     y: np.ndarray,  # (n, 5) grams
-    pull: float = 0.3,  # towards equal weights, in units of the mean prediction's squared spread
+    pull: float = 0.15,  # towards equal weights, in units of the best member's squared error
     free: int = 1,  # the last members that get no pull
 ) -> np.ndarray:
     "(M,) weights, none negative, sum one, of least weighted squared error."
     scale = np.sqrt(WEIGHTS / len(y))
     members = (inner * scale).reshape(len(inner), -1).T
-    spread = ((inner.mean(0) - y.mean(0)) ** 2 * scale**2).sum()
+    error = ((inner - y) ** 2 * scale**2).sum((1, 2)).min()
     equal = np.r_[np.full(len(inner) - free, 1 / max(1, len(inner) - free)), np.zeros(free)]
-    firm = np.sqrt(pull * spread) * np.diag(np.r_[np.ones(len(inner) - free), np.zeros(free)])
+    firm = np.sqrt(pull * error) * np.diag(np.r_[np.ones(len(inner) - free), np.zeros(free)])
     heavy = 1e3 * max(np.sqrt((y * scale * y * scale).sum()), 1e-6)
     A = np.concatenate([members, firm, np.full((1, len(inner)), heavy)])
     b = np.concatenate([(y * scale).ravel(), firm @ equal, [heavy]])
@@ -550,12 +550,12 @@ def make_member(name: str, transform: str = "sqrt", **tree) -> Member:
         return TreeMember(kind, own or transform, **tree)
     raise InputError(f"boosting.members: unknown member '{kind}'; known: {', '.join([*KERNELS, 'looks', *BOOSTERS])}")
 
-# %% ../notebooks/42_boosting.ipynb #d04fcc18
+# %% ../notebooks/42_boosting.ipynb #23698413
 class PastureRegressor(RegressorMixin, BaseEstimator):
     "Grams (n, 5) from features (n, d): members fitted on one `Space`, stacked on inner folds of whole sites."
 
     def __init__(self, blocks: Blocks | None = None, members: tuple[str, ...] = ("linear", "matern", "looks", "lightgbm"), transform: str = "sqrt", stack: bool = True,
-                 inner: int = 5, pull: float = 0.3, pca_variance: float = 0.8, pls: int = 8, gmm: int = 6, rounds: float = 0.1, seed: int = 0):
+                 inner: int = 5, pull: float = 0.15, pca_variance: float = 0.8, pls: int = 8, gmm: int = 6, rounds: float = 0.1, seed: int = 0):
         self.blocks, self.members, self.transform, self.stack, self.inner, self.pull = blocks, members, transform, stack, inner, pull
         self.pca_variance, self.pls, self.gmm, self.rounds, self.seed = pca_variance, pls, gmm, rounds, seed
 
