@@ -86,6 +86,15 @@ def test_stage_notebook_runs_with_plain_papermill(finished, paddock, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def test_stage_notebook_makes_itself_a_demo(tmp_path):
+    """Opened with its defaults, a stage notebook makes a demo and runs what comes before it."""
+    done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "notebooks/20_inpaint.ipynb"), str(tmp_path / "out.ipynb"), "-p", "output", str(tmp_path / "out"),
+                           "-y", "overrides: [demo.n_train=10, demo.n_test=2, run.folds=2]"], capture_output=True, text=True, cwd=ROOT / "notebooks")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out/input/csiro-biomass-truth.csv").is_file() and (tmp_path / "out/artefacts/folds.csv").is_file()
+    assert (tmp_path / "out/artefacts/photos/photos.csv").is_file()
+
+
 # ---- refusals: exit 2, one line, nothing changed
 
 def edit(folder: Path, name: str, change) -> None:
