@@ -118,7 +118,7 @@ def guard_environment(folder: Path) -> dict[str, str]:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false",
            "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm asks for ipywidgets, which nobody would see
 
-# %% ../notebooks/90_run.ipynb #41da9fe6
+# %% ../notebooks/90_run.ipynb #247c1e38
 def is_run_cell(cell) -> bool:
     "Whether the runner executes this notebook cell."
     tagged = {"parameters", "injected-parameters"} & set(cell.metadata.get("tags", []))
@@ -166,7 +166,7 @@ def _papermill(name: str, run_call: dict) -> dict:
         with atomic(final) as temporary:
             try:
                 papermill.execute_notebook(shipped("notebooks", f"{STAGES[name]}.ipynb"), temporary, parameters=run_call, engine_name="run-cells",
-                                           progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=ERROR"])
+                                           progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
                 failure = {}
             except PapermillExecutionError as e:
                 failure = {"ename": e.ename, "evalue": e.evalue, "cell": e.exec_count}
