@@ -313,7 +313,7 @@ def drill(name: str, source: Path, folder: Path, monkeypatch) -> dict:
 def tidy(text: str, says: str) -> str:
     "A warning up to its details, which name temporary folders and differ between versions of libraries."
     head = text.removeprefix("submit: ").partition(": ")[0]
-    return head if says in head else f"{head} … {says}"
+    return head if says in head else f"… {says}"
 
 
 def row(result: dict) -> str:
