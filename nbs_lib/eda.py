@@ -134,7 +134,7 @@ def sheet_by_grams(comp: Competition, target: str = TARGETS[-1], count: int = 24
     titles = [f"{comp.train[target].iloc[i]:.0f} g · {comp.train['state'].iloc[i]} · {comp.train['height_cm'].iloc[i]:.0f} cm" for i in chosen]
     return contact_sheet([comp.paths("train")[i] for i in chosen], titles)
 
-# %% ../notebooks/10_eda.ipynb #b55d46da
+# %% ../notebooks/10_eda.ipynb #1abbddd0
 FACTS = {
     "green_cover": "share of pixels with excess green 2g − r − b > 0.1 (r, g, b: shares of the three colours)",
     "straw_cover": "share of pixels with r > g > b, 2g − r − b < 0.06 and brighter than the mean",
@@ -145,7 +145,7 @@ FACTS = {
     "gaps": "mean of the darkest tenth / mean grey: low where leaves hide deep gaps",
     "fine_texture": "mean step between neighbours at 800 pixels width / mean grey",
     "coarse_texture": "the same at 100 pixels",
-    "lamps": "share of saturated red pixels (r > 0.55, red > 180)",
+    "lamps": "share of saturated red pixels (r > 0.55, g < 0.25, red > 180)",
     "dark_border": "share of pixels darker than 0.22 in a border of 3 %, less that of the rest",
     "pale_bottom": "share of pale grey pixels in the lowest tenth",
     "orange_rule": "share that the widespread colour rule would paint over (OpenCV hue 5–25, S > 150, V > 150)",
@@ -166,7 +166,7 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
     coarse = cv2.resize(grey, (100, 50), interpolation=cv2.INTER_AREA)
     values = [(excess > 0.1).mean(), ((r > g) & (g > b) & (excess < 0.06) & (grey > mean)).mean(), excess.mean(), (r - b).mean(), mean, grey.std() / mean,
               np.sort(grey, axis=None)[: grey.size // 10].mean() / mean, np.abs(np.diff(grey)).mean() / mean, np.abs(np.diff(coarse)).mean() / mean,
-              ((r > 0.55) & (rgb[..., 0] > 180)).mean(), dark[edge].mean() - dark[~edge].mean(), ((grey > 0.55) & (spread < 40))[-40:].mean(),
+              ((r > 0.55) & (g < 0.25) & (rgb[..., 0] > 180)).mean(), dark[edge].mean() - dark[~edge].mean(), ((grey > 0.55) & (spread < 40))[-40:].mean(),
               ((hsv[..., 0] >= 5) & (hsv[..., 0] <= 25) & (hsv[..., 1] > 150) & (hsv[..., 2] > 150)).mean()]
     return dict(zip(FACTS, map(float, values), strict=True))
 
@@ -237,7 +237,7 @@ def sheet_of_twins(comp: Competition, facts: pd.DataFrame, count: int = 4):
     flat = [i for pair in pairs for i in pair]
     return contact_sheet([comp.paths("train")[i] for i in flat], [f"{comp.groups[i]} · {comp.y[i, -1]:.0f} g" for i in flat], columns=4)
 
-# %% ../notebooks/10_eda.ipynb #8947633b
+# %% ../notebooks/10_eda.ipynb #c7b4a9a4
 def simple_predictions(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> dict[str, np.ndarray]:
     "Out-of-fold predictions (n, 5) of the constant, of a line through greenness, and of a ridge on all facts."
     columns = {"constant": [], "greenness": ["excess_green"], "ridge on facts": list(facts)}
@@ -245,7 +245,7 @@ def simple_predictions(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> 
     for k in np.unique(fold):
         train, test = fold != k, fold == k
         for name, used in columns.items():
-            if not used:
+            if not used or train.sum() < 3:
                 out[name][test] = y[train].mean(0)
                 continue
             model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 4, 11)))
