@@ -6,9 +6,9 @@
 __all__ = ['POOLINGS', 'HALVES', 'QUANTILES', 'ANGLES', 'gem', 'pool', 'fitting_shape', 'at_width', 'join_halves',
            'check_settings', 'load_backbone', 'describe_halves', 'frozen_blocks', 'frozen_features',
            'vegetation_indices', 'summarise', 'cover_masks', 'cover_features', 'hue_features', 'texture_features',
-           'colour_half', 'colour_features', 'compute_features', 'find_weights', 'run_frozen', 'show_frozen']
+           'colour_half', 'colour_features', 'compute_features', 'run_frozen', 'show_frozen']
 
-# %% ../notebooks/41_frozen.ipynb #0c6020f6
+# %% ../notebooks/41_frozen.ipynb #19cf4a1c
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,8 +20,8 @@ import torch
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from torch import Tensor
 
-from .core import FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, resolve_mount, stage
-from .model import Backbone, load_weights, pixel_stats
+from .core import FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, stage
+from .model import Backbone, find_weights, load_weights, pixel_stats
 from .photos import FULL, PhotoStore, Shape, join, open_store, resize_half
 from .siglip import STORE, Features, at_full, write_features
 
@@ -224,24 +224,16 @@ def colour_features(pairs: np.ndarray, settings: FrozenSettings) -> tuple[np.nda
     names = [*rows[0], *(f"{name} |left-right|" for name in rows[0])]
     return np.concatenate([sides.mean(1), np.abs(sides[:, 0] - sides[:, 1])], 1).astype(np.float32), names
 
-# %% ../notebooks/41_frozen.ipynb #e8e89118
+# %% ../notebooks/41_frozen.ipynb #e78b647a
 def compute_features(run: Run, store: PhotoStore, device: torch.device | None = None) -> Features:
     "{'frozen': (ids, embedding, None), 'colour': (ids, embedding, None)} of the photos in `store`."
-    settings = replace(run.settings.frozen, weights=find_weights(run))
+    settings = replace(run.settings.frozen, weights=find_weights(run.settings.frozen.weights, run.settings.kaggle))
     backbone, out = load_backbone(settings, device), {"frozen": [], "colour": []}
     for start in progress(range(0, len(store), settings.batch), label="frozen"):
         pairs = np.stack([at_full(store[i]) for i in range(start, min(start + settings.batch, len(store)))])
         out["frozen"].append(frozen_features(pairs, backbone, settings))
         out["colour"].append(colour_features(pairs, settings)[0])
     return {name: (list(store.ids), np.concatenate(blocks), None) for name, blocks in out.items()}
-
-
-def find_weights(run: Run) -> str:
-    "The backbone's weights as `load_weights` takes them; on Kaggle a bare file name is looked for in the attached dataset."
-    wanted, kaggle = run.settings.frozen.weights, run.settings.kaggle
-    if wanted == "random" or wanted.startswith("wheel:") or Path(wanted).exists() or not Path("/kaggle/input").is_dir():
-        return wanted
-    return str(resolve_mount("datasets", f"{kaggle.username}/{kaggle.dinov3_dataset}", wanted) / wanted)
 
 # %% ../notebooks/41_frozen.ipynb #96f6af34
 @stage("frozen", reads=STORE, sections=("photos", "kaggle"))

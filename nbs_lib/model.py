@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['AUX', 'INTERVALS', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_PARTS', 'ModelConfig', 'Backbone', 'read_weights',
-           'read_wheel', 'load_weights', 'pool_map', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits',
-           'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five',
-           'save_model', 'load_model']
+           'read_wheel', 'find_weights', 'load_weights', 'pool_map', 'standardise', 'ridge_path', 'parts_from_roots',
+           'grouped_splits', 'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model',
+           'pixel_stats', 'five', 'save_model', 'load_model']
 
-# %% ../notebooks/31_model.ipynb #f01dcc0b
+# %% ../notebooks/31_model.ipynb #eb20e808
 import dataclasses
 import zipfile
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.model_selection import GroupKFold
 from torch import Tensor, nn
 
-from .core import InputError, atomic, read_json, write_json
+from .core import InputError, KaggleSettings, atomic, read_json, resolve_mount, write_json
 from .fusion import build_fusion, to_map, to_tokens
 from .targets import QUADRAT_M2, WEIGHTS, weighted_r2_score
 
@@ -125,7 +125,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: holds no table of tensors")
     return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
 
-# %% ../notebooks/31_model.ipynb #2c2cec88
+# %% ../notebooks/31_model.ipynb #205d0b7a
 WHEELS = {"efficientnet_lite0": "tf_efficientnet_lite0"}  # what ships in a wheel → the timm model it fits, one to one in order
 
 
@@ -142,6 +142,13 @@ def read_wheel(name: str, wanted: nn.Module) -> dict[str, Tensor]:
     if [v.shape for v in theirs.values()] != [v.shape for v in ours.values()]:
         raise InputError(f"weights wheel:{name}: its tensors do not fit this backbone; set train_dinov3.backbone to {WHEELS[name]}")
     return dict(zip(ours, theirs.values(), strict=True))
+
+
+def find_weights(weights: str, kaggle: KaggleSettings, root: str | Path = "/kaggle/input") -> str:
+    "`weights` as `load_weights` takes them: in a Kaggle kernel the name of a file is looked for in the attached dataset."
+    if weights in ("", "random") or weights.startswith("wheel:") or Path(weights).exists() or not Path(root).is_dir():
+        return weights
+    return str(resolve_mount("datasets", f"{kaggle.username}/{kaggle.dinov3_dataset}", weights, root) / weights)
 
 
 def load_weights(backbone: Backbone, weights: str) -> None:

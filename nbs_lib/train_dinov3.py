@@ -11,7 +11,7 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'MIXED', 'SELECT', 'FUSION_NAMES', 'biomass_los
            'fit_fold', 'fold_path', 'load_fold', 'gather', 'digest', 'finished', 'run_fold', 'probe_alone',
            'score_scheme', 'run_train_dinov3', 'ablate', 'sum_up', 'main', 'predict_folds', 'show_train']
 
-# %% ../notebooks/32_train_dinov3.ipynb #8596356e
+# %% ../notebooks/32_train_dinov3.ipynb #ff7c61c3
 import argparse
 import contextlib
 import copy
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage
 from .data import oof_path, read_competition, read_folds, read_oof, write_oof
-from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, five, grouped_splits, load_model, pixel_stats,
+from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, find_weights, five, grouped_splits, load_model, pixel_stats,
                            save_model)
 from .photos import augment, half_shape, open_store, to_tensor, tta_views
 from .targets import TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
@@ -542,7 +542,7 @@ def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
     notes["history"] = train(net, fit, warn)
     return net, notes
 
-# %% ../notebooks/32_train_dinov3.ipynb #607120e4
+# %% ../notebooks/32_train_dinov3.ipynb #42ad496c
 def fold_path(artefacts: Path, k: int, scheme: str = "grouped") -> Path:
     "Where the weights of fold `k` are; only the grouped scheme's are used to submit."
     return Path(artefacts, "dinov3", f"fold{k}.safetensors" if scheme == "grouped" else f"{scheme}_fold{k}.safetensors")
@@ -619,11 +619,13 @@ def score_scheme(truth: np.ndarray, y: np.ndarray, numbers: np.ndarray, notes: l
     return scores | {"by target": per_target_r2_score(truth, y).round(3).tolist(), "heads kept": sum("history" in n for n in notes), "folds": len(notes)}
 
 
-@stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/*"), sections=("photos", "inpaint", "run"))
+@stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/*"), sections=("photos", "inpaint", "run", "kaggle"))
 def run_train_dinov3(run: Run) -> dict:
     "Train model 1 on every fold of every scheme; write weights, out-of-fold predictions, and return the scores."
     s = run.settings.train_dinov3
     check_settings(s)
+    s = dataclasses.replace(s, weights=find_weights(s.weights, run.settings.kaggle))
+    run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, train_dinov3=s))
     seed_everything(run.settings.run.seed)
     accelerator(pick_device())  # of several processes, each takes its own GPU
     m, ids, schemes = gather(run)
