@@ -8,7 +8,7 @@ __all__ = ['FACTS', 'DISTURBANCES', 'target_table', 'zeros_table', 'plot_targets
            'facts_table', 'deviations', 'strangeness', 'sheet_of_strange', 'sheet_of_disturbances', 'look_alikes',
            'twin_table', 'sheet_of_twins', 'simple_predictions', 'yardsticks', 'plot_yardsticks', 'run_eda', 'show_eda']
 
-# %% ../notebooks/10_eda.ipynb #fabcdab8
+# %% ../notebooks/10_eda.ipynb #f482cd90
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +17,6 @@ import cv2
 import numpy as np
 import pandas as pd
 from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from .core import InputError, Run, atomic, progress, stage
@@ -237,19 +236,20 @@ def sheet_of_twins(comp: Competition, facts: pd.DataFrame, count: int = 4):
     flat = [i for pair in pairs for i in pair]
     return contact_sheet([comp.paths("train")[i] for i in flat], [f"{comp.groups[i]} · {comp.y[i, -1]:.0f} g" for i in flat], columns=4)
 
-# %% ../notebooks/10_eda.ipynb #c7b4a9a4
+# %% ../notebooks/10_eda.ipynb #89ba246e
 def simple_predictions(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> dict[str, np.ndarray]:
     "Out-of-fold predictions (n, 5) of the constant, of a line through greenness, and of a ridge on all facts."
     columns = {"constant": [], "greenness": ["excess_green"], "ridge on facts": list(facts)}
     out = {name: np.zeros_like(y) for name in columns}
+    scaled = deviations(facts).clip(-4, 4)  # a rare fact, such as lamps, must not decide what it was never seen to decide
     for k in np.unique(fold):
         train, test = fold != k, fold == k
         for name, used in columns.items():
             if not used or train.sum() < 3:
                 out[name][test] = y[train].mean(0)
                 continue
-            model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-1, 4, 11)))
-            out[name][test] = model.fit(facts.loc[train, used].to_numpy(), y[train]).predict(facts.loc[test, used].to_numpy())
+            model = RidgeCV(np.logspace(-1, 4, 11)).fit(scaled.loc[train, used].to_numpy(), y[train])
+            out[name][test] = model.predict(scaled.loc[test, used].to_numpy())
     return out
 
 

@@ -17,7 +17,7 @@ from nbs_lib import demo
 from nbs_lib.core import InputError, open_run
 from nbs_lib.data import read_competition
 from nbs_lib.demo import FONTS, Site, burn_stamp, plan_shots, polygon_area, render_photo, sow_grass, stamp_glyphs, write_demo
-from nbs_lib.eda import photo_facts, run_eda, thumbnail
+from nbs_lib.eda import photo_facts, run_eda, simple_predictions, thumbnail
 from nbs_lib.targets import TARGETS, imbalance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +197,15 @@ def test_eda_stage(small, tmp_path, capsys):
     assert summary["photos"] == 42 and summary["zeros"]["Dry_Dead_g"] == (comp.y[:, 1] == 0).sum()
     assert {p.stem for p in (run.artefacts / "eda").glob("*.csv")} >= {"facts", "targets", "zeros", "species", "yardsticks"}
     assert run_eda(run) == summary and "up to date" in capsys.readouterr().out
+
+
+def test_a_rare_fact_does_not_blow_up_the_yardstick():
+    rng = np.random.default_rng(0)
+    facts = pd.DataFrame({"excess_green": rng.normal(0.3, 0.1, 40), "lamps": 1e-9 * rng.random(40)})
+    facts.loc[39, "lamps"] = 0.004
+    y = 50 * facts[["excess_green"]].to_numpy() + np.zeros((40, 5))
+    predicted = simple_predictions(facts, y, np.arange(40) // 8)["ridge on facts"]
+    assert np.abs(predicted - y).max() < 2
 
 
 @pytest.mark.parametrize("bytes_", [b"", b"\xff\xd8\xff\xe0 half", b"no photo at all"])
