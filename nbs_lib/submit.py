@@ -595,8 +595,8 @@ def join_blocks(blocks: list[tuple]) -> tuple:
     ids, embedding, semantic = zip(*blocks, strict=True)
     return [i for part in ids for i in part], np.concatenate(embedding), None if semantic[0] is None else np.concatenate(semantic)
 
-# %% ../notebooks/60_submit.ipynb #17724e26
-PUBLISHED_MEANS = (26.62, 12.04, 6.65, 33.27, 45.32)  # grams, of the 357 training photos (DESIGN §3): where nothing else is known
+# %% ../notebooks/60_submit.ipynb #bf863556
+PUBLISHED_MEANS = (26.62, 12.04, 6.65, 33.27, 45.32)  # grams, of the competition's 357 training photos: where nothing else is known
 
 
 def model_shapes(run: Run) -> dict[str, Shape]:
