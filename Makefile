@@ -24,7 +24,7 @@ demo: $(READY)   ## the whole chain on a synthetic paddock -> runs/demo
 	$(RUN) --profile demo --output runs/demo $(ARGS)
 
 test: $(READY)   ## every check
-	$(BIN)/python -m ruff check tests
+	$(BIN)/python -m ruff check tests nbs_lib
 	$(BIN)/python -m pytest
 
 run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SUMS', 'FACES', 'as_targets', 'project', 'as_weighting', 'reconcile', 'shrunk_covariance', 'make_weighting']
 
-# %% ../notebooks/50_balance.ipynb #029b4533
+# %% ../notebooks/50_balance.ipynb #700f0ad4
 from itertools import combinations
 
 import numpy as np
 
 from .core import InputError
-from .targets import WEIGHTS, from_parts, imbalance
+from .targets import WEIGHTS, from_parts
 
 # %% ../notebooks/50_balance.ipynb #fcd6873b
 # (5, 3): row = Dry_Green, Dry_Dead, Dry_Clover, GDM, Dry_Total; column = green, clover, dead.

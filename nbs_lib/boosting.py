@@ -14,9 +14,8 @@ __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'NOISE_STEPS', 'TRANSFO
            'measured_columns', 'save_fitted', 'write_states', 'run_boosting', 'read_labelled', 'score',
            'write_intervals', 'save_labels', 'show_boosting']
 
-# %% ../notebooks/42_boosting.ipynb #1fa85e0b
+# %% ../notebooks/42_boosting.ipynb #e954151f
 import importlib.metadata
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

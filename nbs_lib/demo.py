@@ -10,9 +10,8 @@ __all__ = ['WIDTH', 'HEIGHT', 'PX_PER_MM', 'LEAF_G_M2', 'CAMERA_CM', 'LAYERS', '
            'add_lamps', 'stamp_glyphs', 'stamp_text', 'burn_stamp', 'disturb', 'render_photo', 'add_stamp',
            'spread_gamma', 'draw_sites', 'Shot', 'plan_shots', 'take', 'tables_of', 'write_demo', 'render_all']
 
-# %% ../notebooks/03_demo.ipynb #e6c67c76
+# %% ../notebooks/03_demo.ipynb #cab6b78b
 import dataclasses
-import hashlib
 import os
 import shutil
 import uuid

@@ -8,11 +8,10 @@ __all__ = ['POOLINGS', 'HALVES', 'QUANTILES', 'ANGLES', 'gem', 'pool', 'fitting_
            'vegetation_indices', 'summarise', 'cover_masks', 'cover_features', 'hue_features', 'texture_features',
            'colour_half', 'colour_features', 'compute_features', 'run_frozen', 'show_frozen']
 
-# %% ../notebooks/41_frozen.ipynb #19cf4a1c
+# %% ../notebooks/41_frozen.ipynb #3e99b02c
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import cv2
 import numpy as np

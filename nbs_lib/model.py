@@ -8,7 +8,7 @@ __all__ = ['AUX', 'INTERVALS', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_
            'grouped_splits', 'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model',
            'pixel_stats', 'five', 'save_model', 'load_model']
 
-# %% ../notebooks/31_model.ipynb #eb20e808
+# %% ../notebooks/31_model.ipynb #14fef6ce
 import dataclasses
 import zipfile
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .core import InputError, KaggleSettings, atomic, read_json, resolve_mount, write_json
 from .fusion import build_fusion, to_map, to_tokens
-from .targets import QUADRAT_M2, WEIGHTS, weighted_r2_score
+from .targets import QUADRAT_M2, weighted_r2_score
 
 # %% ../notebooks/31_model.ipynb #2d2ced42
 AUX = ("intervals", "state", "ndvi", "height")  # what a head may be asked beside the grams

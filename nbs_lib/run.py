@@ -9,7 +9,7 @@ __all__ = ['STAGES', 'CLONE_NEWUSER', 'CLONE_NEWNET', 'SIOCGIFFLAGS', 'SIOCSIFFL
            'run_stage', 'versions', 'describe_run', 'run_chain', 'find_input', 'open_here', 'make_call', 'parse_call',
            'run_call', 'print_scores', 'main']
 
-# %% ../notebooks/90_run.ipynb #d064511a
+# %% ../notebooks/90_run.ipynb #20e04fa4
 import argparse
 import contextlib
 import ctypes
@@ -37,7 +37,7 @@ from nbs_lib.core import (
 )
 from .data import read_competition
 from .demo import write_demo
-from .report import answer, collect_scores, score_rows, write_report
+from .report import answer, score_rows, write_report
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
 STAGES = {"eda": "10_eda", "inpaint": "20_inpaint", "train_dinov3": "32_train_dinov3", "siglip": "40_siglip", "frozen": "41_frozen",

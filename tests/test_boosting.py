@@ -5,12 +5,30 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.base import clone
 
 from nbs_lib import boosting
-from nbs_lib.boosting import (CompactFeatures, Labelled, PastureRegressor, Space, StateClassifier, available, conformal_radius, find_features, inner_folds, intervals,
-                              join_features, left_out_coverage, load_fitted, out_of_fold, predict, run_boosting, stack_weights)
+from nbs_lib.boosting import (
+    CompactFeatures,
+    Labelled,
+    PastureRegressor,
+    Space,
+    StateClassifier,
+    available,
+    conformal_radius,
+    find_features,
+    inner_folds,
+    intervals,
+    join_features,
+    left_out_coverage,
+    load_fitted,
+    out_of_fold,
+    predict,
+    run_boosting,
+    stack_weights,
+)
 from nbs_lib.core import InputError, load_settings, open_run
 from nbs_lib.data import read_oof
 from nbs_lib.targets import TARGETS, weighted_r2_score

@@ -44,7 +44,10 @@ def oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=Fa
 def inputs(batch, dim, length, state, extras=(), seed=0, dtype=torch.float32):
     """Arguments of `selective_scan` by name; raw step sizes where the softplus is asked for, positive ones where it is not."""
     g = torch.Generator().manual_seed(seed)
-    rand = lambda *s: torch.randn(*s, generator=g, dtype=torch.float64).to(dtype)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
     delta = rand(batch, dim, length)
     args = {"u": rand(batch, dim, length), "delta": delta if "softplus" in extras else F.softplus(delta - 2),
             "A": -rand(dim, state).exp(), "B": rand(batch, state, length), "C": rand(batch, state, length)}

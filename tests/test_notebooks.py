@@ -1,5 +1,6 @@
 """The lessons of every notebook pass: one test a notebook."""
 import pytest
+
 from notebooks import execute, notebooks
 
 

@@ -14,12 +14,27 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings as examples, strategies as st
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from PIL import Image
+
 from nbs_lib import photos
 from nbs_lib.core import InputError, load_settings, open_run
 from nbs_lib.inpaint import MAX_PIXELS, clean_photo, inpaint_stamp, orange_rule, read_photo, split_halves, stamp_mask
-from nbs_lib.photos import FULL, HalvesDataset, augment, build_store, build_stores, half_shape, join, open_store, split, to_tensor, tta_views
-from PIL import Image
+from nbs_lib.photos import (
+    FULL,
+    HalvesDataset,
+    augment,
+    build_store,
+    build_stores,
+    half_shape,
+    join,
+    open_store,
+    split,
+    to_tensor,
+    tta_views,
+)
 
 HERE = Path(__file__).resolve().parent.parent
 

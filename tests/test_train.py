@@ -262,6 +262,7 @@ SMALL = ["train_dinov3.size=64", "train_dinov3.epochs=2", "train_dinov3.inner_fo
 def opened(tmp_path, *more):
     "A run on a competition in miniature whose photographs are in the store."
     import tiny
+
     from nbs_lib.core import open_run
     from nbs_lib.photos import run_inpaint
 
