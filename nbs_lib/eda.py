@@ -6,7 +6,7 @@
 __all__ = ['FACTS', 'DISTURBANCES', 'target_table', 'zeros_table', 'plot_targets', 'plot_sites', 'site_share', 'group_table',
            'covariate_table', 'plot_covariates', 'thumbnail', 'contact_sheet', 'sheet_by_grams', 'photo_facts',
            'facts_table', 'deviations', 'strangeness', 'sheet_of_strange', 'sheet_of_disturbances', 'look_alikes',
-           'twin_table', 'sheet_of_twins', 'run_eda', 'show_eda']
+           'twin_table', 'sheet_of_twins', 'simple_predictions', 'yardsticks', 'plot_yardsticks', 'run_eda', 'show_eda']
 
 # %% ../notebooks/10_eda.ipynb #1ebcde07
 from collections.abc import Sequence
@@ -235,6 +235,48 @@ def sheet_of_twins(comp: Competition, facts: pd.DataFrame, count: int = 4):
     pairs = list({tuple(sorted((int(i), int(twin[i])))): None for i in np.argsort(gap, kind="stable")})[:count]
     flat = [i for pair in pairs for i in pair]
     return contact_sheet([comp.paths("train")[i] for i in flat], [f"{comp.groups[i]} · {comp.y[i, -1]:.0f} g" for i in flat], columns=4)
+
+# %% ../notebooks/10_eda.ipynb #89ba246e
+def simple_predictions(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> dict[str, np.ndarray]:
+    "Out-of-fold predictions (n, 5) of the constant, of a line through greenness, and of a ridge on all facts."
+    columns = {"constant": [], "greenness": ["excess_green"], "ridge on facts": list(facts)}
+    out = {name: np.zeros_like(y) for name in columns}
+    scaled = deviations(facts).clip(-4, 4)  # a rare fact, such as lamps, must not decide what it was never seen to decide
+    for k in np.unique(fold):
+        train, test = fold != k, fold == k
+        for name, used in columns.items():
+            if not used or train.sum() < 3:
+                out[name][test] = y[train].mean(0)
+                continue
+            model = RidgeCV(np.logspace(-1, 4, 11)).fit(scaled.loc[train, used].to_numpy(), y[train])
+            out[name][test] = model.predict(scaled.loc[test, used].to_numpy())
+    return out
+
+
+def yardsticks(facts: pd.DataFrame, y: np.ndarray, folds: pd.DataFrame) -> pd.DataFrame:
+    "Global weighted R² of `simple_predictions` under each scheme, and R² of each target under the grouped one."
+    rows = {}
+    for scheme in SCHEMES:
+        for name, predicted in simple_predictions(facts, y, folds[f"fold_{scheme}"].to_numpy()).items():
+            rows.setdefault(name, {})[scheme] = weighted_r2_score(y, predicted)
+            if scheme == "grouped":
+                rows[name].update(zip(TARGETS, per_target_r2_score(y, predicted)))
+    return pd.DataFrame(rows).T[[*SCHEMES, *TARGETS]]
+
+
+def plot_yardsticks(table: pd.DataFrame):
+    "Bars of `yardsticks`: what each simple answer scores when sites are kept together, and when they are not. Returns the figure."
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
+    for k, (scheme, colour) in enumerate(zip(SCHEMES, ("#557a2b", "#d8b26e"))):
+        bars = ax.barh(np.arange(len(table)) + 0.2 - 0.4 * k, table[scheme], 0.38, color=colour, label=f"{scheme} folds")
+        ax.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
+    ax.set_yticks(range(len(table)), table.index)
+    ax.invert_yaxis()
+    ax.set(xlabel="weighted R² out of fold", xlim=(min(0, table[list(SCHEMES)].min().min()), 1))
+    ax.legend(fontsize=8, loc="lower right")
+    return fig
 
 # %% ../notebooks/10_eda.ipynb #dfb68b04
 @stage("eda", reads=("input/train.csv", "input/test.csv", "input/sample_submission.csv", "input/train/*"))
