@@ -627,6 +627,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.submit.load_team': ('submit.html#load_team', 'nbs_lib/submit.py'),
                                 'nbs_lib.submit.many_photos': ('submit.html#many_photos', 'nbs_lib/submit.py'),
                                 'nbs_lib.submit.model_shapes': ('submit.html#model_shapes', 'nbs_lib/submit.py'),
+                                'nbs_lib.submit.name_part': ('submit.html#name_part', 'nbs_lib/submit.py'),
                                 'nbs_lib.submit.nearest_mean': ('submit.html#nearest_mean', 'nbs_lib/submit.py'),
                                 'nbs_lib.submit.open_blend': ('submit.html#open_blend', 'nbs_lib/submit.py'),
                                 'nbs_lib.submit.open_clock': ('submit.html#open_clock', 'nbs_lib/submit.py'),

@@ -382,7 +382,7 @@ class HalvesDataset(Dataset):
         picture = torch.from_numpy(np.array(pair))
         return picture if self.targets is None else (picture, self.targets[i])
 
-# %% ../notebooks/21_photos.ipynb #3895795f
+# %% ../notebooks/21_photos.ipynb #a2a7e55d
 def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
     "A row a photo: image_id, split, found, box, area of the stamp, height, width, and the columns of `photo_quality`."
     rows = store.rows
@@ -425,8 +425,8 @@ def run_inpaint(run: Run) -> dict:
 
 
 def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
-    "artefacts/<name>.csv, atomically, with its provenance beside it."
-    path = run.art(f"{name}.csv")
+    "artefacts/photos/<name>.csv, atomically, with its provenance beside it."
+    path = run.art("photos", f"{name}.csv")
     with atomic(path) as temporary:
         table.to_csv(temporary, index=False)
     run.beside(path, rows=len(table))

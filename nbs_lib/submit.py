@@ -6,9 +6,9 @@
 __all__ = ['PUBLISHED_MEANS', 'Task', 'find_photo', 'read_task', 'is_whole', 'Answer', 'open_small', 'thumb_features',
            'read_thumbs', 'nearest_mean', 'Team', 'plan_teams', 'load_team', 'Tally', 'Clock', 'open_clock', 'pieces',
            'DeadlinePassed', 'alarm', 'out_of_memory', 'Device', 'find_devices', 'share', 'Shelf', 'Part', 'Reader',
-           'Job', 'Model1', 'count_folds', 'read_and_look', 'Model2', 'join_blocks', 'model_shapes', 'attempt',
-           'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test', 'run_submit', 'show_submit',
-           'recipe_way', 'our_way', 'many_photos', 'bench_submit']
+           'Job', 'name_part', 'Model1', 'count_folds', 'read_and_look', 'Model2', 'join_blocks', 'model_shapes',
+           'attempt', 'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test', 'run_submit',
+           'show_submit', 'recipe_way', 'our_way', 'many_photos', 'bench_submit']
 
 # %% ../notebooks/60_submit.ipynb #c37a10d6
 import contextlib
@@ -451,7 +451,7 @@ class Reader:
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../notebooks/60_submit.ipynb #50832564
+# %% ../notebooks/60_submit.ipynb #adc85ef1
 @dataclass
 class Job:
     "What the parts of a submission share."
@@ -462,6 +462,7 @@ class Job:
     reader: Reader
     devices: list[Device]
     dropped: list[str] = field(default_factory=list)
+    ahead: list[tuple[tuple[int, ...], str]] = field(default_factory=list)  # folds and view of model 1 that are still to come
 
     @property
     def chunk(self) -> int:
@@ -472,6 +473,10 @@ class Job:
         if photos:
             self.dropped.append(f"{what} for {photos} of {len(self.task.ids)} photos")
             self.run.warn(f"submit: no time for {self.dropped[-1]}")
+
+
+def name_part(folds: tuple[int, ...], view: str) -> str:
+    return f"folds {', '.join(map(str, folds))} of model 1, view {view}"
 
 
 class Model1:
@@ -508,7 +513,7 @@ class Model1:
     def look_at_all(self, folds: tuple[int, ...], view: str) -> None:
         "One view of every readable photo through a team, as far as the clock allows; then the file."
         self.team(folds)  # loading is no part of the pace
-        seen, kind = 0, f"folds {', '.join(map(str, folds))} of model 1, view {view}"
+        seen, kind = 0, name_part(folds, view)
         index = np.flatnonzero(self.job.reader.readable)
         for piece in pieces(index, self.job.chunk, self.job.clock, kind):
             self.job.clock.timed(kind, len(piece), lambda piece=piece: self.look(folds, view, piece))
@@ -595,7 +600,7 @@ def join_blocks(blocks: list[tuple]) -> tuple:
     ids, embedding, semantic = zip(*blocks, strict=True)
     return [i for part in ids for i in part], np.concatenate(embedding), None if semantic[0] is None else np.concatenate(semantic)
 
-# %% ../notebooks/60_submit.ipynb #bf863556
+# %% ../notebooks/60_submit.ipynb #2a71acdb
 PUBLISHED_MEANS = (26.62, 12.04, 6.65, 33.27, 45.32)  # grams, of the competition's 357 training photos: where nothing else is known
 
 
@@ -644,19 +649,20 @@ def run_models(job: Job) -> None:
     "Every part in the order of its worth; each is on its own."
     attempt(job.run.warn, "the colour model", lambda: add_colour(job))
     model1 = Model1(job)
+    job.ahead = [(folds, view) for view in model1.views for folds in model1.plans][1:]  # the first is the first look
     read_and_look(job, model1)
     unread = int((job.reader.read & ~job.reader.readable).sum())
     if unread:
         job.run.warn(f"submit: {unread} test photos cannot be read; they get what training photos of their colour weighed, or the mean")
     attempt(job.run.warn, "model 2", lambda: Model2(job).run())
-    for view in model1.views:
-        for folds in model1.plans:
-            if (folds, view) != (model1.plans[0], model1.views[0]):
-                attempt(job.run.warn, f"view {view} of model 1", lambda folds=folds, view=view: model1.look_at_all(folds, view))
+    while job.ahead:
+        folds, view = job.ahead[0]
+        attempt(job.run.warn, f"view {view} of model 1", lambda folds=folds, view=view: model1.look_at_all(folds, view))
+        job.ahead.pop(0)
     if model1.spoiled:
         job.run.warn(f"submit: model 1 gave {model1.spoiled} answers that are no numbers; the other folds and views answer")
 
-# %% ../notebooks/60_submit.ipynb #930086d8
+# %% ../notebooks/60_submit.ipynb #aafe4069
 @stage("submit", reads=("input/test.csv", "input/sample_submission.csv", "input/train*.csv", "input/test/*", "artefacts/blend*.json",
                         "artefacts/dinov3/*.safetensors", "artefacts/boosting/model*.joblib", "artefacts/features/*.npz"),
        sections=("limits", "photos", "inpaint", "train_dinov3", "siglip", "frozen", "boosting", "ensemble", "kaggle"))
@@ -674,6 +680,8 @@ def predict_test(run: Run) -> dict:
     except DeadlinePassed:
         signal.setitimer(signal.ITIMER_REAL, 0)
         run.warn("submit: the deadline came while something was running; the file is what was reached until then")
+        for folds, view in job.ahead:
+            job.drop(name_part(folds, view), int(reader.readable.sum()))
     finally:
         reader.close()
     answer.stands = False

@@ -542,7 +542,7 @@ def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
     notes["history"] = train(net, fit, warn)
     return net, notes
 
-# %% ../notebooks/32_train_dinov3.ipynb #42ad496c
+# %% ../notebooks/32_train_dinov3.ipynb #5c89b1ed
 def fold_path(artefacts: Path, k: int, scheme: str = "grouped") -> Path:
     "Where the weights of fold `k` are; only the grouped scheme's are used to submit."
     return Path(artefacts, "dinov3", f"fold{k}.safetensors" if scheme == "grouped" else f"{scheme}_fold{k}.safetensors")
@@ -619,7 +619,7 @@ def score_scheme(truth: np.ndarray, y: np.ndarray, numbers: np.ndarray, notes: l
     return scores | {"by target": per_target_r2_score(truth, y).round(3).tolist(), "heads kept": sum("history" in n for n in notes), "folds": len(notes)}
 
 
-@stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/*"), sections=("photos", "inpaint", "run", "kaggle"))
+@stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/train_*/store.json", "artefacts/photos/train_*/rows.npy"), sections=("photos", "inpaint", "run", "kaggle"))
 def run_train_dinov3(run: Run) -> dict:
     "Train model 1 on every fold of every scheme; write weights, out-of-fold predictions, and return the scores."
     s = run.settings.train_dinov3
