@@ -505,7 +505,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.report.embed': ('report.html#embed', 'nbs_lib/report.py'),
                                 'nbs_lib.report.models_of': ('report.html#models_of', 'nbs_lib/report.py'),
                                 'nbs_lib.report.plot_predictions': ('report.html#plot_predictions', 'nbs_lib/report.py'),
-                                'nbs_lib.report.read_truth': ('report.html#read_truth', 'nbs_lib/report.py'),
+                                'nbs_lib.report.read_grams': ('report.html#read_grams', 'nbs_lib/report.py'),
                                 'nbs_lib.report.score_rows': ('report.html#score_rows', 'nbs_lib/report.py'),
                                 'nbs_lib.report.score_table': ('report.html#score_table', 'nbs_lib/report.py'),
                                 'nbs_lib.report.score_test': ('report.html#score_test', 'nbs_lib/report.py'),
