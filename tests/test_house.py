@@ -1,6 +1,7 @@
 """The house is in order: notebooks and library agree, imports run one way, nothing names a machine."""
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,24 +64,23 @@ def test_exported_code_is_explicit_and_needs_no_nbdev(name):
     assert not re.search(r"^\s*(from|import) (nbdev|fastcore)\b", source, re.M)
 
 
-def snapshot() -> dict[str, bytes]:
-    return {str(p): p.read_bytes() for d in ("notebooks", "nbs_lib") for p in sorted((ROOT / d).glob("*.[ip][py]*")) if p.is_file()}
-
-
-def test_library_and_notebooks_agree():
+def test_library_and_notebooks_agree(tmp_path):
     """nbdev-export and nbdev-clean change nothing: what is committed is what the notebooks say."""
-    before = snapshot()
-    try:
-        for command in ("nbdev-clean", "nbdev-export"):
-            done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=ROOT, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-        after = snapshot()
-        drifted = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-        assert not drifted, f"run nbdev-export and nbdev-clean, and commit: {drifted}"
-    finally:
-        for path, content in before.items():
-            if Path(path).read_bytes() != content:
-                Path(path).write_bytes(content)
+    for name in ("notebooks", "nbs_lib"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    before = snapshot(tmp_path)
+    for command in ("nbdev-clean", "nbdev-export"):
+        done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    after = snapshot(tmp_path)
+    drifted = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+    assert not drifted, f"run nbdev-export and nbdev-clean, and commit: {drifted}"
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for d in ("notebooks", "nbs_lib") for p in sorted((root / d).glob("*.[ip][py]*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
