@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'WRITERS', 'FULL', 'InputError', 'atomic', 'write_json', 'read_json', 'RunSettings', 'KaggleSettings',
            'LimitsSettings', 'DemoSettings', 'PhotosSettings', 'InpaintSettings', 'TrainDinov3Settings',
-           'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings', 'SubmitSettings', 'Settings',
-           'parse_value', 'package_folder', 'shipped', 'settings_file', 'read_ini', 'parse_overrides', 'load_settings',
-           'mount_candidates', 'resolve_mount', 'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file',
-           'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run', 'hash_inputs', 'describe', 'manifest_path',
-           'is_fresh', 'stage', 'check_reads']
+           'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings', 'SubmitSettings',
+           'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file', 'read_ini',
+           'parse_overrides', 'load_settings', 'kaggle_input', 'mount_candidates', 'resolve_mount', 'seed_everything',
+           'pick_device', 'pick_dtype', 'progress', 'hash_file', 'rooms_behind', 'hash_code', 'Run', 'check_output',
+           'open_run', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
-# %% ../notebooks/00_core.ipynb #f2d55602
+# %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
 import contextlib
 import dataclasses
@@ -23,7 +23,6 @@ import os
 import random
 import re
 import sys
-import sysconfig
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -230,7 +229,7 @@ class BoostingSettings:
     rounds: float  # trees, as a multiple of the recipe's
     coverage: float  # of the intervals, 0 to 1
 
-# %% ../notebooks/00_core.ipynb #9c2dd174
+# %% ../notebooks/00_core.ipynb #5a6e447d
 @dataclass(frozen=True)
 class EnsembleSettings:
     "The blend of the models."
@@ -253,7 +252,16 @@ class SubmitSettings:
     batch: int  # photos in one forward; halved when memory runs out
     chunk: int  # photos between two looks at the clock
 
-# %% ../notebooks/00_core.ipynb #f120c985
+
+@dataclass(frozen=True)
+class LedgerSettings:
+    "The book of submissions, and the choice of the final ones."
+    deadline: str  # of the competition, such as 2026-01-28T23:59Z; empty: not known
+    photos: int  # of the hidden test
+    private_share: float  # of them that decide in the end, 0 to 1
+    copies: float  # correlation of predictions from which two submissions are one
+
+# %% ../notebooks/00_core.ipynb #f5d595ae
 @dataclass(frozen=True)
 class Settings:
     "All of `settings.ini` for one profile: one attribute a section."
@@ -271,6 +279,7 @@ class Settings:
     boosting: BoostingSettings
     ensemble: EnsembleSettings
     submit: SubmitSettings
+    ledger: LedgerSettings
 
 
 SECTIONS = {f.name: f.type for f in fields(Settings) if is_dataclass(f.type)}
@@ -292,18 +301,19 @@ def parse_value(text: str, kind: type, where: str):
     except ValueError as e:
         raise InputError(f"{where}: '{text}' is not {'a whole number' if kind is int else 'a number'}") from e
 
-# %% ../notebooks/00_core.ipynb #f1caf9c5
+# %% ../notebooks/00_core.ipynb #7e37a439
 def package_folder() -> Path:
     "Where `nbs_lib` is installed."
     return Path(sys.modules["nbs_lib"].__file__).resolve().parent
 
 
 def shipped(*parts: str) -> Path:
-    "A file that travels with the library (`settings.ini`, `notebooks/`): in the checkout, else where the wheel installed it."
+    "A file that travels with the library (`settings.ini`, `notebooks/`): in the checkout, else where the wheel put it, above the package."
     checkout = package_folder().parent
     if (checkout / "notebooks").is_dir() and (checkout / "settings.ini").is_file():
         return checkout.joinpath(*parts)
-    return Path(sysconfig.get_path("data"), "share", "nbs_lib", *parts)
+    above = [folder / "share" / "nbs_lib" for folder in package_folder().parents]  # of a prefix, of --user or of --target
+    return next((f for f in above if f.is_dir()), above[0]).joinpath(*parts)
 
 
 def settings_file(path: str | Path | None = None) -> Path:
@@ -383,14 +393,19 @@ def load_settings(
         sections[name] = kind(**values)
     return Settings(profile=profile, preset=preset, **sections)
 
-# %% ../notebooks/00_core.ipynb #5f11506f
+# %% ../notebooks/00_core.ipynb #fc19a76d
+def kaggle_input() -> Path:
+    "Where a Kaggle kernel finds what is attached to it: /kaggle/input, or $NBS_KAGGLE_INPUT for a rehearsal at home."
+    return Path(os.environ.get("NBS_KAGGLE_INPUT") or "/kaggle/input")
+
+
 def mount_candidates(
     kind: str,  # competitions, datasets, models or notebooks
     name: str,  # slug; owner/slug for datasets and notebooks; owner/model/framework/variation/version for models
-    root: str | Path = "/kaggle/input",
+    root: str | Path = "",  # empty: kaggle_input()
 ) -> list[Path]:
     "Where Kaggle may have mounted `name`: the layout of 2026 first, then the flat one before it."
-    parts = name.strip("/").split("/")
+    root, parts = root or kaggle_input(), name.strip("/").split("/")
     flat = parts[-1] if kind in ("competitions", "datasets", "notebooks") else parts[1] if len(parts) > 1 else parts[0]
     return [Path(root, kind, *parts), Path(root, flat), Path(root, *parts[1:]) if kind == "models" else Path(root, kind, flat)]
 
@@ -399,11 +414,12 @@ def resolve_mount(
     kind: str,
     name: str,
     sentinel: str,  # a file that must be inside, such as train.csv; a glob is fine
-    root: str | Path = "/kaggle/input",
+    root: str | Path = "",  # empty: kaggle_input()
     env: str = "",  # an environment variable that wins when it is set
-    depth: int = 6,  # how deep the last search goes below `root`
+    depth: int = 7,  # how deep the last search goes below `root`: a version of a model lies in the sixth folder
 ) -> Path:
     "The folder that holds `sentinel`; raise `InputError` saying where it was looked for and what is there."
+    root = Path(root or kaggle_input())
     tried = [Path(os.environ[env])] if env and os.environ.get(env) else mount_candidates(kind, name, root)
     for folder in tried:
         if folder.is_dir() and any(folder.glob(sentinel)):
