@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['META', 'SCHEMES', 'read_table', 'check_samples', 'parse_dates', 'parse_numbers', 'check_photos', 'to_wide',
-           'long_form', 'Competition', 'read_train', 'read_test', 'read_competition', 'make_folds', 'write_folds',
-           'read_folds', 'oof_path', 'write_oof', 'read_oof', 'write_submission']
+           'long_form', 'Competition', 'find_photo', 'asked_rows', 'read_test', 'read_train', 'read_competition',
+           'make_folds', 'write_folds', 'read_folds', 'oof_path', 'write_oof', 'read_oof', 'write_submission']
 
-# %% ../notebooks/02_data.ipynb #6c5a1963
-from collections.abc import Sequence
+# %% ../notebooks/02_data.ipynb #5e3053cb
+import glob
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -95,7 +96,7 @@ def long_form(ids: Sequence[str], y: np.ndarray) -> pd.DataFrame:
     "sample_id and target, five rows a photo, from ids (n,) and `y` (n, 5)."
     return pd.DataFrame({"sample_id": [f"{i}__{t}" for i in ids for t in TARGETS], "target": np.asarray(y).reshape(-1)})
 
-# %% ../notebooks/02_data.ipynb #a8ab95c4
+# %% ../notebooks/02_data.ipynb #ed6ba066
 META = {"Sampling_Date": "date", "State": "state", "Species": "species", "Pre_GSHH_NDVI": "ndvi", "Height_Ave_cm": "height_cm"}
 
 
@@ -104,7 +105,7 @@ class Competition:
     "The three tables of one folder, checked."
     folder: Path
     train: pd.DataFrame  # a row a photo: image_id, image_path, date, state, species, ndvi, height_cm, the five targets
-    test: pd.DataFrame  # image_id, image_path
+    test: pd.DataFrame  # image_id, image_path; a photo may be missing on disk
     sample: pd.DataFrame  # sample_id, target: the rows that a submission must have, in order
 
     @property
@@ -121,7 +122,67 @@ class Competition:
         "Photos of `split` (train or test), in the order of its table."
         return [self.folder / p for p in getattr(self, split)["image_path"]]
 
-# %% ../notebooks/02_data.ipynb #79d4e3b7
+# %% ../notebooks/02_data.ipynb #c2e73a1b
+def find_photo(
+    folder: Path,
+    written: str,  # as a table names it: test/ID9.jpg
+    image_id: str,
+) -> Path | None:
+    "The file that is meant, also under another ending, with backslashes, or straight in test/; None when there is none."
+    name = PurePosixPath(written.replace("\\", "/"))
+    for place in dict.fromkeys(((folder / name).parent, folder / "test")):
+        stems = dict.fromkeys((name.stem, image_id))
+        alike = [p for stem in stems for p in sorted(place.glob(f"{glob.escape(stem)}.*"))]
+        found = next((p for p in (place / name.name, *alike) if p.is_file()), None)
+        if found is not None:
+            return found
+    return None
+
+
+def asked_rows(path: Path, columns: Sequence[str], warn: Callable) -> pd.DataFrame:
+    "The rows photo__target of a table of the hidden test, `image_id` added; raise `InputError` when it has none."
+    table = read_table(path, columns)
+    parts = table["sample_id"].str.rpartition("__")
+    known, double = parts[2].isin(TARGETS) & (parts[0] != ""), table["sample_id"].duplicated()
+    if not known.any():
+        raise InputError(f"{path}: no sample_id ends in __ and one of {', '.join(TARGETS)}, such as '{table['sample_id'].iloc[0]}'; give the competition's table")
+    for rows, fault in ((~known, "name no photo and target"), (double & known, "stand there before")):
+        if rows.any():
+            warn(f"{path.name}: {rows.sum()} rows {fault}, such as '{table['sample_id'][rows].iloc[0]}'; they are left out")
+    return table.assign(image_id=parts[0])[known & ~double]
+
+# %% ../notebooks/02_data.ipynb #8b6ad14b
+def read_test(folder: Path, warn: Callable = print) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The hidden test: image_id, image_path a photo, by image_id; sample_id, target a row to hand in, in the sample's order.
+
+    What is odd is told to `warn`; raises `InputError` when a table is not there or no photo's folder is.
+    """
+    sample = asked_rows(folder / "sample_submission.csv", ["sample_id"], warn)
+    named = asked_rows(folder / "test.csv", ["sample_id", "image_path"], warn)
+    rows = pd.concat([sample, named]).drop_duplicates("sample_id")
+    apart = len(rows) - len(set(sample["sample_id"]) & set(named["sample_id"]))
+    if apart:
+        warn(f"{apart} rows stand in only one of test.csv and sample_submission.csv; they are answered too")
+    written = named.drop_duplicates("image_id").set_index("image_id")["image_path"]
+    test = pd.DataFrame({"image_id": sorted(set(rows["image_id"]))})
+    test["image_path"] = [written.get(i) or f"test/{i}.jpg" for i in test["image_id"]]
+    test["image_path"] = _look_for(folder, test, warn)
+    return test, rows[["sample_id"]].reset_index(drop=True).assign(target=0.0)
+
+
+def _look_for(folder: Path, test: pd.DataFrame, warn: Callable) -> list[str]:
+    "Where the photos are, as far as they are anywhere."
+    places = {(folder / p).parent for p in test["image_path"]} | {folder / "test"}
+    if not any(place.is_dir() for place in places):
+        raise InputError(f"{folder / 'test'}: there is no such folder; attach the competition's photos")
+    found = [find_photo(folder, p, i) for i, p in zip(test["image_id"], test["image_path"], strict=True)]
+    for rows, fault in (([f is None for f in found], "not there; they are predicted without being seen"),
+                        ([f is not None and f != folder / p for f, p in zip(found, test["image_path"], strict=True)], "found under another name")):
+        if any(rows):
+            warn(f"{sum(rows)} of {len(test)} test photos are {fault}, such as {test['image_path'][rows.index(True)]}")
+    return [p if f is None else str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f, p in zip(found, test["image_path"], strict=True)]
+
+# %% ../notebooks/02_data.ipynb #61817f47
 def read_train(folder: Path) -> pd.DataFrame:
     "train.csv as a row a photo."
     path = folder / "train.csv"
@@ -139,26 +200,15 @@ def read_train(folder: Path) -> pd.DataFrame:
     return wide
 
 
-def read_test(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "test.csv as a row a photo, and the sample submission's rows in their order."
-    path = folder / "test.csv"
-    table = check_samples(read_table(path, ["sample_id", "image_path", "target_name"]), path)
-    sample = read_table(folder / "sample_submission.csv", ["sample_id", "target"])
-    check_samples(sample, folder / "sample_submission.csv")
-    apart = set(table["sample_id"]) ^ set(sample["sample_id"])
-    if apart:
-        raise InputError(f"{folder}: {min(apart)} stands in only one of test.csv and sample_submission.csv ({len(apart)} such rows)")
-    test = table.drop_duplicates("image_id")[["image_id", "image_path"]].sort_values("image_id", ignore_index=True)
-    check_photos(folder, test, "test.csv")
-    return test, sample[["sample_id"]].assign(target=0.0)
+def read_competition(folder: str | Path, warn: Callable | None = None) -> Competition:
+    """The three tables; photos are looked for, not opened. Raises `InputError` of one line for a fault in what is learned from.
 
-
-def read_competition(folder: str | Path) -> Competition:
-    "The three tables, every fault an `InputError` of one line; photos are looked for, not opened."
+    `warn` is told what is odd about the hidden test; None: nobody is, for `submit` says it.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
-    test, sample = read_test(folder)
+    test, sample = read_test(folder, warn or (lambda text: None))
     return Competition(folder, read_train(folder), test, sample)
 
 # %% ../notebooks/02_data.ipynb #5c6a53fa

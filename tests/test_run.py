@@ -1,6 +1,7 @@
 """The command line and its promises: artefacts, exit codes, resumption, refusals that leave nothing changed."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -112,7 +113,7 @@ FAULTS = {
     "no sample": lambda f: (f / "sample_submission.csv").unlink(),
     "no column": lambda f: edit(f, "train.csv", lambda t: t.drop(columns="State")),
     "no photo": drop_photo,
-    "no test photo folder": lambda f: [p.unlink() for p in (f / "test").iterdir()],
+    "no test photo folder": lambda f: shutil.rmtree(f / "test"),
     "double row": lambda f: edit(f, "train.csv", lambda t: pd.concat([t, t.iloc[:1]])),
     "blank id": lambda f: edit(f, "train.csv", lambda t: t.assign(sample_id=[""] + t.sample_id.tolist()[1:])),
     "four rows": lambda f: edit(f, "train.csv", lambda t: t.iloc[1:]),
@@ -122,7 +123,7 @@ FAULTS = {
     "a word": lambda f: edit(f, "train.csv", lambda t: t.assign(target=["much"] + t.target.tolist()[1:])),
     "unknown target": lambda f: edit(f, "train.csv", lambda t: t.assign(sample_id=t.sample_id.str.replace("Dry_Green_g", "Roots_g"))),
     "unknown target name": lambda f: edit(f, "train.csv", lambda t: t.assign(target_name=t.target_name.str.replace("Dry_Green_g", "Roots_g"))),
-    "test and sample differ": lambda f: edit(f, "sample_submission.csv", lambda t: t.assign(sample_id=t.sample_id.str.replace("ID", "IX"))),
+    "a sample of something else": lambda f: edit(f, "sample_submission.csv", lambda t: t.assign(sample_id=t.sample_id.str.replace("__", "/"))),
     "empty train": lambda f: edit(f, "train.csv", lambda t: t.iloc[:0]),
     "empty test": lambda f: edit(f, "test.csv", lambda t: t.iloc[:0]),
     "zero bytes": lambda f: (f / "train.csv").write_text(""),

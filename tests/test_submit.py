@@ -140,6 +140,21 @@ def shuffled_rows(run, _):
         pd.read_csv(path).sample(frac=1, random_state=seed).to_csv(path, index=False)
 
 
+def odd_paths(run, _):
+    path = run.input / "test.csv"
+    table = pd.read_csv(path)
+    table["image_path"] = ["\\".join(p.split("/")) if k % 2 else p.split("/")[1] for k, p in enumerate(table["image_path"])]
+    table.to_csv(path, index=False)
+
+
+def tables_apart(run, _):
+    "A photo that only one of the tables knows, a row that stands twice, and one of another competition."
+    path = run.input / "test.csv"
+    table = pd.read_csv(path).sort_values("sample_id")
+    odd = pd.DataFrame([table.iloc[-1].to_dict(), {"sample_id": "remark", "image_path": "", "target_name": ""}])
+    pd.concat([table.iloc[5:], odd]).to_csv(path, index=False)
+
+
 def one_photo(run, _):
     keep = min(pd.read_csv(run.input / "sample_submission.csv")["sample_id"].str[:6])
     for name in ("test.csv", "sample_submission.csv"):
@@ -268,7 +283,9 @@ ALL = {"dinov3": 6, "boosting": 6}
 DRILL: dict[str, tuple[Callable | None, str, dict]] = {
     "nothing is wrong": (None, "", ALL),
     "rows in a strange order": (shuffled_rows, "", ALL),
-    "photos of another size, format, ending": (odd_photos, "", ALL),
+    "photos of another size, format, ending": (odd_photos, "1 of 6 test photos are found under another name", ALL),
+    "odd paths in the table": (odd_paths, "6 of 6 test photos are found under another name", ALL),
+    "one table lacks a photo and has odd rows": (tables_apart, "5 rows stand in only one of test.csv and sample_submission.csv", ALL),
     "one test photo": (one_photo, "", {"dinov3": 1, "boosting": 1}),
     "a photo that is no photo": (text_photo, "1 test photos cannot be read", {"dinov3": 5, "boosting": 5}),
     "a photo cut in half": (cut_photo, "1 test photos cannot be read", {"dinov3": 5, "boosting": 5}),
@@ -325,7 +342,7 @@ def row(result: dict) -> str:
 def test_fault(name, trained, untouched, tmp_path, monkeypatch):
     result = drill(name, trained, tmp_path, monkeypatch)
     grams, reference = result["grams"], untouched[0]
-    if name in ("nothing is wrong", "rows in a strange order", "one test photo", "memory for one photo at a time", "no memory on the GPU at all"):
+    if name in ("nothing is wrong", "rows in a strange order", "odd paths in the table", "one table lacks a photo and has odd rows", "one test photo", "memory for one photo at a time", "no memory on the GPU at all"):
         assert np.allclose(grams, reference[grams.index], atol=1e-5), "the same photo gets the same five numbers"
     if "photo" in name and name.startswith("a "):
         odd = [i for i in grams.index if abs(grams[i] - reference[i]) > 1e-5]
@@ -344,11 +361,11 @@ def test_only_tables_and_the_photo_folder_are_needed(trained, tmp_path, gone):
     assert not (run.output / "submission.csv").exists()
 
 
-def test_ids_apart(trained, tmp_path):
+@pytest.mark.parametrize("name", ["test.csv", "sample_submission.csv"])
+def test_tables_of_something_else_are_refused(trained, tmp_path, name):
     run = copy_run(trained, tmp_path)
-    table = pd.read_csv(run.input / "test.csv")
-    table.replace({"sample_id": {i: i.replace("ID8", "ID7") for i in table["sample_id"]}}).to_csv(run.input / "test.csv", index=False)
-    with pytest.raises(InputError, match="only one of"):
+    (run.input / name).write_text("sample_id,image_path,target\nROOTS1,test/ROOTS1.jpg,0\n")
+    with pytest.raises(InputError, match="no sample_id ends in"):
         run_submit(run)
 
 
