@@ -278,14 +278,14 @@ def plot_yardsticks(table: pd.DataFrame):
     ax.legend(fontsize=8, loc="lower right")
     return fig
 
-# %% ../notebooks/10_eda.ipynb #dfb68b04
+# %% ../notebooks/10_eda.ipynb #92461f76
 @stage("eda", reads=("input/train.csv", "input/test.csv", "input/sample_submission.csv", "input/train/*"))
 def run_eda(run: Run) -> dict:
     """Write artefacts/folds.csv and the tables artefacts/eda/*.csv; returns counts, zeros and yardsticks.
 
     Raises InputError for whatever is wrong with the tables or the photographs of the run's input.
     """
-    comp = read_competition(run.input)
+    comp = read_competition(run.input, run.warn)
     folds = write_folds(run, comp.train)
     facts = facts_table(comp)
     tables = {"facts": facts.assign(strangeness=strangeness(facts)), "targets": target_table(comp.train), "zeros": zeros_table(comp.train),
