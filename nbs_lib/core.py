@@ -7,9 +7,9 @@ __all__ = ['SECTIONS', 'WRITERS', 'FULL', 'InputError', 'atomic', 'write_json', 
            'LimitsSettings', 'DemoSettings', 'PhotosSettings', 'InpaintSettings', 'TrainDinov3Settings',
            'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings', 'SubmitSettings',
            'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file', 'read_ini',
-           'parse_overrides', 'load_settings', 'kaggle_input', 'mount_candidates', 'resolve_mount', 'seed_everything',
-           'pick_device', 'pick_dtype', 'progress', 'hash_file', 'rooms_behind', 'hash_code', 'Run', 'check_output',
-           'open_run', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
+           'parse_overrides', 'load_settings', 'kaggle_input', 'mount_candidates', 'resolve_mount', 'find_attached',
+           'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file', 'rooms_behind', 'hash_code', 'Run',
+           'check_output', 'open_run', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -433,6 +433,20 @@ def resolve_mount(
                 return exact[0]
     there = ", ".join(sorted(str(p) for p in Path(root).glob("*/*"))[:8]) or "nothing"
     raise InputError(f"no {sentinel} of {name}: looked in {', '.join(map(str, tried))} and below {root}, where there is {there}; attach it to the kernel" + (f" or set {env}" if env else ""))
+
+# %% ../notebooks/00_core.ipynb #971a2224
+def find_attached(
+    wanted: str,  # a file or folder
+    dataset: str,  # owner/slug, where a Kaggle kernel has it
+    inside: str = "",  # a file that a wanted folder holds; empty: `wanted` is a file
+    root: str | Path = "",  # empty: kaggle_input()
+    env: str = "",  # as in `resolve_mount`
+) -> str:
+    "`wanted` itself where it is there or this is no Kaggle kernel, else its place in the attached dataset; raise `InputError` when it is nowhere."
+    if Path(wanted).exists() or not Path(root or kaggle_input()).is_dir():
+        return wanted
+    folder = resolve_mount("datasets", dataset, inside or wanted, root, env)
+    return str(folder if inside else folder / wanted)
 
 # %% ../notebooks/00_core.ipynb #a8165b8b
 def seed_everything(seed: int) -> None:

@@ -8,7 +8,7 @@ __all__ = ['AUX', 'INTERVALS', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_
            'grouped_splits', 'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model',
            'pixel_stats', 'five', 'save_model', 'load_model']
 
-# %% ../notebooks/31_model.ipynb #998208d2
+# %% ../notebooks/31_model.ipynb #b61554b7
 import dataclasses
 import zipfile
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.model_selection import GroupKFold
 from torch import Tensor, nn
 
-from .core import InputError, KaggleSettings, atomic, kaggle_input, read_json, resolve_mount, write_json
+from .core import InputError, KaggleSettings, atomic, find_attached, read_json, write_json
 from .fusion import build_fusion, to_map, to_tokens
 from .targets import QUADRAT_M2, weighted_r2_score
 
@@ -125,7 +125,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: holds no table of tensors")
     return {key.removeprefix("module.").removeprefix("backbone."): value for key, value in state.items()}
 
-# %% ../notebooks/31_model.ipynb #3cbd96fc
+# %% ../notebooks/31_model.ipynb #03e3d211
 WHEELS = {"efficientnet_lite0": "tf_efficientnet_lite0"}  # what ships in a wheel → the timm model it fits, one to one in order
 
 
@@ -146,9 +146,8 @@ def read_wheel(name: str, wanted: nn.Module) -> dict[str, Tensor]:
 
 def find_weights(weights: str, kaggle: KaggleSettings, root: str | Path = "") -> str:
     "`weights` as `load_weights` takes them: in a Kaggle kernel the name of a file is looked for in the attached dataset."
-    if weights in ("", "random") or weights.startswith("wheel:") or Path(weights).exists() or not Path(root or kaggle_input()).is_dir():
-        return weights
-    return str(resolve_mount("datasets", f"{kaggle.username}/{kaggle.dinov3_dataset}", weights, root) / weights)
+    named = weights in ("", "random") or weights.startswith("wheel:")
+    return weights if named else find_attached(weights, f"{kaggle.username}/{kaggle.dinov3_dataset}", root=root)
 
 
 def load_weights(backbone: Backbone, weights: str) -> None:

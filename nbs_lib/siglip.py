@@ -8,7 +8,7 @@ __all__ = ['CONCEPTS', 'SEMANTIC', 'NEEDED', 'STORE', 'Features', 'patch_starts'
            'load_siglip', 'read_parts', 'embed_prompts', 'add_ratios', 'at_full', 'embed_photos', 'find_weights',
            'compute_features', 'write_features', 'run_siglip', 'show_siglip']
 
-# %% ../notebooks/40_siglip.ipynb #f3a19d94
+# %% ../notebooks/40_siglip.ipynb #17246bd2
 import contextlib
 import importlib.metadata
 import io
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .core import InputError, Run, SiglipSettings, atomic, kaggle_input, pick_device, pick_dtype, progress, resolve_mount, stage
+from .core import InputError, Run, SiglipSettings, atomic, find_attached, pick_device, pick_dtype, progress, stage
 from .photos import FULL, PhotoStore, join, open_store, resize_half
 
 # %% ../notebooks/40_siglip.ipynb #0498165a
@@ -235,7 +235,7 @@ def embed_photos(
     per_patch = np.concatenate(per_patch)
     return per_patch.mean(1), np.concatenate(semantic), per_patch
 
-# %% ../notebooks/40_siglip.ipynb #b9559adb
+# %% ../notebooks/40_siglip.ipynb #ebcfd3fa
 def find_weights(run: Run) -> Path | None:
     "The SigLIP folder that the settings mean, None when `siglip.weights` is empty; raise `InputError` when it is nowhere."
     wanted = run.settings.siglip.weights
@@ -245,10 +245,8 @@ def find_weights(run: Run) -> Path | None:
         folder = run.artefacts / "siglip-tiny"
         texts = [w for words in read_prompts(run.settings.siglip).values() for w in words]
         return folder if (folder / "model.safetensors").is_file() else write_tiny_siglip(folder, texts, run.settings.run.seed)
-    if Path(wanted).is_dir() or not kaggle_input().is_dir():
-        return check_folder(wanted)
     kaggle = run.settings.kaggle
-    return resolve_mount("datasets", f"{kaggle.username}/{kaggle.siglip_dataset}", "preprocessor_config.json", env="NBS_SIGLIP")
+    return check_folder(find_attached(wanted, f"{kaggle.username}/{kaggle.siglip_dataset}", "preprocessor_config.json", env="NBS_SIGLIP"))
 
 # %% ../notebooks/40_siglip.ipynb #70cb070b
 STORE = tuple(f"artefacts/photos/train_{FULL[0]}x{FULL[1]}/{name}" for name in ("store.json", "rows.npy"))  # rows: a hash a photo
