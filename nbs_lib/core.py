@@ -85,7 +85,7 @@ def read_json(path: str | Path):
     except (ValueError, OSError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); delete it and run again") from e
 
-# %% ../notebooks/00_core.ipynb #f6ad9603
+# %% ../notebooks/00_core.ipynb #4d38ab30
 @dataclass(frozen=True)
 class RunSettings:
     "What all rooms share."
@@ -104,6 +104,9 @@ class KaggleSettings:
     dinov3_dataset: str  # pretrained weights of model 1
     siglip_dataset: str  # pretrained weights of model 2
     models_dataset: str  # what training wrote
+    kernel_prefix: str  # slugs of the kernels begin with it
+    machine: str  # machine_shape of kernels that want a GPU
+    trained: str  # where the submission finds trained models: kernels (outputs of train and features) or dataset
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class InpaintSettings:
     rule: str  # what is painted over: stamp (writing only), orange (the widespread colour rule) or none
     crop_bottom: float  # fraction of the height cut off at the bottom, 0 to 0.5
 
-# %% ../notebooks/00_core.ipynb #d3d6ea44
+# %% ../notebooks/00_core.ipynb #7cca1440
 @dataclass(frozen=True)
 class TrainDinov3Settings:
     "Model 1."
@@ -159,7 +162,12 @@ class TrainDinov3Settings:
     halves: bool  # each half answers for itself with half the label
     aux: tuple[str, ...]  # asked in training beside the grams: intervals, state, ndvi, height
     aux_weight: float  # of their losses
+    label_scale: bool  # the answer starts at the labels' mean and counts in their spread; no: a bare softplus, the recipe
+    pseudo_rounds: int  # trainings anew on the network's own answers for unlabelled photos; 0: none
+    pseudo_weight: float  # of such a photo in the loss
+    pseudo_from: tuple[str, ...]  # photos so answered: test, held_out (those of the fold, without their labels)
     schemes: tuple[str, ...]  # of folds that are trained: grouped, stratified
+    parallel_folds: int  # folds trained at a time, each by a process with a GPU of its own; 1: one after another
     views: tuple[str, ...]  # averaged in a prediction: id, H, V, HV
     unfreeze: int  # last blocks of the backbone that are trained; 0: none, -1: all
     lora: int  # rank of adapters that are trained in place of the blocks; 0: none
