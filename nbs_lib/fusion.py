@@ -280,7 +280,7 @@ def _call_fused(u, delta, A, B, C, D, z, delta_bias, delta_softplus):
     full = lambda t: None if t is None else t.float().contiguous()
     return fused_scan()(same(u), same(delta), full(A), same(B), same(C), full(D), same(z), full(delta_bias), delta_softplus)
 
-# %% ../notebooks/30_fusion.ipynb #34f6c930
+# %% ../notebooks/30_fusion.ipynb #34098ba2
 class Mamba(nn.Module):
     "A Mamba block, (B, L, D) -> (B, L, D), causal; its `state_dict` fits `mamba_ssm.Mamba`. Source: Gu & Dao 2023, arXiv:2312.00752."
 
@@ -301,9 +301,17 @@ class Mamba(nn.Module):
         self.dt_proj = nn.Linear(self.dt_rank, inner)
         self.A_log = nn.Parameter(torch.arange(1.0, d_state + 1).log().repeat(inner, 1))  # (inner, N)
         self.D = nn.Parameter(torch.ones(inner))
-        self.A_log._no_weight_decay = self.D._no_weight_decay = True
         self.out_proj = nn.Linear(inner, dim, bias=False)
         self._init_steps(*map(math.log, dt_range))
+        self._exempt()
+
+    def _exempt(self) -> None:
+        "Rates and skip are no weights to be pulled towards zero: optimisers look for this attribute, as in `mamba_ssm`."
+        self.A_log._no_weight_decay = self.D._no_weight_decay = True
+
+    def __setstate__(self, state: dict) -> None:                                  # a copied parameter has lost its attributes
+        super().__setstate__(state)
+        self._exempt()
 
     @torch.no_grad()
     def _init_steps(self, low: float, high: float) -> None:

@@ -8,8 +8,9 @@ __all__ = ['AUX', 'INTERVALS', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_
            'grouped_splits', 'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model',
            'pixel_stats', 'five', 'save_model', 'load_model']
 
-# %% ../notebooks/31_model.ipynb #b61554b7
+# %% ../notebooks/31_model.ipynb #e8c16dc3
 import dataclasses
+import math
 import zipfile
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -286,7 +287,7 @@ class Head(nn.Module):
         start = torch.where(base / self.unit > 15, base / self.unit, start)
         return self.unit * F.softplus(raw + (start if self.kind == "pooled" else start[:, None]))
 
-# %% ../notebooks/31_model.ipynb #0ef8fdd7
+# %% ../notebooks/31_model.ipynb #95793765
 class Encoded(NamedTuple):
     "What the backbone saw in B photographs."
     pooled: Tensor  # (B, features) float32, both halves averaged
@@ -412,6 +413,14 @@ class BiomassNet(nn.Module):
         self.prior.copy_(parts.mean(0))
         if self.config.head != "none":
             self.head.unit.copy_(parts.std(0, unbiased=False).clamp(min=1.0))
+
+    def start_bare(self) -> None:
+        "Let the head be what the recipe's was: softplus of its raw answer, in grams, from torch's own initial weights."
+        self.prior.fill_(math.log(2))  # softplus(0): nothing is added to the raw answer
+        if self.config.head != "none":
+            self.head.unit.fill_(1.0)
+            for part in self.head.parts:
+                part[-1].reset_parameters()
 
 
 def add_lora(net: BiomassNet) -> None:
