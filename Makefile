@@ -8,7 +8,15 @@ PINS := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
 READY := $(VENV)/ready-$(PINS)
 RUN := $(BIN)/python -m nbs_lib.run
 
-.PHONY: demo test run bench notebooks clean help
+# Kaggle's image, rebuilt: Python 3.12 and the packages of constraints-kaggle.txt, nothing else.
+PYTHON312 ?= $(shell command -v python3.12)
+IMAGE := .venv-kaggle
+IMAGE_READY := $(IMAGE)/ready-$(shell cksum < constraints-kaggle.txt | cut -d' ' -f1)
+LOCK := datasets-metadata/wheels/wheelhouse.lock
+KAGGLE := $(BIN)/python -m nbs_lib.kaggle
+SENDING := $(if $(SEND),--send)
+
+.PHONY: demo test run bench wheelhouse test-kaggle push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -33,6 +41,32 @@ run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop
 
 bench: $(READY)  ## speed and memory, side by side -> runs/bench
 	$(BIN)/python -m nbs_lib.bench --output runs/bench $(ARGS)
+
+$(IMAGE_READY):
+	@test -n "$(PYTHON312)" || { echo "error: Kaggle has Python 3.12 and there is none here: install it, or say where: make $(MAKECMDGOALS) PYTHON312=path/to/python3.12" >&2; exit 2; }
+	$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else "Python 3.12 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON312) -m venv --clear $(IMAGE)
+	$(IMAGE)/bin/python -m pip install --quiet --requirement constraints-kaggle.txt
+	touch $@
+
+wheelhouse: $(READY) $(IMAGE_READY)  ## wheels for a kernel without a network -> wheelhouse/, proven in Kaggle's image
+	$(KAGGLE) wheelhouse --image $(IMAGE) $(ARGS)
+
+test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's image; TESTS=tests/test_model.py for some
+	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
+	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
+	$(IMAGE)/tests/bin/python -m pip install --quiet pytest hypothesis jupytext kaggle
+	PYTHONPATH=$(CURDIR) $(IMAGE)/tests/bin/python -m pytest --deselect tests/test_house.py::test_library_and_notebooks_agree $(TESTS)
+
+push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
+	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
+	$(KAGGLE) $(ARGS) push $(STAGE) $(if $(FROM),--source "$(FROM)") $(SENDING)
+
+submit: $(READY) ## VERSION=3 of the kernel submit; SEND=1 sends it
+	$(KAGGLE) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(SENDING)
+
+data: $(READY)   ## the competition's data, for one who accepted its rules -> data/csiro-biomass
+	$(KAGGLE) data
 
 notebooks: $(READY)  ## execute the lessons again and export the library
 	$(BIN)/python tests/notebooks.py --write
