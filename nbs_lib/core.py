@@ -85,7 +85,7 @@ def read_json(path: str | Path):
     except (ValueError, OSError) as e:
         raise InputError(f"{path}: not readable as JSON ({e}); delete it and run again") from e
 
-# %% ../notebooks/00_core.ipynb #4d38ab30
+# %% ../notebooks/00_core.ipynb #2be2c190
 @dataclass(frozen=True)
 class RunSettings:
     "What all rooms share."
@@ -115,6 +115,8 @@ class LimitsSettings:
     hours: float  # wall clock of a submission
     memory_gb: float  # of the whole process tree
     working_gb: float  # of the output folder
+    stage_hours: float  # wall clock of one stage; 0: no limit
+    cpus: int  # cores that a stage may use; 0: all
 
 
 @dataclass(frozen=True)
@@ -401,7 +403,7 @@ def load_settings(
         sections[name] = kind(**values)
     return Settings(profile=profile, preset=preset, **sections)
 
-# %% ../notebooks/00_core.ipynb #fc19a76d
+# %% ../notebooks/00_core.ipynb #7846e8b5
 def kaggle_input() -> Path:
     "Where a Kaggle kernel finds what is attached to it: /kaggle/input, or $NBS_KAGGLE_INPUT for a rehearsal at home."
     return Path(os.environ.get("NBS_KAGGLE_INPUT") or "/kaggle/input")
@@ -434,11 +436,9 @@ def resolve_mount(
             return folder
     if not (env and os.environ.get(env)):
         slug = name.strip("/").split("/")[1 if "/" in name else 0]
-        for level in range(depth):
-            found = sorted(p.parent for p in Path(root).glob("*/" * level + sentinel) if p.is_file())
-            exact = [p for p in found if slug in p.parts] or found
-            if exact:
-                return exact[0]
+        found = [p.parent for level in range(depth) for p in root.glob("*/" * level + sentinel) if p.is_file()]
+        if found:  # of its own name before any other, then the highest
+            return min(found, key=lambda p: (slug not in p.parts, len(p.parts), str(p)))
     there = ", ".join(sorted(str(p) for p in Path(root).glob("*/*"))[:8]) or "nothing"
     raise InputError(f"no {sentinel} of {name}: looked in {', '.join(map(str, tried))} and below {root}, where there is {there}; attach it to the kernel" + (f" or set {env}" if env else ""))
 
@@ -643,7 +643,7 @@ def is_fresh(run: Run, name: str) -> bool:
     except (InputError, KeyError, TypeError, AttributeError):
         return False  # written by another version: do the stage again
 
-# %% ../notebooks/00_core.ipynb #c97d9c4c
+# %% ../notebooks/00_core.ipynb #243c66f1
 FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "is over its quota", errno.EROFS: "is read-only"}
 
 
@@ -672,7 +672,8 @@ def stage(
                 write_json(manifest_path(run, name), {**run.provenance, "outputs": outputs, "warnings": run.warnings,
                                                       "summary": summary, "seconds": round(time.monotonic() - start, 2)})
             except OSError as e:
-                if e.errno in FULL:
+                ours = not (e.filename and Path(os.fsdecode(e.filename)).resolve().is_relative_to(run.input.resolve()))
+                if e.errno in FULL and ours:  # else a stage wrote to the input, which is a fault of the stage
                     raise InputError(f"output {run.output}: {FULL[e.errno]}; make room or choose another, then run again to go on") from e
                 raise
             return read_json(manifest_path(run, name))["summary"]

@@ -354,10 +354,10 @@ def make_wheelhouse(checkout: Path, to: Path, relock: bool = False) -> list[str]
             temporary.write_text("\n".join(lock_lines(folders[0] if path.parent == folders[0] else folders[1])) + "\n")
     return [f"{p.stat().st_size / 1e6:8.2f} MB  {p.relative_to(to)}" for f in folders for p in sorted(f.iterdir())]
 
-# %% ../notebooks/81_kaggle.ipynb #2073e687
+# %% ../notebooks/81_kaggle.ipynb #e764aa42
 def make_overlay(image: Path, folder: Path) -> Path:
     "A new environment in `folder` that also sees the packages of the environment `image`; returns its Python."
-    subprocess.run([image / "bin" / "python", "-m", "venv", "--clear", folder], check=True)
+    subprocess.run([image / "bin" / "python", "-m", "venv", "--clear", "--without-pip", folder], check=True)  # the image's pip installs here
     theirs, mine = (next(v.glob("lib/python3*/site-packages")) for v in (image, folder))
     (mine / "image.pth").write_text(f"{theirs.resolve()}\n")
     return folder / "bin" / "python"
