@@ -488,7 +488,7 @@ def section_worst(found: Findings, most: int = 10) -> Section:
     text += [] if halves else ["The store of cleaned photos is not there, so they are named but not shown."]
     return Section("The photos it got most wrong", text, [[photo_card(found, i, k, halves) for k, i in enumerate(order, 1)]])
 
-# %% ../notebooks/82_report.ipynb #5e6d4be1
+# %% ../notebooks/82_report.ipynb #b3014bed
 def overlay(photo: np.ndarray, density: np.ndarray, top: float) -> np.ndarray:
     "The photo (H, W, 3) in grey with `density` (h, w) in g/m² laid over it: the more, up to `top`, the more violet."
     from PIL import Image
@@ -514,7 +514,8 @@ def section_maps(found: Findings, most: int = 4) -> Section | None:
         photo, clover = panorama(halves[1][halves[0][ids[k]]]), train.loc[ids[k], TARGETS[CLOVER]]
         told = f"{ids[k]}: model 1 sees {number(maps[k].mean())} g/m² of clover, from {number(maps[k].min())} to {number(maps[k].max())}; measured were {number(clover / QUADRAT_M2)}"
         pictures += [jpeg(photo, f"Photo {ids[k]}."), jpeg(overlay(photo, maps[k], top), told + ".", told)]
-    text = [f"Model 1 answers for every patch of ground. Violet is clover, full colour is {number(top)} g/m²; the mean over a map is what it predicts for the photo. Nothing but the five weights of a whole photo taught it where to look."]
+    text = [f"Model 1 answers for every patch of ground. Violet is clover, full colour is {number(top)} g/m²; the mean over a map is what it predicts for the photo. Nothing but the weights of whole photos taught it where to look.",
+            f"Inside a photo a map varies by {percent(float(np.mean([maps[k].std() / max(maps[k].mean(), 1e-9) for k in order])))} of its mean (standard deviation): the less, the more the network judges the photo as a whole and not its patches."]
     return Section("Where the clover stands", text, [pictures], layout="wide") if order else None
 
 # %% ../notebooks/82_report.ipynb #1dbb2df9
