@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'KG_HA', 'INK', 'HUES', 'SIGNS', 'RC', 'THEMED', 'FLAGS', 'LESS_IS_WORSE', 'STAGE_STATES', 'BROKEN', 'STYLE',
-           'TEMPLATE', 'NOTEBOOK_STYLE', 'Findings', 'truth_path', 'read_grams', 'read_quality', 'models_of',
-           'read_findings', 'site_interval', 'score_table', 'constant_oof', 'score_test', 'collect_scores', 'spread',
-           'score_rows', 'answer', 'Table', 'Picture', 'Section', 'number', 'percent', 'canvas', 'as_picture', 'looks',
-           'legend', 'plot_target', 'section_predicted', 'error_by', 'error_table', 'plot_residuals', 'short',
+           'TEMPLATE', 'NOTEBOOK_STYLE', 'choose_model', 'Findings', 'truth_path', 'read_grams', 'read_quality',
+           'models_of', 'read_findings', 'site_interval', 'score_table', 'constant_oof', 'score_test', 'collect_scores',
+           'spread', 'score_rows', 'answer', 'Table', 'Picture', 'Section', 'number', 'percent', 'canvas', 'as_picture',
+           'looks', 'legend', 'plot_target', 'section_predicted', 'error_by', 'error_table', 'plot_residuals', 'short',
            'flagged', 'quality_table', 'section_error', 'kept_promises', 'plot_promises', 'read_intervals',
            'section_sure', 'open_halves', 'panorama', 'jpeg', 'Card', 'photo_card', 'section_worst', 'overlay',
            'section_maps', 'section_blend', 'section_ablations', 'section_submission', 'plot_sent', 'section_repaired',
-           'summaries', 'plot_stages', 'plot_memory', 'folder_gb', 'section_cost', 'Verdict', 'verdict', 'verdicts',
-           'in_words', 'what_happened', 'section_scores', 'section_made', 'all_sections', 'attempt', 'render',
-           'notebook_page', 'write_pages', 'write_report']
+           'summaries', 'plot_stages', 'plot_memory', 'folder_gb', 'used_of_allowed', 'section_cost', 'Verdict',
+           'verdict', 'verdicts', 'in_words', 'what_happened', 'section_scores', 'section_made', 'all_sections',
+           'attempt', 'render', 'notebook_page', 'write_pages', 'write_report']
 
 # %% ../notebooks/82_report.ipynb #5096155d
 import base64
@@ -35,7 +35,12 @@ from .core import InputError, Run, atomic, read_json, write_json
 from .data import SCHEMES, Competition, check_samples, oof_path, read_competition, read_folds, read_oof, read_table, to_wide
 from .targets import CLOVER, QUADRAT_M2, TARGETS, TOTAL, WEIGHTS, constant_prediction, imbalance, per_target_r2_score, per_target_rmse, weighted_r2_score
 
-# %% ../notebooks/82_report.ipynb #feb3e6fe
+# %% ../notebooks/82_report.ipynb #dc99941b
+def choose_model(grouped: dict[str, float]) -> str:
+    "The model that speaks for a run, of scores on grouped folds: the blend, else the best; empty when there is none."
+    return "ensemble" if "ensemble" in grouped else max(grouped, key=grouped.get, default="")
+
+
 @dataclass(frozen=True)
 class Findings:
     "What a run left, read once."
@@ -49,11 +54,10 @@ class Findings:
     truth: pd.DataFrame | None  # the same of the hidden test, where somebody knows it
     problems: list[str] = field(default_factory=list)  # what could not be read
 
-    @property
+    @functools.cached_property
     def model(self) -> str:
-        "The model the page is about: the blend, else the best on grouped folds; empty when none has predicted."
-        grouped = {m: weighted_r2_score(self.y, by["grouped"]) for m, by in self.oof.items() if "grouped" in by}
-        return "ensemble" if "ensemble" in grouped else max(grouped, key=grouped.get, default="")
+        "The model the page is about."
+        return choose_model({m: weighted_r2_score(self.y, by["grouped"]) for m, by in self.oof.items() if "grouped" in by})
 
     @property
     def y(self) -> np.ndarray:
@@ -152,7 +156,7 @@ def constant_oof(y: np.ndarray, fold: np.ndarray) -> np.ndarray:
         out[fold == k] = constant_prediction(y[fold != k], int((fold == k).sum()))
     return out
 
-# %% ../notebooks/82_report.ipynb #2ec7e153
+# %% ../notebooks/82_report.ipynb #90dee23b
 def score_test(found: Findings) -> dict:
     "Scores of OUT/submission.csv and of the constant on the hidden test; empty when there is no truth or no submission."
     if found.truth is None or found.submission is None:
@@ -186,10 +190,11 @@ def score_rows(scores: dict) -> tuple[list[str], list[list]]:
 
 def answer(scores: dict) -> str:
     "One sentence: the honest score and the constant beside it."
-    best = scores["oof"].get("ensemble") or next((by for by in scores["oof"].values() if "grouped" in by), {})
-    if "grouped" not in best:
+    grouped = {m: by["grouped"]["r2"] for m, by in scores["oof"].items() if "grouped" in by}
+    if not grouped:
         return "No model has predicted out of fold yet."
-    text = f"Weighted R² {best['grouped']['r2']:.3f} out of fold, sites held out together; a constant scores {scores['constant']['grouped']['r2']:.3f}"
+    text = f"Weighted R² {grouped[choose_model(grouped)]:.3f} out of fold, sites held out together"
+    text += f"; a constant scores {scores['constant']['grouped']['r2']:.3f}" if scores["constant"] else ""
     if scores["test"]:
         text += f". On the hidden test {scores['test']['ensemble']['r2']:.3f}; a constant {scores['test']['constant']['r2']:.3f}"
     return text + "."
@@ -595,7 +600,7 @@ def summaries(run: Run) -> dict[str, dict]:
             out[path.stem] = read_json(path).get("summary") or {}
     return {name: s for name, s in out.items() if isinstance(s, dict)}
 
-# %% ../notebooks/82_report.ipynb #d2343f90
+# %% ../notebooks/82_report.ipynb #cb5569f0
 STAGE_STATES = {"done": HUES[2], "up to date": HUES[6], "failed": HUES[1], "stopped": HUES[3]}
 
 
@@ -621,26 +626,32 @@ def plot_memory(stages: list[dict], limit: float) -> Picture:
         ax.set_yticks(range(len(stages)), [s["name"] for s in stages])
         if limit and max(peaks) > limit / 3:
             ax.axvline(limit, color=HUES[1], lw=2)
-        ax.set(ylim=(len(stages) - 0.4, -0.6), xlabel=f"peak of the process tree, GB (limit {limit:g})", title="Memory")
-        return as_picture(figure, f"Peak memory of each stage: at most {number(max(peaks), 2)} GB, in {stages[int(np.argmax(peaks))]['name']}; the limit is {limit:g} GB.")
+        told = f"limit {limit:g}" if limit else "no limit"
+        ax.set(ylim=(len(stages) - 0.4, -0.6), xlabel=f"peak of the process tree, GB ({told})", title="Memory")
+        return as_picture(figure, f"Peak memory of each stage: at most {number(max(peaks), 2)} GB, in {stages[int(np.argmax(peaks))]['name']}; {told}.")
 
-# %% ../notebooks/82_report.ipynb #a652c89b
+# %% ../notebooks/82_report.ipynb #f2a63305
 def folder_gb(folder: Path) -> float:
     "Size of all files below `folder`, GB."
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**30
 
 
+def used_of_allowed(found: Findings, stages: list[dict]) -> Table:
+    "Time, memory and disk beside the limits of the settings; a limit of 0 is none."
+    limits, hours = found.run.settings.limits, [s.get("seconds", 0) / 3600 for s in stages] or [0]
+    measured = [("hours, all stages", sum(hours), limits.hours), ("hours, the longest stage", max(hours), limits.stage_hours),
+                ("memory at its peak, GB", max((s.get("peak_rss_gb", 0) for s in stages), default=0), limits.memory_gb), ("the output folder, GB", folder_gb(found.run.output), limits.working_gb)]
+    rows = [[what, number(used, 2), f"{limit:g}" if limit else "no limit", percent(used / limit) if limit else "–"] for what, used, limit in measured]
+    return Table("What was used of what is allowed", ["what", "used", "allowed", "share"], rows)
+
+
 def section_cost(found: Findings) -> Section:
-    stages, limits = [s for s in found.record.get("stages", []) if "name" in s], found.run.settings.limits
-    seconds, peak = sum(s.get("seconds", 0) for s in stages), max((s.get("peak_rss_gb", 0) for s in stages), default=0)
-    used = [("time of all stages", f"{seconds / 60:.1f} min", f"{limits.hours:g} h", seconds / 3600 / limits.hours if limits.hours else np.nan),
-            ("memory, at its peak", f"{peak:.2f} GB", f"{limits.memory_gb:g} GB", peak / limits.memory_gb if limits.memory_gb else np.nan),
-            ("disk, the whole output folder", f"{(gb := folder_gb(found.run.output)):.2f} GB", f"{limits.working_gb:g} GB", gb / limits.working_gb if limits.working_gb else np.nan)]
+    stages = [s for s in found.record.get("stages", []) if "name" in s]
     rows = [[s["name"], s.get("status", "–"), number(s.get("seconds")), number(s.get("peak_rss_gb"), 2), number(s.get("written_mb")), str(s.get("network", "–"))] for s in stages]
     text = ["Measured from outside, of the whole process tree. A stage that was up to date was not done again; its cost is that of the run that did it."]
-    tables = [Table("What was used of what is allowed", ["what", "used", "allowed", "share"], [[w, u, a, percent(s)] for w, u, a, s in used])]
+    tables = [used_of_allowed(found, stages)]
     tables += [Table("Each stage", ["stage", "status", "seconds", "peak memory, GB", "written, MB", "network"], rows, (1, 5))] if stages else []
-    return Section("What it cost", text, [[plot_stages(stages), plot_memory(stages, limits.memory_gb)], *tables] if stages else tables, layout="wide")
+    return Section("What it cost", text, [[plot_stages(stages), plot_memory(stages, found.run.settings.limits.memory_gb)], *tables] if stages else tables, layout="wide")
 
 # %% ../notebooks/82_report.ipynb #9db0e21a
 @dataclass(frozen=True)
@@ -699,7 +710,7 @@ def what_happened(found: Findings) -> list[tuple[str, str]]:
     drawn = ["The photographs are synthetic: their scores prove that the chain works and say nothing about a real paddock."] if found.synthetic else []
     return [("alarm", line) for line in lines] + [("note", line) for line in drawn]
 
-# %% ../notebooks/82_report.ipynb #71134bfd
+# %% ../notebooks/82_report.ipynb #9dec469d
 def section_scores(scores: dict) -> Section:
     head, rows = score_rows(scores)
     rows = [[m, s, number(r2, 3), interval, *(number(v, 2) for v in by)] for m, s, r2, interval, *by in rows]
@@ -711,7 +722,7 @@ def section_scores(scores: dict) -> Section:
 def section_made(found: Findings) -> Section:
     record, run = found.record, found.run
     about = {"profile": run.settings.profile, "preset": run.settings.preset or "none", "overrides": ", ".join(record.get("overrides") or []) or "none", "seed": run.settings.run.seed,
-             "started": record.get("started", "–"), "status": record.get("status", "–"), **{f"machine: {k}": v for k, v in (record.get("machine") or {}).items()},
+             "started": record.get("started", "–"), "status": record.get("status", "–"), "sandbox": record.get("sandbox", "–"), **{f"machine: {k}": v for k, v in (record.get("machine") or {}).items()},
              **{f"version of {k}": v for k, v in (record.get("versions") or {}).items()},
              **{f"hash of {k}": f"{v.get('blake2b')} ({v.get('files')} files)" for k, v in (record.get("inputs") or {}).items() if isinstance(v, dict)}}
     settings = [[f"{section}.{key}", ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)]

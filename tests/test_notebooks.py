@@ -1,9 +1,39 @@
-"""The lessons of every notebook pass: one test a notebook."""
-import pytest
+"""The lessons of every notebook pass, and the outputs that are committed are those that executing gives: one test a notebook."""
+import base64
+import io
+import re
 
-from notebooks import execute, notebooks
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+from notebooks import RUN, execute, notebooks
+
+EXACT = ("01_targets", "02_data", "50_balance")  # arithmetic alone: the same text and the same pixels wherever the pins are the same
+
+
+def shown(nb: nbformat.NotebookNode) -> list[dict]:
+    "What each lesson cell displays, by MIME type; printed lines are left out, for some tell seconds."
+    cells = [c for c in nb.cells if c.cell_type == "code" and not RUN.search(c.source)]
+    return [{mime: value for output in c.outputs for mime, value in output.get("data", {}).items()} for c in cells]
+
+
+def picture(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 def test_lessons(path):
-    execute(path)
+    committed, again = shown(nbformat.read(path, as_version=4)), shown(execute(path))
+    assert [sorted(c) for c in committed] == [sorted(c) for c in again], "the committed outputs are of other code: make notebooks"
+    for old, new in zip(committed, again, strict=True) if path.stem in EXACT else ():
+        assert old.get("text/plain") == new.get("text/plain")
+        assert "image/png" not in old or np.array_equal(picture(old["image/png"]), picture(new["image/png"]))
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+def test_first_screen_says_where_you_are(path):
+    """H1, what it gives the reader, and what is read and written."""
+    first = next(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
+    assert re.match(r"# .+\n+> .+\n", first) and re.search(r"\*\*You are here:?\*\*.*→", first) and len(first) < 1500

@@ -200,6 +200,8 @@ def test_stage_after_the_models_failed(tmp_path):
     run = make_run(tmp_path, 24, 2, truth=False, blended=False)
     fake_members(run)
     page = report.write_report(run, {**RECORD, "status": "LimitPassed: the time budget ended in stage ensemble"}).read_text()
+    best = read_json(run.output / "scores.json")["oof"]["dinov3"]["grouped"]["r2"]
+    assert f"Weighted R² {best:.3f} out of fold" in page, "boosting, which comes first, is worse"
     assert "There is no blend: these are the numbers of dinov3" in page and "The run did not finish: LimitPassed: the time budget ended" in page
     assert "how-sure" in sections(page) and "what-the-blend-weighs" not in sections(page)
 

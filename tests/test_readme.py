@@ -1,0 +1,192 @@
+"""What the README tells people to type works, and what it points at is there.
+
+Commands that take minutes (`make demo`, `make test`, `make run`) are run whole by other tests and by CI; here make says what it
+would do, and each inner command is parsed by the program that would get it. The README is free to change: commands are found
+where they stand, in fenced blocks and between backticks.
+"""
+import ast
+import functools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+from nbs_lib.core import SECTIONS, InputError, load_settings
+from nbs_lib.run import choose_stages, parse_call
+
+README = ROOT / "README.md"
+PROGRAMS = ("make", "python", "python3", "papermill", "pip", "nbdev-export", "nbdev-clean", "git", "cd", "kaggle", "jupyter", "pytest")
+VALUES = {"DIR": "some/folder", "OUT": "runs/x", "STAGE": "eda", "H": "1", "N": "1", "P": "demo", "PROFILE": "demo", "recipe": "recipe"}
+
+
+def commands(text: str) -> list[str]:
+    "Command lines of a README, in order: of its fenced blocks, continued lines joined and comments cut, and between backticks in its prose."
+    found, outside = [], []
+    for k, part in enumerate(re.split(r"^```", text, flags=re.M)):
+        if k % 2 == 0:
+            outside.append(part)
+            continue
+        language, _, body = part.partition("\n")
+        if language.strip() in ("", "sh", "bash", "shell", "console", "text"):
+            body = re.sub(r"\s*\\\n\s*|\n\s+(?=\[?-)", " ", body)
+            found += [line.removeprefix("$ ").split(" #")[0].strip() for line in body.splitlines()]
+    found += re.findall(r"`([^`\n]+)`", "".join(outside))
+    return [line for line in found if line.split()[:1] and line.split()[0] in PROGRAMS and len(line.split()) > 1 or line in ("nbdev-export", "nbdev-clean")]
+
+
+def plain(line: str) -> list[str]:
+    "The words of a command: `[--only STAGE]...` and `{a,b}` as one would type them, placeholders filled in."
+    line = re.sub(r"--(\w[\w-]*)/--no-\1", r"--\1", re.sub(r"\{(\w+)[,|][^}]*\}", r"\1", line.replace("...", "").replace("…", "")))
+    line = re.sub(r"[\[\]]", " ", line).replace("stage.key=value", "run.seed=1").replace("STAGE.KEY=VALUE", "run.seed=1")
+    return [VALUES.get(word, word) for word in shlex.split(line)]
+
+
+# ---- each kind of command, checked by what would receive it
+
+def check_make(words: list[str]) -> None:
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        if re.match(r"\S*python -m (nbs_lib|pytest)", line):
+            check_python(["python", *shlex.split(line)[1:]])
+    for word in words[1:]:
+        if word.startswith("PROFILE="):
+            load_settings(word.partition("=")[2])
+
+
+def check_python(words: list[str]) -> None:
+    if words[1] == "-m" and words[2] == "nbs_lib.run":
+        args = parse_call(words[3:])
+        load_settings(args.profile, args.preset, args.overrides)
+        choose_stages(args.only), choose_stages((), args.start)  # a usage line names both, a call gives one
+    elif words[1] == "-m" and words[2] in ("papermill", "pip", "pytest", "venv", "build"):
+        {"papermill": check_papermill, "pip": check_pip}.get(words[2], lambda w: None)(words[2:])
+    elif words[1] == "-m":
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith("nbs_lib."), f"there is no module {words[2]}"
+        check_flags(words[3:], help_of(words[2]))
+    elif not words[1].startswith("-"):
+        assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
+        check_flags(words[2:], (ROOT / words[1]).read_text())
+
+
+@functools.cache
+def help_of(module: str) -> str:
+    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_flags(words: list[str], known: str) -> None:
+    for word in words:
+        flag = word.partition("=")[0]
+        assert not flag.startswith("--") or re.search(rf"{re.escape(flag)}\b(?!-)", known), f"{flag} is not understood"
+
+
+def check_papermill(words: list[str]) -> None:
+    path = ROOT / words[1]
+    assert path.is_file(), f"there is no notebook {words[1]}"
+    cell = next(c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
+    known = {t.id for node in ast.parse(cell.source).body if isinstance(node, ast.Assign) for t in node.targets}
+    given = {words[k + 1] for k, word in enumerate(words) if word in ("-p", "-r")}
+    assert given <= known, f"{words[1]} has no parameter {', '.join(sorted(given - known))}"
+
+
+def check_pip(words: list[str]) -> None:
+    for extras in re.findall(r"\[([\w,]+)\]", " ".join(words)):
+        for extra in extras.split(","):
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), f"there is no extra {extra}"
+
+
+def check_nbdev(words: list[str]) -> None:
+    assert shutil.which(words[0], path=f"{Path(sys.executable).parent}") or shutil.which(words[0]), f"{words[0]} is not installed"
+
+
+def elsewhere(words: list[str]) -> None:
+    "git, cd, kaggle, jupyter: other people's programs, with what they need out of the network."
+
+
+CHECKS = {"make": check_make, "python": check_python, "python3": check_python, "papermill": check_papermill, "pip": check_pip, "pytest": lambda words: None,
+          "nbdev-export": check_nbdev, "nbdev-clean": check_nbdev, "git": elsewhere, "cd": elsewhere, "kaggle": elsewhere, "jupyter": elsewhere}
+
+
+def check(line: str) -> None:
+    for one in re.split(r" && | ; ", line):
+        words = plain(one) if "pip" not in one else shlex.split(one)
+        try:
+            CHECKS[words[0]](words)
+        except InputError as e:
+            raise AssertionError(str(e)) from e
+
+
+LINES = sorted(set(commands(README.read_text())))
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_command_can_be_typed(line):
+    check(line)
+
+
+def test_the_two_commands_are_there():
+    assert {"make demo", "make test"} <= set(LINES) and any(line.startswith("make run DATA=") for line in LINES)
+
+
+# ---- settings, links, files
+
+def check_settings(text: str) -> None:
+    for setting in re.findall(r"--set[ =]([\w.]+=[^\s`\]]+)", text):
+        if setting.lower() != "stage.key=value":
+            assert setting.partition(".")[0] in SECTIONS, f"no section of settings.ini is called {setting.partition('.')[0]}"
+            load_settings("demo", overrides=[setting])
+
+
+def anchors(text: str) -> set[str]:
+    "The anchors GitHub gives the headings of `text`."
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+def check_links(text: str) -> None:
+    prose = re.sub(r"^```(?!mermaid).*?^```", "", text, flags=re.M | re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose):
+        target, _, anchor = "".join(link).partition("#")
+        if not re.match(r"\w+:", target):
+            assert (ROOT / target).exists(), f"there is no {target}"
+            assert not anchor or target or anchor in anchors(text), f"there is no heading #{anchor}"
+    for name in re.findall(r"\b(?:notebooks/\d\d_\w+\.ipynb|tests/\w+\.\w+|nbs_lib/\w+\.py|datasets-metadata/[\w./-]*\w)", prose):
+        assert (ROOT / name).exists(), f"there is no {name}"
+
+
+def test_settings_that_are_named_exist():
+    check_settings(README.read_text())
+
+
+def test_links_lead_somewhere():
+    check_links(README.read_text())
+
+
+# ---- the checks themselves can fail
+
+def test_commands_are_found():
+    text = "Run `papermill a.ipynb b.ipynb` or `nbdev-clean`, not `make`.\n```\nmake demo   # minutes\nruns/demo/x.csv  the file\npython -m nbs_lib.run --profile P \\\n  --input DIR\n          [--only STAGE]...\n```\n```mermaid\nmake --> test\n```\n"
+    assert commands(text) == ["make demo", "python -m nbs_lib.run --profile P --input DIR [--only STAGE]...", "papermill a.ipynb b.ipynb", "nbdev-clean"]
+    assert plain("python -m nbs_lib.run [--sandbox {auto,none}] [--report/--no-report] [--set stage.key=value]...")[3:] == ["--sandbox", "auto", "--report", "--set", "run.seed=1"]
+
+
+@pytest.mark.parametrize("line", ["make harvest", "make run PROFILE=moon DATA=x", "python -m nbs_lib.run --moon demo", "python -m nbs_lib.run --set demo.n_trian=3", "python -m nbs_lib.run --only mow",
+                                  "python -m nbs_lib.moon", "python -m nbs_lib.bench --onyl fusion", "papermill notebooks/99_moon.ipynb out.ipynb", "papermill notebooks/41_frozen.ipynb out.ipynb -p inptu x",
+                                  "pip install '.[moon]'", "python tests/moon.py"])
+def test_wrong_command_is_found(line):
+    with pytest.raises(AssertionError):
+        check(line)
+
+
+@pytest.mark.parametrize(("find", "text"), [(check_links, "[x](notebooks/99_moon.ipynb)"), (check_links, "[x](#no-such-heading)"), (check_links, "as tests/moon.py says"), (check_links, '<img src="moon.png">'),
+                                            (check_settings, "`--set moon.key=1`"), (check_settings, "--set demo.n_train=many")])
+def test_wrong_pointer_is_found(find, text):
+    with pytest.raises((AssertionError, InputError)):
+        find(text)
