@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent.parent / "notebooks"
 RUN = re.compile(r"^#\|\s*run\s*$", re.M)
 # One thread a kernel gives the same sums on every machine, so that re-executing repeats the committed pictures.
 QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-         "PYTHONWARNINGS": "ignore::DeprecationWarning", "NBS_LESSON": "1"}
+         "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found", "NBS_LESSON": "1"}
 
 
 def notebooks() -> list[Path]:
