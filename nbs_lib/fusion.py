@@ -441,20 +441,21 @@ def _measure_scan(name: str, length: int, batch: int, inner: int, state: int, ba
         times.append(_timed_call(scan, args, backward))
     return {"seconds": min(times), "peak_mb": raised, "calls": len(times)}
 
-# %% ../notebooks/30_fusion.ipynb #cf08a0c3
+# %% ../notebooks/30_fusion.ipynb #bbdb60f6
 def bench_scan(
     lengths: tuple[int, ...] = (1024, 4096),
     names: tuple[str, ...] = tuple(SCAN_RIVALS),
     batch: int = 1, inner: int = 512, state: int = 16,  # B, D, N of the scan; a block has inner / 2 channels
     repeats: int = 7,        # calls, of which the best counts
-    limit: float = 120.0,    # seconds for one row; what takes longer is stopped, and its row says so
+    seconds: float = 30.0,   # after which no further call is begun: the official reference there and back may get only one
+    limit: float = 3600.0,   # seconds for one row; what takes longer is stopped, and its row says so
 ) -> list[dict]:             # kind, name, length, direction, seconds, peak_mb, note; None where it could not be measured
     "Times every rival, forward and forward + backward, each in a process of its own; a rival that is not installed has a row that says so."
     unknown = [n for n in names if n not in SCAN_RIVALS]
     if unknown:
         raise ValueError(f"bench_scan does not know {', '.join(unknown)}; choose from {', '.join(SCAN_RIVALS)}")
     return [{"kind": SCAN_RIVALS[name][0], "name": name, "length": length, "direction": "forward + backward" if backward else "forward"}
-            | _in_own_process((name, length, batch, inner, state, backward, repeats, limit / 4), limit)
+            | _in_own_process((name, length, batch, inner, state, backward, repeats, seconds), limit)
             for length in lengths for backward in (False, True) for name in names]
 
 

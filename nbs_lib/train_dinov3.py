@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['VIEWS', 'BAD_STEPS', 'MIXED', 'SURE', 'SELECT', 'FUSION_NAMES', 'biomass_loss', 'aux_targets', 'aux_loss', 'unfreeze',
-           'parameter_groups', 'training_gigabytes', 'schedule', 'EMA', 'Batches', 'Pixels', 'Kept', 'telling_memory',
-           'stacked', 'encode_chunk', 'encode_store', 'predict', 'steps', 'share', 'save_state', 'load_state', 'Fit',
-           'weighed', 'train_step', 'Progress', 'accelerator', 'take_step', 'run_epoch', 'out_of_time', 'keep_state',
-           'train', 'gain_by_group', 'set_start', 'honest_answers', 'try_inside', 'Material', 'check_settings',
-           'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined', 'add_unlabelled', 'unlabelled',
-           'unknown', 'pseudo_round', 'fold_path', 'load_fold', 'gather', 'digest', 'finished', 'run_fold',
-           'probe_alone', 'score_scheme', 'run_train_dinov3', 'gpus', 'train_some', 'save_kept', 'load_kept',
-           'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds', 'show_train']
+           'parameter_groups', 'training_gigabytes', 'halve_frozen', 'schedule', 'EMA', 'Batches', 'Pixels', 'Kept',
+           'telling_memory', 'stacked', 'encode_chunk', 'encode_store', 'predict', 'steps', 'share', 'save_state',
+           'load_state', 'Fit', 'weighed', 'train_step', 'Progress', 'accelerator', 'take_step', 'run_epoch',
+           'out_of_time', 'keep_state', 'train', 'gain_by_group', 'set_start', 'honest_answers', 'try_inside',
+           'Material', 'check_settings', 'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined',
+           'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_round', 'fold_path', 'load_fold', 'gather', 'digest',
+           'finished', 'run_fold', 'probe_alone', 'score_scheme', 'run_train_dinov3', 'gpus', 'train_some', 'save_kept',
+           'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds',
+           'show_train']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -101,10 +102,17 @@ def parameter_groups(net: BiomassNet, s: TrainDinov3Settings) -> list[dict]:
         groups.append({"params": ps, "name": "rest", "lr": s.lr, "weight_decay": s.weight_decay if decay else 0.0})
     return groups
 
-# %% ../notebooks/32_train_dinov3.ipynb #7354aeef
-def training_gigabytes(total: int, trained: int) -> float:
-    "Memory of weights, gradients, AdamW and EMA in float32, without activations: 4 bytes a weight, 16 more a trained one; in 10⁹ bytes."
-    return (4 * total + 16 * trained) / 1e9
+# %% ../notebooks/32_train_dinov3.ipynb #7b47df73
+def training_gigabytes(total: int, trained: int, frozen_bytes: int = 4) -> float:
+    "Memory of weights, gradients, AdamW and EMA in float32, without activations, in 10⁹ bytes: 24 a trained number, `frozen_bytes` a frozen one."
+    return (frozen_bytes * (total - trained) + 24 * trained) / 1e9
+
+
+def halve_frozen(net: BiomassNet, dtype: torch.dtype) -> None:
+    "Keep those linear layers of the backbone that are not trained in `dtype`; under autocast to `dtype` they answer the same."
+    for layer in net.backbone.modules():
+        if isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
+            layer.to(dtype)
 
 # %% ../notebooks/32_train_dinov3.ipynb #b67df9a2
 def schedule(step: int, total: int, warmup: int) -> float:
@@ -138,11 +146,11 @@ class EMA:
                 p.copy_(self.mean[n])
                 self.mean[n] = kept
 
-# %% ../notebooks/32_train_dinov3.ipynb #5f884eba
+# %% ../notebooks/32_train_dinov3.ipynb #6376a3dd
 class Batches(Protocol):
     "Gives the network's input for photographs by index."
 
-    def batch(self, index: np.ndarray, rng: np.random.Generator) -> Tensor | Encoded: ...
+    def batch(self, index: np.ndarray, draw: tuple[int, ...]) -> Tensor | Encoded: ...
 
 
 class Pixels:
@@ -151,10 +159,10 @@ class Pixels:
     def __init__(self, store, config: ModelConfig, augmentation=None):
         self.store, self.config, self.augmentation = store, config, augmentation
 
-    def batch(self, index, rng):
+    def batch(self, index, draw):
         pairs = [self.store[int(i)] for i in index]
         if self.augmentation is not None:
-            pairs = [augment(pair, rng, self.augmentation) for pair in pairs]
+            pairs = [augment(pair, np.random.default_rng([*draw, int(i)]), self.augmentation) for i, pair in zip(index, pairs, strict=True)]
         return to_tensor(np.stack(pairs), self.config.mean, self.config.std)
 
 
@@ -164,7 +172,7 @@ class Kept:
     def __init__(self, encoded: Encoded):
         self.encoded = encoded
 
-    def batch(self, index, rng):
+    def batch(self, index, draw):
         return self.encoded.rows(torch.as_tensor(index))
 
 # %% ../notebooks/32_train_dinov3.ipynb #7e10a289
@@ -274,7 +282,7 @@ def load_state(path: Path | None, key: str, warn: Callable = print) -> dict | No
             warn(f"{candidate.name} was saved under other settings or data; it is not used")
     return None
 
-# %% ../notebooks/32_train_dinov3.ipynb #00c27fbe
+# %% ../notebooks/32_train_dinov3.ipynb #1699c15c
 @dataclasses.dataclass
 class Fit:
     "What one training needs to know beside the network."
@@ -300,12 +308,12 @@ def weighed(loss: Tensor, weights: np.ndarray | None, index: np.ndarray) -> Tens
     return loss if weights is None else loss * torch.as_tensor(weights[index], dtype=loss.dtype, device=loss.device)
 
 
-def train_step(model: nn.Module, fit: Fit, micro: list[np.ndarray], rng: np.random.Generator, acc: Accelerator) -> float:
+def train_step(model: nn.Module, fit: Fit, micro: list[np.ndarray], draw: tuple[int, ...], acc: Accelerator) -> float:
     "Gradients of one optimiser step, a micro-batch at a time; the mean loss of its photographs, in weighted grams, of this process's share."
     count, total, s = sum(map(len, micro)), torch.zeros(()), fit.settings
     for i, index in enumerate(micro):
         own, counts = share(index, acc.process_index, acc.num_processes)
-        x, y = fit.data.batch(own, rng), torch.as_tensor(fit.y[own], dtype=torch.float32, device=acc.device)
+        x, y = fit.data.batch(own, draw), torch.as_tensor(fit.y[own], dtype=torch.float32, device=acc.device)
         x = x.to(acc.device, torch.float32) if isinstance(x, Encoded) else x.to(acc.device)
         base = None if fit.base is None else torch.as_tensor(fit.base[own], dtype=torch.float32, device=acc.device)
         with contextlib.nullcontext() if i == len(micro) - 1 else acc.no_sync(model):
@@ -357,7 +365,7 @@ class Progress:
             raise InputError(f"train_dinov3: the loss was not finite {self.bad} steps in a row, last on {', '.join(names)} (epoch {self.epoch}); look at these photos and labels, or lower lr and lr_backbone")
         return fine
 
-# %% ../notebooks/32_train_dinov3.ipynb #ac0f3527
+# %% ../notebooks/32_train_dinov3.ipynb #de970c52
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -370,7 +378,7 @@ def take_step(model: nn.Module, p: Progress, fit: Fit, micro: list[np.ndarray]) 
     "One optimiser step on the photographs `micro`, with randomness that depends on nothing but seed, epoch and step."
     torch.manual_seed(fit.seed * 1_000_003 + p.epoch * 1_009 + p.step)
     with telling_memory():
-        loss = train_step(model, fit, micro, np.random.default_rng([fit.seed, p.epoch, p.step]), p.acc)
+        loss = train_step(model, fit, micro, (fit.seed, p.epoch), p.acc)
         norm = float(p.acc.clip_grad_norm_([q for g in p.optimiser.param_groups for q in g["params"]], fit.settings.clip))
         fine = p.judge(loss, norm, micro, fit)
         if fine or p.acc.scaler:  # the scaler itself passes over what overflowed, and learns from it
@@ -431,6 +439,8 @@ def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
     net.to(acc.device)
     unfreeze(net, s.unfreeze)
     net.backbone.net.set_grad_checkpointing(s.checkpointing and s.unfreeze != 0)
+    if acc.mixed_precision == "fp16":
+        halve_frozen(net, torch.float16)
     groups = parameter_groups(net, s)
     rates = [g["lr"] for g in groups]
     optimiser = acc.prepare_optimizer(torch.optim.AdamW(groups))
@@ -444,10 +454,11 @@ def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
     if p.stopped == "budget":
         warn(f"train_dinov3: the time budget of {s.budget_minutes:g} minutes ended a training after {p.epoch} of {last} epochs; its best epoch is kept")
     net.load_state_dict(p.best["weights"] or p.ema.mean, strict=False)
+    net.backbone.float()
     net.still = False
     return p.history
 
-# %% ../notebooks/32_train_dinov3.ipynb #3652cef2
+# %% ../notebooks/32_train_dinov3.ipynb #ca5befec
 def gain_by_group(y: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     "Weighted squared error saved by `after` over `before` (n, 5), summed over groups, and the standard error of that sum."
     saved = (((before - y) ** 2 - (after - y) ** 2) @ WEIGHTS)
@@ -496,10 +507,10 @@ def try_inside(make: Callable[[], BiomassNet], fit: Fit, groups: np.ndarray, poo
     scores = [weighted_r2_score(y, c) for c in curve]
     epochs = int(np.argmax(scores))
     gain, error = gain_by_group(y, curve[0], honest_answers(curve, y, [out for _, out in splits]), places)
-    luck = student_t.ppf(SURE, max(1, len(set(places)) - 1)) * error
-    return {"keep": epochs > 0 and gain > luck, "epochs": epochs, "gain": gain, "luck": float(luck), "scores": [round(v, 4) for v in scores]}
+    luck = float(student_t.ppf(SURE, max(1, len(set(places)) - 1))) * error
+    return {"keep": epochs > 0 and gain > luck, "epochs": epochs, "gain": gain, "luck": luck, "scores": [round(v, 4) for v in scores]}
 
-# %% ../notebooks/32_train_dinov3.ipynb #6ad7af6f
+# %% ../notebooks/32_train_dinov3.ipynb #0af6a1ae
 SELECT = ("inner", "holdout", "last", "outer")
 
 
@@ -529,6 +540,8 @@ def check_settings(s: TrainDinov3Settings) -> None:
         raise InputError("train_dinov3.select = inner asks the probe on a frozen backbone: set unfreeze = 0 and probe = yes, or select = holdout")
     if "grouped" not in s.schemes or not set(s.schemes) <= {"grouped", "stratified"}:
         raise InputError(f"train_dinov3.schemes: {', '.join(s.schemes) or 'nothing'}; take grouped, or grouped, stratified")
+    if not s.views or not set(s.views) <= set(VIEWS):
+        raise InputError(f"train_dinov3.views: {', '.join(s.views) or 'nothing'}; choose out of {', '.join(VIEWS)}")
     if s.lora and s.unfreeze == 0:
         raise InputError("train_dinov3.lora: adapters are trained only where unfreeze is not 0; set unfreeze = -1, or lora = 0")
     if s.pseudo_rounds and (s.select == "outer" or s.head == "none" or not s.epochs):
@@ -860,7 +873,7 @@ def sum_up(table: pd.DataFrame) -> pd.DataFrame:
     wide = table.groupby(["fusion", "head", "scheme"]).agg(mean=("r2w", "mean"), sd=("r2w", "std"), seconds=("seconds", "mean")).unstack("scheme")
     return wide.sort_values(("mean", "grouped"), ascending=False).round({"mean": 3, "sd": 3, "seconds": 0})
 
-# %% ../notebooks/32_train_dinov3.ipynb #966bc5e6
+# %% ../notebooks/32_train_dinov3.ipynb #7be436b2
 def main(argv: Sequence[str] | None = None) -> int:
     "The command line of this room: train by itself (for `accelerate launch`), or the ablation table of a run's folder."
     parser = argparse.ArgumentParser(prog="python -m nbs_lib.train_dinov3", description="Train model 1 alone, or measure fusion × head on a frozen backbone.")
@@ -874,7 +887,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     a = parser.parse_args(argv)
     try:
         if a.train:
-            print(json.dumps(run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set)), indent=1))
+            summary = run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set))
+            if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
+                print(json.dumps(summary, indent=1))
         else:
             print(sum_up(ablate(open_run(*a.ablate, a.profile, a.preset, a.set), seeds=range(a.seeds))).to_string())
     except InputError as e:

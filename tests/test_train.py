@@ -201,7 +201,7 @@ def test_one_bad_batch_is_passed_over():
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_out_of_memory_says_what_to_turn(error):
     class Full(Kept):
-        def batch(self, index, rng):
+        def batch(self, index, draw):
             raise error
 
     encoded, y = eight(CNN, 320)
@@ -245,10 +245,102 @@ def test_views_are_averaged_and_an_index_is_a_subset():
         predict(net, pairs, ("sideways",))
 
 
+def test_a_photo_is_augmented_alike_in_every_company():
+    pairs = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64, 3), dtype=np.uint8)
+    pixels = room.Pixels(pairs, net_on(CNN).config, load_settings("demo").photos)
+    together, alone = pixels.batch(np.array([3, 1, 2]), (0, 5)), pixels.batch(np.array([1]), (0, 5))
+    assert torch.equal(together[1:2], alone) and not torch.equal(alone, pixels.batch(np.array([1]), (0, 6)))
+
+
 def test_every_photo_once_an_epoch():
     for n, batch, accumulate in ((1, 2, 4), (9, 2, 4), (17, 3, 1)):
         plan = steps(np.arange(n), batch, accumulate, np.random.default_rng(0))
         assert sorted(i for s in plan for m in s for i in m) == list(range(n)) and all(len(m) <= batch for s in plan for m in s)
+
+
+def test_five_bad_steps_in_a_row_name_the_photos_and_spoil_nothing():
+    encoded, y = eight(CNN, 320)
+    y[4:] = np.nan
+    net = net_on(CNN, head="pooled")
+    net.start_from(np.nan_to_num(y))
+    names = [f"ID{i:03d}" for i in range(8)]
+    fit = Fit(Kept(encoded), y, np.arange(4, 8), settings(batch=1, accumulate=1), 0, epochs=3, names=names)
+    with pytest.raises(InputError, match=r"not finite 5 steps in a row, last on ID00[4-7] \(epoch 1\)"):
+        train(net, fit)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_what_asks_for_no_decay_gets_none_in_every_copy():
+    import copy
+
+    net = copy.deepcopy(copy.deepcopy(net_on(VIT, fusion="mamba", head="pooled")))
+    room.unfreeze(net, -1)
+    groups = room.parameter_groups(net, settings(weight_decay=0.1))
+    decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
+    assert len(decay) == sum(p.requires_grad for p in net.parameters())
+    told = {n: decay[id(p)] for n, p in net.fusion.named_parameters()}
+    assert {n.rsplit(".", 1)[1] for n, d in told.items() if d == 0} >= {"A_log", "D", "bias"}
+    assert all(d == 0.1 for n, d in told.items() if n.endswith("in_proj.weight")) and sum(n.endswith("A_log") for n in told) == 4
+
+
+def test_weights_of_one_change_nothing_and_a_weight_of_zero_leaves_a_photo_out():
+    encoded, y = eight(CNN, 320)
+    strange = y.copy()
+    strange[7] = 500
+
+    def end(y, weights):
+        net = net_on(CNN, head="density")
+        net.start_from(y[:7])
+        train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=8, accumulate=1), 0, epochs=3, weights=weights))
+        return trained(net)
+
+    plain, ones = end(y, None), end(y, np.ones(8))
+    assert all(torch.equal(plain[n], ones[n]) for n in plain)
+    without = np.r_[np.ones(7), 0]
+    a, b = end(y, without), end(strange, without)
+    assert all(torch.equal(a[n], b[n]) for n in a) and any(not torch.equal(a[n], plain[n]) for n in a)
+
+
+def test_luck_is_refused_and_a_true_gain_is_kept():
+    rng = np.random.default_rng(0)
+    y = rng.gamma(2, 10, (60, 5))
+    parts = np.array_split(np.arange(60), 3)
+    better = np.stack([y + rng.normal(0, 9, y.shape), y + rng.normal(0, 5, y.shape), y + rng.normal(0, 7, y.shape)])
+    np.testing.assert_array_equal(room.honest_answers(better, y, parts), better[1])
+    spoilt = better.copy()  # an epoch that is right only where it is asked: the others must not hear of it
+    spoilt[2][parts[0]] = y[parts[0]]
+    np.testing.assert_array_equal(room.honest_answers(spoilt, y, parts)[parts[0]], better[1][parts[0]])
+
+
+@pytest.mark.parametrize("blocks, lora", [(2, 0), (-1, 2)])
+def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, lora):
+    net = net_on(VIT, head="pooled", lora=lora).eval()
+    room.unfreeze(net, blocks)
+    for part in net.head.parts:
+        torch.nn.init.normal_(part[-1].weight)
+    x = torch.randn(1, 2, 3, 64, 64)
+    answers = []
+    for halved in (False, True):
+        if halved:
+            room.halve_frozen(net, torch.bfloat16)
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(x)
+        out.sum().backward()
+        answers.append((out.detach(), {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}))
+    kinds = {p.dtype for n, p in net.backbone.named_parameters() if not p.requires_grad}
+    assert torch.bfloat16 in kinds and all(p.dtype == torch.float32 for p in net.parameters() if p.requires_grad)
+    assert torch.equal(answers[0][0], answers[1][0])
+    assert all(torch.equal(g, answers[1][1][n]) for n, g in answers[0][1].items())
+
+
+def test_only_what_is_trained_has_a_mean_and_moments():
+    net, s = net_on(VIT, head="pooled"), settings(unfreeze=2)
+    room.unfreeze(net, 2)
+    progress = room.Progress(net, torch.optim.AdamW(room.parameter_groups(net, s)), room.accelerator(torch.device("cpu")), s)
+    names = {n for n, p in net.named_parameters() if p.requires_grad}
+    assert progress.ema.mean.keys() == names == progress.plain()["net"].keys()
+    assert sum(len(g["params"]) for g in progress.optimiser.param_groups) == len(names) < len(list(net.parameters())) / 3
 
 
 def test_a_missing_fold_is_told(tmp_path):
@@ -259,7 +351,7 @@ def test_a_missing_fold_is_told(tmp_path):
 SMALL = ["train_dinov3.size=64", "train_dinov3.epochs=2", "train_dinov3.inner_folds=2", "run.folds=2", "train_dinov3.schemes=grouped"]
 
 
-def opened(tmp_path, *more):
+def opened(tmp_path, *more, preset=""):
     "A run on a competition in miniature whose photographs are in the store."
     import tiny
 
@@ -268,7 +360,7 @@ def opened(tmp_path, *more):
 
     if not (tmp_path / "in").exists():
         tiny.competition(tmp_path / "in", n_train=12, n_test=2)
-    run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", [*SMALL, *more])
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", preset, [*SMALL, *more])
     run_inpaint(run)
     return run
 
@@ -305,3 +397,133 @@ def test_a_trained_backbone_goes_the_same_way(tmp_path):
     meta = json.loads((run.artefacts / "dinov3/fold0.json").read_text())
     assert meta["frozen"] and not meta["shared"] and (run.artefacts / "dinov3" / meta["frozen"]).is_file()
     assert not list((run.artefacts / "dinov3/state").glob("*.pt"))
+
+
+POOL = ["train_dinov3.backbone=" + VIT, "train_dinov3.weights=random", "train_dinov3.unfreeze=1", "train_dinov3.probe=no", "train_dinov3.select=holdout", "train_dinov3.batch=4",
+        "train_dinov3.pseudo_rounds=2", "train_dinov3.pseudo_from=test, held_out", "train_dinov3.aux=intervals, state, ndvi", "train_dinov3.lr=3e-3"]
+
+
+def one_fold(run, poison=None, **kw):
+    "The trained numbers of fold 0, and the notes; with `poison` in the labels of the photographs it has not seen."
+    room.seed_everything(3)
+    m, ids, schemes = room.gather(run)
+    numbers = schemes["grouped"]
+    out, index = np.flatnonzero(numbers == 0), np.flatnonzero(numbers != 0)
+    if poison is not None:
+        m.y[out] = poison
+        for values in m.meta.values():
+            values[: len(ids)][out] = 0
+    assert len(m.y) == len(ids) + 2 == len(m.store) and np.isnan(m.y[-2:]).all()
+    net, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
+    return trained(net), notes
+
+
+def test_pseudo_labels_never_hear_of_the_fold_that_is_left_out(tmp_path):
+    run = opened(tmp_path, *POOL)
+    clean, notes = one_fold(run)
+    assert len(notes["rounds"]) == 2
+    poisoned, _ = one_fold(run, poison=1e4)
+    assert all(torch.equal(clean[n], poisoned[n]) for n in clean)
+    less, _ = one_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_from=test"))
+    assert any(not torch.equal(clean[n], less[n]) for n in clean)
+
+
+def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
+    run = opened(tmp_path, *POOL)
+    whole, _ = one_fold(run, state=tmp_path / "whole.pt", key="k")
+    steps_taken, real = [], room.take_step
+
+    def killed(*args):
+        steps_taken.append(1)
+        if len(steps_taken) == 8:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(room, "take_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        one_fold(run, state=tmp_path / "killed.pt", key="k")
+    assert (tmp_path / "killed_round1.pt").exists(), "killed too early for this test"
+    monkeypatch.setattr(room, "take_step", real)
+    again, _ = one_fold(run, state=tmp_path / "killed.pt", key="k")
+    assert all(torch.equal(whole[n], again[n]) for n in whole)
+
+
+@pytest.mark.parametrize("wrong, told", [("pseudo_rounds=1, select=outer", "select = outer would show"), ("pseudo_rounds=1, head=none", "trains a head"), ("pseudo_from=train", "any of test, held_out"),
+                                         ("pseudo_weight=0", "pseudo_weight more than 0"), ("parallel_folds=0", "take 1 or more"), ("views=sideways", "choose out of id")])
+def test_settings_that_do_not_go_together_are_refused(wrong, told):
+    s = load_settings("demo", "", [f"train_dinov3.{pair}" for pair in ("probe=no", "select=last", *wrong.split(", "))]).train_dinov3
+    with pytest.raises(InputError, match=told):
+        room.check_settings(s)
+
+
+def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_path):
+    import shutil
+
+    from nbs_lib.core import open_run
+    from nbs_lib.model import load_file
+
+    alone = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.dropout=0.2")
+    room.run_train_dinov3(alone)
+    shutil.copytree(alone.artefacts / "photos", tmp_path / "two" / "artefacts" / "photos")
+    two = open_run(tmp_path / "in", tmp_path / "two", "demo", "", [*SMALL, "train_dinov3.select=last", "train_dinov3.dropout=0.2", "train_dinov3.parallel_folds=2"])
+    room.run_train_dinov3(two)
+    one, other = ({p.name: load_file(p) for p in sorted((r.artefacts / "dinov3").glob("*.safetensors"))} for r in (alone, two))
+    assert one.keys() == other.keys() and {"fold0.safetensors", "fold1.safetensors"} <= one.keys()
+    assert all(torch.equal(one[f][n], other[f][n]) for f in one for n in one[f])
+    assert (alone.artefacts / "oof/dinov3.parquet").read_bytes() == (two.artefacts / "oof/dinov3.parquet").read_bytes()
+    assert not list((two.artefacts / "dinov3/state").glob("*"))
+    kept, gone = (two.artefacts / f"dinov3/fold{k}.safetensors" for k in (0, 1))
+    before = kept.stat().st_mtime_ns
+    gone.unlink()
+    room.run_train_dinov3(two)
+    assert kept.stat().st_mtime_ns == before and torch.equal(load_file(gone)["head.unit"], one["fold1.safetensors"]["head.unit"])
+
+
+def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
+    run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.parallel_folds=2", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
+    with pytest.raises(InputError, match="not finite 5 steps in a row"):
+        room.run_train_dinov3(run)
+
+
+RECIPE = {
+    "photos": {"flips": True, "rotate90": True, "jitter": 0.2, "scale_pad": 0.0},
+    "inpaint": {"rule": "orange", "crop_bottom": 0.1},
+    "train_dinov3": {"size": 512, "squeeze": True, "scales": (1.0,), "probe": False, "head": "pooled", "fusion": "gated_conv", "layers": 2, "dim": 0, "order": "left_right", "prefix": True,
+                     "dropout": 0.1, "halves": False, "aux": (), "label_scale": False, "pseudo_rounds": 0, "views": ("id", "H", "V", "HV"), "unfreeze": -1, "lora": 0, "layer_decay": 1.0,
+                     "select": "outer", "epochs": 30, "warmup": 3, "freeze_epochs": 2, "batch": 2, "accumulate": 4, "lr_backbone": 5e-5, "lr": 1e-3, "weight_decay": 1e-2, "clip": 1.0,
+                     "ema": 0.9, "beta": 5.0, "loss_weights": (0.3, 0.3, 0.2, 0.1, 0.1), "checkpointing": True},
+    "boosting": {"members": ("catboost", "lightgbm", "histgb", "gb"), "transform": "none", "stack": False, "inner_folds": 0, "rounds": 1.0},
+    "ensemble": {"weights": ("recipe",), "recipe_weights": (0.85, 0.85, 1.0, 0.85, 0.85), "weighting": ("euclid",), "rules": ("WA:Dry_Dead_g",), "shrink": False, "judge": False},
+}
+
+
+@pytest.mark.parametrize("profile", ["demo", "laptop", "kaggle"])
+def test_the_recipe_is_the_recipe_on_every_profile(profile):
+    s = load_settings(profile, "recipe")
+    for section, values in RECIPE.items():
+        assert {k: getattr(getattr(s, section), k) for k in values} == values
+
+
+def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkeypatch):
+    backbone_moved, real = [], room.run_epoch
+
+    def watched(model, p, fit, rates):
+        before = [q.detach().clone() for q in p.net.backbone.parameters()]
+        real(model, p, fit, rates)
+        backbone_moved.append(any(not torch.equal(a, b) for a, b in zip(before, p.net.backbone.parameters(), strict=True)))
+
+    monkeypatch.setattr(room, "run_epoch", watched)
+    run = opened(tmp_path, "train_dinov3.epochs=3", "train_dinov3.warmup=1", f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", preset="recipe")
+    summary = room.run_train_dinov3(run)["grouped"]
+    assert summary["heads kept"] == 2 and backbone_moved == [False, False, True] * 2
+    net = load_fold(run.artefacts, 0)
+    x = torch.rand(1, 2, 3, 64, 64)
+    with torch.inference_mode():
+        encoded = net.encode(x)
+        tokens, parts = net.mixed(encoded), net(x)
+        raw = torch.cat([part(net.head.norm(tokens.mean(1))) for part in net.head.parts], -1)
+    assert tokens.shape == (1, 2 * (5 + 4 * 4), 192) and [type(b).__name__ for b in net.fusion] == ["GatedConvMixer"] * 2
+    assert all(b.conv.kernel_size == (5,) and b.conv.groups == 192 and b.drop.p == 0.1 for b in net.fusion)
+    torch.testing.assert_close(parts, torch.nn.functional.softplus(raw), rtol=1e-5, atol=1e-5)
+    meta = json.loads((run.artefacts / "dinov3/fold0.json").read_text())
+    assert meta["views"] == ["id", "H", "V", "HV"] and meta["config"]["order"] == "left_right" and not meta["config"]["probe"]
