@@ -836,7 +836,7 @@ def render(found: Findings, scores: dict, pages: Iterable[str] = ()) -> str:
     return made.render(title=f"Image2Biomass: {answer(scores)}", style=jinja2.utils.markupsafe.Markup(STYLE), subtitle=subtitle, told=what_happened(found), verdicts=verdicts(found, scores),
                        words=in_words(found, scores), sections=all_sections(found, scores), pages=list(pages), kg_ha=number(KG_HA))
 
-# %% ../notebooks/82_report.ipynb #d0499565
+# %% ../notebooks/82_report.ipynb #886c4202
 def notebook_page(path: Path, names: Iterable[str]) -> str:
     "The notebook at `path` as a self-contained page; links to notebooks other than `names` become plain words."
     import nbformat
@@ -856,6 +856,7 @@ def notebook_page(path: Path, names: Iterable[str]) -> str:
 
 NOTEBOOK_STYLE = """
 .highlight, .output_area pre { background: var(--card); border-radius: 8px; padding: .1rem .8rem; overflow-x: auto; } pre { font-size: .85rem; line-height: 1.4; white-space: pre; overflow-wrap: normal; }
+h2 { margin-top: 2.2rem; } .highlight { margin: .6rem 0; } .dataframe :is(th, td) { border-width: 0 0 1px; padding-left: .5rem; }
 .prompt { display: none; } .output_html, .rendered_html { overflow-x: auto; } .output_png img, .output_jpeg img, .output_svg svg { background: #fff; border-radius: 8px; max-width: 100%; height: auto; }
 .ansi-red-fg, .ansi-red-intense-fg { color: var(--alarm); } .ansi-bold { font-weight: 700; } .output_stderr pre { color: var(--alarm); }
 """
