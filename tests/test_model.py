@@ -206,3 +206,16 @@ def test_encoded_rows_and_halves_keep_their_order():
     e = Encoded(torch.arange(3.0)[:, None], torch.arange(6.0).view(3, 2, 1, 1, 1), torch.zeros(3, 2, 0, 1))
     assert e.rows(torch.tensor([2, 0])).pooled.flatten().tolist() == [2, 0]
     assert e.apart().grid.flatten().tolist() == [0, 1, 2, 3, 4, 5] and e.apart().pooled.flatten().tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("head", ["pooled", "density"])
+def test_a_bare_head_is_softplus_of_its_raw_answer(head):
+    net = build_model(ModelConfig(CNN, probe=False, head=head, dim=8, fusion="none")).eval()
+    net.start_bare()
+    encoded = Encoded(torch.zeros(2, 0), torch.randn(2, 2, 320, 2, 3), torch.zeros(2, 2, 0, 320))
+    with torch.inference_mode():
+        tokens = net.mixed(encoded)
+        tokens = tokens.mean(1, keepdim=True) if head == "pooled" else tokens
+        raw = torch.cat([part(net.head.norm(tokens)) for part in net.head.parts], -1)
+        torch.testing.assert_close(net(encoded), torch.nn.functional.softplus(raw).mean(1), rtol=1e-5, atol=1e-6)
+    assert raw.abs().max() > 0.01
