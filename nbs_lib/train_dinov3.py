@@ -833,7 +833,7 @@ def environment(**names: str) -> Iterator[None]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.update({name: value})
 
-# %% ../notebooks/32_train_dinov3.ipynb #dad434ba
+# %% ../notebooks/32_train_dinov3.ipynb #00005f97
 FUSION_NAMES = ("none", "gated_conv", "mamba", "film", "attention")
 
 
@@ -870,8 +870,8 @@ def ablate(run: Run, fusions: Sequence[str] = FUSION_NAMES, heads: Sequence[str]
 
 def sum_up(table: pd.DataFrame) -> pd.DataFrame:
     "Mean and standard deviation over seeds of each fusion × head × scheme, best first on grouped folds."
-    wide = table.groupby(["fusion", "head", "scheme"]).agg(mean=("r2w", "mean"), sd=("r2w", "std"), seconds=("seconds", "mean")).unstack("scheme")
-    return wide.sort_values(("mean", "grouped"), ascending=False).round({"mean": 3, "sd": 3, "seconds": 0})
+    long = table.groupby(["fusion", "head", "scheme"]).agg(mean=("r2w", "mean"), sd=("r2w", "std"), seconds=("seconds", "mean"))
+    return long.round({"mean": 4, "sd": 4, "seconds": 0}).unstack("scheme").sort_values(("mean", "grouped"), ascending=False)
 
 # %% ../notebooks/32_train_dinov3.ipynb #7be436b2
 def main(argv: Sequence[str] | None = None) -> int:
