@@ -62,7 +62,7 @@ def gather(benches: dict[str, Callable[[], list[dict]]]) -> pd.DataFrame:
             print(f"{name} failed: {rows[-1]['failed']}", flush=True)
     return pd.DataFrame(rows).assign(machine=name_machine(machine()))
 
-# %% ../notebooks/91_bench.ipynb #ebab9374
+# %% ../notebooks/91_bench.ipynb #402e26ec
 def measured(group: pd.DataFrame) -> str:
     "The column of `group` that is drawn: seconds, else the first number; empty when there is none."
     numbers = [c for c in group.select_dtypes("number") if group[c].notna().any() and (group[c].dropna() > 0).all()]
@@ -86,9 +86,10 @@ def plot_bench(table: pd.DataFrame):
     figure.suptitle(table["machine"].iloc[0], fontsize=9)
     for ax, (name, group, column) in zip(figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0], groups, strict=True):
         group = group[group[column].notna()]
-        ax.barh(range(len(group)), group[column].astype(float), color="#567d46")  # rows may share a label: places are numbers
+        values = group[column].astype(float)
+        ax.bar_label(ax.barh(range(len(group)), values, color="#567d46"), fmt="%.3g", padding=3, fontsize=7)  # rows may share a label: places are numbers
         ax.set_yticks(range(len(group)), [label(row) for _, row in group.iterrows()], fontsize=7)
-        ax.set(xscale="log", title=name, xlabel=column)
+        ax.set(xscale="log", title=name, xlabel=column, xlim=(values.min() / 10, values.max() * 2))  # a logarithm has no zero: the shortest bar is a decade
         ax.invert_yaxis()
     return figure
 
