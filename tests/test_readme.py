@@ -69,15 +69,16 @@ def check_python(words: list[str]) -> None:
         {"papermill": check_papermill, "pip": check_pip}.get(words[2], lambda w: None)(words[2:])
     elif words[1] == "-m":
         assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith("nbs_lib."), f"there is no module {words[2]}"
-        check_flags(words[3:], help_of(words[2]))
+        part = words[3:4] if words[3:4] and re.fullmatch(r"[a-z]\w*", words[3]) else []  # a command of the module, with flags of its own
+        check_flags(words[3:], help_of(words[2], *part))
     elif not words[1].startswith("-"):
         assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
         check_flags(words[2:], (ROOT / words[1]).read_text())
 
 
 @functools.cache
-def help_of(module: str) -> str:
-    done = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+def help_of(module: str, *part: str) -> str:
+    done = subprocess.run([sys.executable, "-m", module, *part, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
