@@ -63,7 +63,7 @@ push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would
 	$(KAGGLE) $(ARGS) push $(STAGE) $(if $(FROM),--source "$(FROM)") $(SENDING)
 
 submit: $(READY) ## VERSION=3 of the kernel submit; SEND=1 sends it
-	$(KAGGLE) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(SENDING)
+	$(KAGGLE) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FROM),--run "$(FROM)") $(SENDING)
 
 data: $(READY)   ## the competition's data, for one who accepted its rules -> data/csiro-biomass
 	$(KAGGLE) data

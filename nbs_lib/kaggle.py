@@ -516,21 +516,29 @@ def send_folder(client, folder: Path, s: Settings) -> None:
     except HTTPError:
         client.dataset_create_new_cli(str(folder), dir_mode="zip")
 
-# %% ../notebooks/81_kaggle.ipynb #169870c8
-def submit(version: int, message: str, s: Settings, send: bool = False) -> None:
-    "Submit `submission.csv` of a version of the kernel submit; print the request, send it when told to."
+# %% ../notebooks/81_kaggle.ipynb #2d26e1e9
+def submit(version: int, message: str, s: Settings, send: bool = False, run: Path | None = None, ledger: Path = Path("ledger.jsonl")) -> None:
+    "Submit `submission.csv` of a version of the kernel submit: print the request, send it when told to, and note in `ledger` that the run in folder `run` was sent."
     if version < 1:
         raise InputError("say which version of the kernel to submit: make submit VERSION=3 (its page on kaggle.com counts them)")
-    client, desk = open_client(s.kaggle.username), Desk()
-    client.build_kaggle_client = lambda: desk
-    call = dict(file_name="submission.csv", message=message, competition=s.kaggle.competition, quiet=True,
-                kernel=f"{s.kaggle.username}/{KERNELS['submit'].slug(s)}", kernel_version=version)
+    if run and not (run / "ledger.jsonl").is_file():
+        raise InputError(f"{run}: there is no ledger.jsonl in it; give the folder of the run's output, as `kaggle kernels output` fetches it")
+    client, desk, kernel = open_client(s.kaggle.username), Desk(), f"{s.kaggle.username}/{KERNELS['submit'].slug(s)}"
+    client.build_kaggle_client, message = lambda: desk, message or f"{kernel} version {version}"
+    call = dict(file_name="submission.csv", message=message, competition=s.kaggle.competition, quiet=True, kernel=kernel, kernel_version=version)
     client.competition_submit_code(**call)
     print(f"submission\n{describe_request(desk.requests[-1].to_dict())}")
     if not send:
         print("rehearsed, nothing was sent; to send it: SEND=1")
         return
-    print(open_client().competition_submit_code(**call).message)
+    answer = open_client().competition_submit_code(**call)
+    print(answer.message)
+    if run:
+        from nbs_lib.ledger import record_sent
+
+        print(f"ledger: entry {record_sent(ledger, run, message, getattr(answer, 'ref', None) or None, f'{kernel}/{version}')} of {ledger}")
+    else:
+        print(f"not in the ledger: python -m nbs_lib.kaggle submit takes --run with the output of {kernel}")
 
 
 def fetch_data(to: Path, s: Settings) -> Path:
@@ -553,7 +561,7 @@ def fetch_data(to: Path, s: Settings) -> Path:
         raise InputError(f"{to}: {missing[0]} did not arrive; delete the folder and fetch it again")
     return to
 
-# %% ../notebooks/81_kaggle.ipynb #877cdf26
+# %% ../notebooks/81_kaggle.ipynb #2672ef8a
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -577,12 +585,13 @@ def parse_call(argv: list[str]) -> argparse.Namespace:
     submitted = commands.add_parser("submit", help="a version of the kernel submit")
     submitted.add_argument("--version", type=int, default=0)
     submitted.add_argument("--message", default="")
+    submitted.add_argument("--run", type=Path, help="folder with the output of that kernel: its ledger line is kept")
     for sub in (pushed, submitted):
         sub.add_argument("--send", action="store_true", help="send it; else rehearse")
     commands.add_parser("data", help="the competition's data").add_argument("--to", type=Path, default=Path("data/csiro-biomass"))
     return p.parse_args(argv)
 
-# %% ../notebooks/81_kaggle.ipynb #70d6a100
+# %% ../notebooks/81_kaggle.ipynb #522d2baa
 def run_call(a: argparse.Namespace) -> None:
     "Do what the command line asks."
     s, checkout = load_settings(a.profile, a.preset, a.overrides), settings_file().parent
@@ -600,7 +609,7 @@ def run_call(a: argparse.Namespace) -> None:
         parameters = ON_KAGGLE | {"profile": a.profile, "preset": a.preset, "overrides": a.overrides}
         push(a.name, s, checkout / "build/kaggle", a.source or checkout / "wheelhouse" / a.name, parameters, a.send)
     elif a.command == "submit":
-        submit(a.version, a.message, s, a.send)
+        submit(a.version, a.message, s, a.send, a.run, checkout / "ledger.jsonl")
     else:
         print(f"{fetch_data(a.to, s)}: make run DATA={a.to}")
 

@@ -20,7 +20,7 @@ ABOVE = {
     "photos": ("core", "inpaint", "data"), "fusion": (), "model": ("fusion", "targets"), "train_dinov3": ("model", "photos", "data", "targets"),
     "siglip": ("photos", "core"), "frozen": ("model", "photos", "siglip"), "boosting": ("data", "targets"), "balance": ("targets",),
     "ensemble": ("data", "targets", "balance"), "submit": ("train_dinov3", "siglip", "frozen", "boosting", "ensemble", "balance"),
-    "ledger": ("core", "targets"), "budget": ("model", "core"), "kaggle": ("core",), "report": ("core", "targets", "data"),
+    "ledger": ("core", "targets"), "budget": ("train_dinov3", "siglip", "frozen"), "kaggle": ("core", "ledger"), "report": ("core", "targets", "data"),
     "run": ("core", "report", "demo"), "bench": tuple(MODULES),
 }
 
