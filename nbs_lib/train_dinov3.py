@@ -10,9 +10,9 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'MIXED', 'SURE', 'SELECT', 'FUSION_NAMES', 'bio
            'out_of_time', 'keep_state', 'train', 'gain_by_group', 'set_start', 'honest_answers', 'try_inside',
            'Material', 'check_settings', 'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined',
            'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_round', 'fold_path', 'load_fold', 'gather', 'digest',
-           'finished', 'run_fold', 'probe_alone', 'score_scheme', 'run_train_dinov3', 'gpus', 'train_some', 'save_kept',
-           'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds',
-           'show_train']
+           'finished', 'fold_key', 'run_fold', 'probe_alone', 'score_scheme', 'run_train_dinov3', 'gpus', 'unfinished',
+           'train_some', 'save_kept', 'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up',
+           'main', 'predict_folds', 'show_train']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -665,7 +665,7 @@ def pseudo_round(m: Material, fit: Fit, teacher: BiomassNet, index: np.ndarray, 
                               seed=fit.seed + 1009 * number, state=state, key=f"{fit.key} round {number}")
     return student, train(student, fit, warn)
 
-# %% ../notebooks/32_train_dinov3.ipynb #db85bd1f
+# %% ../notebooks/32_train_dinov3.ipynb #a3a684fb
 def fold_path(artefacts: Path, k: int, scheme: str = "grouped") -> Path:
     "Where the weights of fold `k` are; only the grouped scheme's are used to submit."
     return Path(artefacts, "dinov3", f"fold{k}.safetensors" if scheme == "grouped" else f"{scheme}_fold{k}.safetensors")
@@ -706,11 +706,17 @@ def finished(path: Path, key: str) -> np.ndarray | None:
     return np.array(meta["held_out"]) if meta.get("key") == key else None
 
 
+def fold_key(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int) -> str:
+    "All that the result of fold `k` depends on, in a word."
+    s = run.settings.train_dinov3
+    weights = hash_file(s.weights) if Path(s.weights).is_file() else s.weights
+    return digest(dataclasses.replace(s, parallel_folds=1), run.settings.photos, run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys(), weights)
+
+
 def run_fold(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int, scheme: str) -> tuple[np.ndarray, dict]:
     "Train fold `k`, or take it as it is; held-out predictions (m, 5) and notes."
     s, path, seed = run.settings.train_dinov3, fold_path(run.artefacts, k, scheme), run.settings.run.seed + k
-    weights = hash_file(s.weights) if Path(s.weights).is_file() else s.weights
-    key = digest(dataclasses.replace(s, parallel_folds=1), run.settings.photos, seed, ids, numbers == k, m.y, m.photo_keys(), weights)
+    key = fold_key(run, m, ids, numbers, k)
     out, index = np.flatnonzero(numbers == k), np.flatnonzero(numbers != k)
     run.wrote(path)
     if (done := finished(path, key)) is not None:
@@ -756,8 +762,8 @@ def run_train_dinov3(run: Run) -> dict:
     seed_everything(run.settings.run.seed)
     accelerator(pick_device())  # of several processes, each takes its own GPU
     m, ids, schemes = gather(run)
-    if len(seen := gpus(s)) > 1:
-        train_apart(run, m, [(scheme, k) for scheme, numbers in schemes.items() for k in np.unique(numbers).tolist()], seen)
+    if len(seen := gpus(s)) > 1 and len(jobs := unfinished(run, m, ids, schemes)) > 1:
+        train_apart(run, m, jobs, seen[: len(jobs)])
     summary, truth = {}, m.y[: len(ids)]
     for scheme, numbers in schemes.items():
         y, notes, start = np.zeros_like(truth), [], time.monotonic()
@@ -768,7 +774,7 @@ def run_train_dinov3(run: Run) -> dict:
         summary[scheme] = score_scheme(truth, y, numbers, notes) | {"seconds": round(time.monotonic() - start, 1)}
     return summary
 
-# %% ../notebooks/32_train_dinov3.ipynb #47f866c8
+# %% ../notebooks/32_train_dinov3.ipynb #4f10afcd
 def gpus(s: TrainDinov3Settings) -> list[str]:
     "What each of the processes that train folds may see, for `CUDA_VISIBLE_DEVICES`; empty strings on a CPU; a single one: no processes are needed."
     if s.parallel_folds > 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -776,6 +782,12 @@ def gpus(s: TrainDinov3Settings) -> list[str]:
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     visible = (named or [str(i) for i in range(torch.cuda.device_count())])[: torch.cuda.device_count()]
     return visible[: s.parallel_folds] if visible else [""] * s.parallel_folds
+
+
+def unfinished(run: Run, m: Material, ids: np.ndarray, schemes: dict[str, np.ndarray]) -> list[tuple[str, int]]:
+    "The folds (scheme, k) that are still to be trained."
+    folds = [(scheme, k) for scheme, numbers in schemes.items() for k in np.unique(numbers).tolist()]
+    return [(scheme, k) for scheme, k in folds if finished(fold_path(run.artefacts, k, scheme), fold_key(run, m, ids, schemes[scheme], k)) is None]
 
 
 def train_some(run: Run, kept_at: Path | None, jobs: list[tuple[str, int]], threads: int) -> tuple[list[str], list[Path]]:

@@ -480,9 +480,10 @@ def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_pa
 
 
 def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
-    run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.parallel_folds=2", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
+    run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
+    m, _, _ = room.gather(run)
     with pytest.raises(InputError, match="not finite 5 steps in a row"):
-        room.run_train_dinov3(run)
+        room.train_apart(run, m, [("grouped", 0)], [""])
 
 
 RECIPE = {
