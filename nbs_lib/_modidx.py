@@ -714,6 +714,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.photos.pale_at_edge': ('photos.html#pale_at_edge', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.photo_key': ('photos.html#photo_key', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.photo_quality': ('photos.html#photo_quality', 'nbs_lib/photos.py'),
+                                'nbs_lib.photos.readable_photos': ('photos.html#readable_photos', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.resize_half': ('photos.html#resize_half', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.run_inpaint': ('photos.html#run_inpaint', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.scale_and_pad': ('photos.html#scale_and_pad', 'nbs_lib/photos.py'),

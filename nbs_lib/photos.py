@@ -6,7 +6,7 @@
 __all__ = ['Shape', 'FULL', 'QUALITY', 'ROW', 'half_shape', 'wanted_shapes', 'resize_half', 'photo_quality', 'pale_at_edge',
            'PhotoStore', 'store_folder', 'open_store', 'StoreWriter', 'code_key', 'photo_key', 'clean_halves',
            'build_stores', 'build_store', 'join', 'split', 'tta_views', 'augment', 'scale_and_pad', 'to_tensor',
-           'HalvesDataset', 'describe_store', 'listed_photos', 'run_inpaint', 'write_table']
+           'HalvesDataset', 'describe_store', 'listed_photos', 'readable_photos', 'run_inpaint', 'write_table']
 
 # %% ../notebooks/21_photos.ipynb #432a96c9
 import dataclasses
@@ -382,7 +382,7 @@ class HalvesDataset(Dataset):
         picture = torch.from_numpy(np.array(pair))
         return picture if self.targets is None else (picture, self.targets[i])
 
-# %% ../notebooks/21_photos.ipynb #a2a7e55d
+# %% ../notebooks/21_photos.ipynb #8ed8b1c8
 def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
     "A row a photo: image_id, split, found, box, area of the stamp, height, width, and the columns of `photo_quality`."
     rows = store.rows
@@ -406,12 +406,31 @@ def listed_photos(folder: Path, split: str) -> list[Path]:
     return paths
 
 
+def readable_photos(run: Run) -> list[Path]:
+    "The visible test photos that can be read; a warning names each of the others, for they must not stop a run."
+    found, table = [], run.input / "test.csv"
+    try:
+        named = pd.read_csv(table, usecols=["image_path"])["image_path"].dropna().astype(str).unique()
+    except (OSError, ValueError) as e:
+        run.warn(f"{table}: names no photos ({e}); none is kept in the store")
+        return []
+    for name in sorted(named, key=lambda name: Path(name).stem):
+        try:
+            decode_photo(read_bytes(run.input / name), run.input / name)
+            found.append(run.input / name)
+        except InputError as e:
+            run.warn(f"{e} (left out of the store)")
+    return found
+
+
 @stage("inpaint", reads=("input/train.csv", "input/test.csv", "input/train/*", "input/test/*"), sections=("photos", "train_dinov3", "frozen"))
 def run_inpaint(run: Run) -> dict:
     "Build the stores of train and visible test photos and write stamps.csv and photos.csv; how many photos, stamps and bytes."
     shapes, tables, size = wanted_shapes(run.settings), [], 0
     for split in ("train", "test"):
-        paths = listed_photos(run.input, split)
+        paths = listed_photos(run.input, split) if split == "train" else readable_photos(run)
+        if not paths:
+            continue
         stores = build_stores(run, split, paths, [p.stem for p in paths], shapes)
         tables.append(describe_store(stores[0], split))
         for store in stores:

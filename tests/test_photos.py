@@ -251,6 +251,15 @@ def test_a_broken_photo(folder):
     assert open_store(run, "test", 64, folder / "elsewhere").ids == ids
 
 
+def test_a_test_photo_that_cannot_be_read_is_left_out(folder):
+    paths = write_photos(folder, 3)
+    paths[1].write_text("this is no photo")
+    (folder / "in/test.csv").write_text("sample_id,image_path,target_name\n" + "".join(f"ID{k}__Dry_Dead_g,ID{k}.jpg,Dry_Dead_g\n" for k in range(4)))
+    run = run_in(folder)
+    assert photos.readable_photos(run) == [paths[0], paths[2]]
+    assert len(run.warnings) == 2 and "ID1.jpg" in run.warnings[0] and "ID3.jpg" in run.warnings[1]
+
+
 def test_workers_may_pickle_a_store(folder):
     import pickle
 
