@@ -343,7 +343,7 @@ def test_without_the_dataset_the_cell_says_which_one_to_attach(kernel, tmp_path)
 
 # Every stage for real, with the least work.
 CHEAP = ["run.folds=2", "train_dinov3.size=128", "train_dinov3.epochs=0", "train_dinov3.depths=2", "train_dinov3.inner_folds=2", "frozen.widths=128",
-         "frozen.depths=2", "frozen.colour_width=128", "boosting.members=linear", "boosting.inner_folds=2", "ensemble.draws=50"]
+         "frozen.depths=2", "frozen.colour_width=128", "boosting.members=linear", "boosting.inner_folds=2", "ensemble.draws=50", "train_dinov3.scales=1.0", "siglip.weights=tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -359,7 +359,7 @@ def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
     root.attach("competitions", SETTINGS.kaggle.competition, meadow)
     for name in ("train", "features", "submit"):
         before = fingerprint(root.input)
-        root.push(name, "demo", CHEAP)
+        root.push(name, "laptop", CHEAP)
         assert fingerprint(root.input) == before, f"kernel {name} wrote to its input"
         assert not any(p.is_symlink() for p in root.working.rglob("*")), f"kernel {name} leaves links that end with its session"
         left[name] = shutil.move(root.working, tmp_path / f"left-{name}")
@@ -375,7 +375,7 @@ def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
     for name in ("train", "features"):
         root.attach("notebooks", f"{SETTINGS.kaggle.username}/{kaggle.KERNELS[name].slug(SETTINGS)}", left[name])
     before = fingerprint(root.input)
-    root.push("suite", "demo", CHEAP)
+    root.push("suite", "laptop", CHEAP)
     assert fingerprint(root.input) == before, "the suite wrote to its input"
     stages = {s["name"]: s["status"] for s in json.loads((root.working / "run.json").read_text())["stages"]}
     assert list(stages) == list(STAGES)
