@@ -4,27 +4,29 @@
 
 # %% auto #0
 __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'NOISE_STEPS', 'TRANSFORMS', 'BOOSTERS', 'JOINT', 'PACKAGES',
-           'read_features', 'check_block', 'find_features', 'join_features', 'rows_of', 'View', 'Space',
+           'read_features', 'check_block', 'find_features', 'blocks_of', 'join_features', 'rows_of', 'View', 'Space',
            'linear_kernels', 'spectrum_kernels', 'matern_kernels', 'cosine_kernels', 'sum_kernels', 'same_site',
-           'restricted_likelihood', 'find_variances', 'block_weights', 'MixedModel', 'smear', 'CompactFeatures',
-           'Training', 'Member', 'KernelMember', 'TwoLooks', 'second_kernels', 'standard_columns', 'space_columns',
-           'TreeMember', 'stack_weights', 'inner_folds', 'make_member', 'PastureRegressor', 'StateClassifier',
-           'tempered', 'log_loss', 'conformal_radius', 'intervals', 'left_out_coverage', 'versions', 'available',
-           'load_fitted', 'refit', 'predict', 'new_regressor', 'Labelled', 'out_of_fold', 'fit_both',
-           'measured_columns', 'save_fitted', 'write_states', 'run_boosting', 'read_labelled', 'score',
-           'write_intervals', 'save_labels', 'show_boosting']
+           'invert', 'restricted_likelihood', 'with_site_and_noise', 'find_variances', 'block_weights', 'MixedModel',
+           'smear', 'CompactFeatures', 'Training', 'Member', 'KernelMember', 'TwoLooks', 'second_kernels',
+           'standard_columns', 'space_columns', 'TreeMember', 'stack_weights', 'inner_folds', 'make_member',
+           'PastureRegressor', 'StateClassifier', 'tempered', 'log_loss', 'conformal_radius', 'intervals',
+           'left_out_coverage', 'versions', 'available', 'load_fitted', 'why_not', 'refit', 'predict', 'new_regressor',
+           'Labelled', 'out_of_fold', 'fit_both', 'measured_columns', 'save_fitted', 'write_states', 'run_boosting',
+           'read_labelled', 'score', 'write_intervals', 'save_labels', 'show_boosting']
 
-# %% ../notebooks/42_boosting.ipynb #e954151f
+# %% ../notebooks/42_boosting.ipynb #45faceb1
 import importlib.metadata
+import os
 import zipfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import joblib
 import numpy as np
 import pandas as pd
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dpotrf, dpotri
 from scipy.optimize import minimize, nnls
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, TransformerMixin, clone
 from sklearn.cross_decomposition import PLSRegression
@@ -33,7 +35,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
-from .core import InputError, Run, atomic, progress, read_json, stage, version, write_json
+from .core import InputError, Run, atomic, hash_file, package_folder, progress, read_json, stage, version, write_json
 from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, write_oof
 from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
 
@@ -71,7 +73,7 @@ def check_block(values, ids: list[str], where: str) -> np.ndarray:
         raise InputError(f"{where} has {bad.sum()} values that are not finite in {bad.any(0).sum()} columns, the first in column {column} of {ids[photo]}; write the file again")
     return values
 
-# %% ../notebooks/42_boosting.ipynb #679de282
+# %% ../notebooks/42_boosting.ipynb #0aa11463
 def find_features(folder: str | Path) -> dict[str, Table]:
     "Every file of `folder` by its stem; raise `InputError` when there is none."
     files = sorted(p for p in Path(folder).glob("*.npz") if ".tmp-" not in p.name)
@@ -81,6 +83,12 @@ def find_features(folder: str | Path) -> dict[str, Table]:
 
 
 Blocks = tuple[tuple[str, int], ...]  # names and widths of the column blocks of a feature matrix
+
+
+def blocks_of(tables: dict[str, Table]) -> Blocks:
+    "The blocks that `tables` can give: each embedding, and `<name>:semantic` where there is one."
+    both = [((name, embedding), (f"{name}:semantic", semantic)) for name, (_, embedding, semantic) in tables.items()]
+    return tuple((name, part.shape[1]) for pair in both for name, part in pair if part is not None)
 
 
 def join_features(
@@ -95,7 +103,7 @@ def join_features(
         parts[name] = embedding[rows]
         if semantic is not None:
             parts[f"{name}:semantic"] = semantic[rows]
-    blocks = tuple((name, part.shape[1]) for name, part in parts.items()) if blocks is None else tuple(blocks)
+    blocks = blocks_of(tables) if blocks is None else tuple(blocks)
     for name, width in blocks:
         if name not in parts:
             raise InputError(f"features '{name}' are missing: the model was fitted with {', '.join(n for n, _ in blocks)}; make them for these photos too")
@@ -212,7 +220,7 @@ def sum_kernels(view: View, space: Space) -> list[np.ndarray]:
 
 KERNELS: dict[str, Callable] = {"linear": linear_kernels, "spectrum": spectrum_kernels, "matern": matern_kernels, "cosine": cosine_kernels, "sum": sum_kernels}
 
-# %% ../notebooks/42_boosting.ipynb #52811e54
+# %% ../notebooks/42_boosting.ipynb #5e09e378
 FLAT = 100.0  # prior variance of the intercept, in units of the target's variance
 
 
@@ -221,21 +229,33 @@ def same_site(site: np.ndarray) -> np.ndarray:
     return (site[:, None] == site[None]).astype(float)
 
 
-def restricted_likelihood(log_variances, parts: list[np.ndarray], z: np.ndarray, prior: np.ndarray, width: float = 2.0):
-    "−log posterior of the variances of `parts` (each (n, n), the last the noise) given z (n, t), the mean over its columns; and its gradient."
+def invert(matrix: np.ndarray) -> tuple[np.ndarray, float]:
+    "Inverse of a positive definite `matrix` (n, n), and half the logarithm of its determinant; from one Cholesky factor."
+    factor, fault = dpotrf(matrix, lower=True)
+    if fault:
+        raise np.linalg.LinAlgError("the covariance is not positive definite")
+    inverse, _ = dpotri(factor, lower=True)
+    return np.tril(inverse) + np.tril(inverse, -1).T, np.log(np.diag(factor)).sum()
+
+
+def restricted_likelihood(log_variances, parts: np.ndarray, z: np.ndarray, prior: np.ndarray, width: float = 2.0):
+    "−log posterior of the variances of `parts` (P, n, n), the last the noise, given z (n, t), the mean over its columns; and its gradient."
     variances = np.exp(log_variances)
-    covariance = FLAT + sum(v * part for v, part in zip(variances, parts))
-    factor = cho_factor(covariance, lower=True)
-    inverse = cho_solve(factor, np.eye(len(z)))
+    inverse, half_log = invert(FLAT + np.tensordot(variances, parts, 1))
     alpha = inverse @ z
-    value = 0.5 * (z * alpha).sum() / z.shape[1] + np.log(np.diag(factor[0])).sum() + 0.5 * (((log_variances - prior) / width) ** 2).sum()
+    value = 0.5 * (z * alpha).sum() / z.shape[1] + half_log + 0.5 * (((log_variances - prior) / width) ** 2).sum()
     slope = inverse - alpha @ alpha.T / z.shape[1]
-    gradient = np.array([0.5 * v * (slope * part).sum() for v, part in zip(variances, parts)])
+    gradient = 0.5 * variances * (parts.reshape(len(parts), -1) @ slope.ravel())
     return value, gradient + (log_variances - prior) / width**2
 
-# %% ../notebooks/42_boosting.ipynb #aa18c2ef
-def find_variances(parts: list[np.ndarray], z: np.ndarray) -> np.ndarray:
-    "Variances of kernels `parts`, of the site term and of the noise (the last two of them) that make z (n, t) most likely."
+# %% ../notebooks/42_boosting.ipynb #e668c9fc
+def with_site_and_noise(parts: list[np.ndarray], site: np.ndarray) -> np.ndarray:
+    "(P + 2, n, n): kernels, then the site term, then the noise."
+    return np.stack([*parts, same_site(site), np.eye(len(site))])
+
+
+def find_variances(parts: np.ndarray, z: np.ndarray) -> np.ndarray:
+    "Variances of kernels, site term and noise `parts` (P, n, n) that make z (n, t) most likely."
     start = np.log([0.6 / (len(parts) - 2)] * (len(parts) - 2) + [0.1, 0.3])
     bounds = [(-9, 4)] * (len(parts) - 1) + [(-4, 2)]
     return np.exp(minimize(restricted_likelihood, start, (parts, z, start), "L-BFGS-B", True, bounds=bounds, options={"maxiter": 40}).x)
@@ -243,7 +263,7 @@ def find_variances(parts: list[np.ndarray], z: np.ndarray) -> np.ndarray:
 
 def block_weights(grams: list[np.ndarray], z: np.ndarray, site: np.ndarray) -> np.ndarray:
     "(B,) shares, sum one: the variance that a mixed model of z (n, t) gives to each block, by the metric's weights if t is 5."
-    parts = [*grams, same_site(site), np.eye(len(z))]
+    parts = with_site_and_noise(grams, site)
     shares = np.array([find_variances(parts, column[:, None])[: len(grams)] for column in z.T])
     return np.average(shares / shares.sum(1, keepdims=True), axis=0, weights=WEIGHTS if len(shares) == len(WEIGHTS) else None)
 
@@ -260,7 +280,7 @@ class MixedModel(RegressorMixin, BaseEstimator):
 
     def fit(self, parts: list[np.ndarray], z: np.ndarray, site: np.ndarray, folds: np.ndarray | None = None) -> "MixedModel":
         "Kernels `parts` (n, n) of the training photos, their values z (n, t) of mean 0 and sd 1, their sites and folds (n,)."
-        whole = [*parts, same_site(site), np.eye(len(z))]
+        whole = with_site_and_noise(parts, site)
         variances, errors = find_variances(whole, z), []
         for step in NOISE_STEPS if folds is not None and np.ptp(folds) else (1.0,):
             self._solve(whole, z, np.r_[variances[:-1], variances[-1] * step])
@@ -270,13 +290,16 @@ class MixedModel(RegressorMixin, BaseEstimator):
 
     def refitted(self, parts: list[np.ndarray], z: np.ndarray, site: np.ndarray) -> "MixedModel":
         "Another model with these variances, on other photos."
-        return MixedModel()._solve([*parts, same_site(site), np.eye(len(z))], z, self.variances_)
+        return MixedModel()._solve(with_site_and_noise(parts, site), z, self.variances_)
 
     def _solve(self, whole, z, variances):
         self.variances_ = variances
-        self.inverse_ = np.linalg.inv(FLAT + sum(v * part for v, part in zip(variances, whole)))
+        self.inverse_, _ = invert(FLAT + np.tensordot(variances, whole, 1))
         self.alpha_ = self.inverse_ @ z
         return self
+
+    def __getstate__(self):  # only `leave_out` needs the inverse: it is not saved
+        return {name: value for name, value in super().__getstate__().items() if name != "inverse_"}
 
     def predict(self, parts: list[np.ndarray]) -> np.ndarray:
         "(m, t) for new photos of unknown sites, from their kernels (m, n)."
@@ -549,7 +572,7 @@ def make_member(name: str, transform: str = "sqrt", **tree) -> Member:
         return TreeMember(kind, own or transform, **tree)
     raise InputError(f"boosting.members: unknown member '{kind}'; known: {', '.join([*KERNELS, 'looks', *BOOSTERS])}")
 
-# %% ../notebooks/42_boosting.ipynb #23698413
+# %% ../notebooks/42_boosting.ipynb #3cf78e4e
 class PastureRegressor(RegressorMixin, BaseEstimator):
     "Grams (n, 5) from features (n, d): members fitted on one `Space`, stacked on inner folds of whole sites."
 
@@ -558,6 +581,7 @@ class PastureRegressor(RegressorMixin, BaseEstimator):
         self.blocks, self.members, self.transform, self.stack, self.inner, self.pull = blocks, members, transform, stack, inner, pull
         self.pca_variance, self.pls, self.gmm, self.rounds, self.seed = pca_variance, pls, gmm, rounds, seed
 
+    @threadpool_limits.wrap(limits=1)
     def fit(self, X, y, groups=None, measured=None) -> "PastureRegressor":
         """X (n, d), y (n, 5) grams, groups (n,) site of each photo; None: each photo its own.
 
@@ -674,14 +698,15 @@ def left_out_coverage(y: np.ndarray, oof: np.ndarray, groups: np.ndarray, covera
         inside.append(((y[own] >= low - 1e-9) & (y[own] <= high + 1e-9)).mean(0))
     return np.mean(inside, axis=0)
 
-# %% ../notebooks/42_boosting.ipynb #179269f7
+# %% ../notebooks/42_boosting.ipynb #fd640870
 PACKAGES = {"scikit-learn": (), "lightgbm": ("lightgbm",), "catboost": ("catboost", "catboost_joint")}  # package: the members that need it
 
 
 def versions(members: Iterable[str]) -> dict[str, str]:
     "Of the library and of what the pickles of these members hold."
     used = [p for p, names in PACKAGES.items() if not names or set(names) & {m.partition("/")[0] for m in members}]
-    return {"nbs_lib": version, **{p: importlib.metadata.version(p) for p in used}}
+    code = hash_file(package_folder() / "boosting.py")[:8]  # of the classes that the pickles hold
+    return {"nbs_lib": f"{version} (code {code})", **{p: importlib.metadata.version(p) for p in used}}
 
 
 def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]:
@@ -699,30 +724,49 @@ def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]
         raise InputError("boosting.members: none can be used; name one that is installed, such as linear")
     return tuple(kept)
 
-# %% ../notebooks/42_boosting.ipynb #3423c736
-def load_fitted(artefacts: str | Path, name: str = "model", warn: Callable = print) -> dict:
-    """`boosting/<name>.joblib`: {"regressor", "classifier", "radius"}; fitted anew when it is of other versions and the training features are there.
+# %% ../notebooks/42_boosting.ipynb #dc305aaa
+def load_fitted(
+    artefacts: str | Path,  # a run's
+    name: str = "model",
+    warn: Callable = print,
+    there: Blocks | None = None,  # blocks of features that can be made here; None: all that training had
+) -> dict:
+    """`boosting/<name>.joblib`: {"regressor", "classifier", "radius"}; fitted anew where it cannot be used and the training features are there.
 
-    Raises `InputError` that names both versions when they are not.
+    Raises `InputError` that says why (naming both versions, say) when they are not.
     """
     folder = Path(artefacts) / "boosting"
     beside = read_json(folder / f"{name}.json")
-    then = beside["versions"]
-    now = {p: v for p, v in versions(beside["members"]).items()}
-    changed = [f"{p} {then[p]} (here {now.get(p, 'none')})" for p in then if then[p] != now.get(p)]
-    if not changed:
-        return joblib.load(folder / f"{name}.joblib")
-    if name == "model" and (folder / "labels.npz").is_file() and any((Path(artefacts) / "features").glob("*.npz")):
-        warn(f"boosting: {name}.joblib was saved under {', '.join(changed)}; fitted anew from the training features")
-        return refit(artefacts, beside, warn)
-    raise InputError(f"{folder / name}.joblib was saved under {', '.join(changed)}; install those versions, or run the stage boosting again")
+    wanted = tuple((block, width) for block, width in beside["blocks"])
+    kept = tuple(b for b in wanted if there is None or b in there)
+    fault = why_not(beside, [block for block, width in wanted if (block, width) not in kept])
+    if not fault:
+        try:
+            return joblib.load(folder / f"{name}.joblib")
+        except Exception as e:  # a broken pickle raises whatever its bytes happen to mean
+            fault = f"cannot be read ({type(e).__name__}); copy it again"
+    needed = [folder / "labels.npz", *(Path(artefacts, "features", f"{block}.npz") for block, _ in kept if ":" not in block)]
+    if name == "model" and kept and all(path.is_file() for path in needed):
+        warn(f"boosting: {name}.joblib {fault}; fitted anew from the training features {', '.join(block for block, _ in kept)}")
+        return refit(artefacts, beside, warn, kept)
+    raise InputError(f"{folder / name}.joblib {fault}, or run the stage boosting again")
 
-# %% ../notebooks/42_boosting.ipynb #8d5dc202
-def refit(artefacts: str | Path, beside: dict, warn: Callable = print) -> dict:
-    "Fit the saved estimator anew from `features/` and `boosting/labels.npz`."
+
+def why_not(beside: dict, lost: list[str]) -> str:
+    "Why a saved estimator, told of by the .json `beside` it, cannot be used where the features `lost` are not to be had; empty when it can."
+    then, now = beside["versions"], versions(beside["members"])
+    changed = [f"{p} {then[p]} (here {now.get(p, 'none')})" for p in then if then[p] != now.get(p)]
+    if changed:
+        return f"was saved under {', '.join(changed)}; install those versions"
+    return f"needs the features {', '.join(lost)} as training made them; make them here too" if lost else ""
+
+# %% ../notebooks/42_boosting.ipynb #cdc51a14
+def refit(artefacts: str | Path, beside: dict, warn: Callable, blocks: Blocks) -> dict:
+    "Fit the saved estimator anew on these `blocks` of `features/` and on `boosting/labels.npz`."
     with np.load(Path(artefacts) / "boosting" / "labels.npz", allow_pickle=False) as npz:
         labels = {key: npz[key] for key in npz.files}
-    X, blocks = join_features(find_features(Path(artefacts) / "features"), list(labels["image_id"]), tuple((b, w) for b, w in beside["blocks"]))
+    tables = {name: read_features(Path(artefacts, "features", f"{name}.npz")) for name in dict.fromkeys(block.partition(":")[0] for block, _ in blocks)}
+    X, _ = join_features(tables, list(labels["image_id"]), blocks)
     params = {**beside["params"], "blocks": blocks, "members": available(beside["params"]["members"], warn)}
     return {"regressor": PastureRegressor(**params).fit(X, labels["y"], labels["group"], labels["measured"]),
             "classifier": StateClassifier(blocks, params["inner"], params["seed"]).fit(X, labels["state"], labels["group"]), "radius": labels["radius"]}
@@ -732,14 +776,15 @@ def predict(
     artefacts: str | Path,  # a run's
     features: dict[str, Table],  # of the photos wanted, under the names that training used
     warn: Callable = print,
+    fitted: dict | None = None,  # of `load_fitted`, when it is at hand
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Grams (m, 5), P(state) (m, states) and the states' names, for the photos of the first table in its order."
-    fitted = load_fitted(artefacts, warn=warn)
+    fitted = fitted or load_fitted(artefacts, warn=warn, there=blocks_of(features))
     ids = next(iter(features.values()))[0]
     X, _ = join_features(features, ids, fitted["regressor"].blocks)
     return fitted["regressor"].predict(X), fitted["classifier"].predict_proba(X), fitted["classifier"].classes_
 
-# %% ../notebooks/42_boosting.ipynb #61127e78
+# %% ../notebooks/42_boosting.ipynb #e8622533
 def new_regressor(run: Run, blocks: Blocks) -> PastureRegressor:
     "As `settings.ini` asks for; members that cannot be used are left out with a warning."
     s = run.settings.boosting
@@ -757,16 +802,23 @@ class Labelled:
     measured: np.ndarray  # (n, q) standardised: height, NDVI, states, species
 
 
-def out_of_fold(regressor: PastureRegressor, classifier: StateClassifier, data: Labelled, fold: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+@threadpool_limits.wrap(limits=1)  # matrices of a few hundred rows: folds side by side use the cores better, and sums stay the same everywhere
+def out_of_fold(
+    regressor: PastureRegressor,
+    classifier: StateClassifier,
+    data: Labelled,
+    fold: np.ndarray,  # (n,)
+    workers: int = 1,  # folds fitted at the same time
+) -> tuple[np.ndarray, np.ndarray, list]:
     "Predictions (n, 5) and P(state) (n, k) of each photo by estimators that have not seen its fold, and these estimators."
-    names = np.unique(data.state)
-    y, proba, fitted = np.zeros_like(data.y), np.zeros((len(data.y), len(names))), []
-    for k in progress(np.unique(fold), label="boosting"):
+    names, folds = np.unique(data.state), np.unique(fold)
+    y, proba = np.zeros_like(data.y), np.zeros((len(data.y), len(names)))
+    with ThreadPoolExecutor(workers) as pool:
+        fitted = list(progress(pool.map(lambda k: fit_both(regressor, classifier, data, fold != k), folds), len(folds), "boosting"))
+    for k, one in zip(folds, fitted):
         held = fold == k
-        one = fit_both(regressor, classifier, data, ~held)
         y[held] = one["regressor"].predict(data.X[held])
         proba[np.ix_(held, np.searchsorted(names, one["classifier"].classes_))] = one["classifier"].predict_proba(data.X[held])
-        fitted.append(one)
     return y, proba, fitted
 
 
@@ -802,7 +854,7 @@ def write_states(run: Run, scheme: str, ids, fold, proba, names) -> None:
         pd.DataFrame({"image_id": ids, "fold": fold, **dict(zip(names, proba.T))}).to_parquet(temporary, index=False)
     run.beside(path, states=list(names), scheme=scheme)
 
-# %% ../notebooks/42_boosting.ipynb #b300827c
+# %% ../notebooks/42_boosting.ipynb #e5ec2fa5
 @stage("boosting", reads=("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz"))
 def run_boosting(run: Run) -> dict:
     "Fit, predict out of fold under both schemes, save; returns scores, weights and the coverage of the intervals."
@@ -813,7 +865,7 @@ def run_boosting(run: Run) -> dict:
     summary = {"features": dict(blocks), "photos": len(data.ids)}
     for scheme in SCHEMES:
         fold = folds[f"fold_{scheme}"].to_numpy()
-        oof, proba, fitted = out_of_fold(regressor, classifier, data, fold)
+        oof, proba, fitted = out_of_fold(regressor, classifier, data, fold, run.settings.run.workers or os.cpu_count())
         write_oof(run, "boosting", data.ids, fold, oof, scheme)
         write_states(run, scheme, data.ids, fold, proba, states)
         summary[scheme] = {**score(data.y, oof, fold), "state_accuracy": float((states[proba.argmax(1)] == data.state).mean())}

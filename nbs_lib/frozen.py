@@ -223,15 +223,18 @@ def colour_features(pairs: np.ndarray, settings: FrozenSettings) -> tuple[np.nda
     names = [*rows[0], *(f"{name} |left-right|" for name in rows[0])]
     return np.concatenate([sides.mean(1), np.abs(sides[:, 0] - sides[:, 1])], 1).astype(np.float32), names
 
-# %% ../notebooks/41_frozen.ipynb #e78b647a
-def compute_features(run: Run, store: PhotoStore, device: torch.device | None = None) -> Features:
-    "{'frozen': (ids, embedding, None), 'colour': (ids, embedding, None)} of the photos in `store`."
-    settings = replace(run.settings.frozen, weights=find_weights(run.settings.frozen.weights, run.settings.kaggle))
-    backbone, out = load_backbone(settings, device), {"frozen": [], "colour": []}
-    for start in progress(range(0, len(store), settings.batch), label="frozen"):
+# %% ../notebooks/41_frozen.ipynb #31ec1428
+def compute_features(run: Run, store: PhotoStore, device: torch.device | None = None, names: Sequence[str] = ("frozen", "colour")) -> Features:
+    "{name: (ids, embedding, None)} of the photos in `store`; colour needs no weights."
+    settings, describe = run.settings.frozen, {"colour": lambda pairs: colour_features(pairs, settings)[0]}
+    if "frozen" in names:
+        backbone = load_backbone(replace(settings, weights=find_weights(settings.weights, run.settings.kaggle)), device)
+        describe["frozen"] = lambda pairs: frozen_features(pairs, backbone, settings)
+    out = {name: [] for name in names}
+    for start in progress(range(0, len(store), settings.batch), label=" and ".join(names)):
         pairs = np.stack([at_full(store[i]) for i in range(start, min(start + settings.batch, len(store)))])
-        out["frozen"].append(frozen_features(pairs, backbone, settings))
-        out["colour"].append(colour_features(pairs, settings)[0])
+        for name in names:
+            out[name].append(describe[name](pairs))
     return {name: (list(store.ids), np.concatenate(blocks), None) for name, blocks in out.items()}
 
 # %% ../notebooks/41_frozen.ipynb #96f6af34

@@ -7,12 +7,13 @@ __all__ = ['PUBLISHED_MEANS', 'Task', 'read_task', 'is_whole', 'Answer', 'open_s
            'nearest_mean', 'Team', 'plan_teams', 'load_team', 'Tally', 'Clock', 'open_clock', 'pieces',
            'DeadlinePassed', 'alarm', 'out_of_memory', 'Device', 'find_devices', 'share', 'Shelf', 'Part', 'Reader',
            'Job', 'name_part', 'Model1', 'count_folds', 'read_and_look', 'Model2', 'join_blocks', 'model_shapes',
-           'attempt', 'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test', 'run_submit',
-           'show_submit', 'recipe_way', 'our_way', 'many_photos', 'bench_submit']
+           'attempt', 'leave_out', 'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test',
+           'run_submit', 'show_submit', 'recipe_way', 'our_way', 'many_photos', 'bench_submit']
 
-# %% ../notebooks/60_submit.ipynb #f624b31c
+# %% ../notebooks/60_submit.ipynb #f1eea6cb
 import contextlib
 import copy
+import functools
 import io
 import json
 import os
@@ -431,7 +432,7 @@ class Reader:
     def close(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../notebooks/60_submit.ipynb #adc85ef1
+# %% ../notebooks/60_submit.ipynb #3dbfe4ae
 @dataclass
 class Job:
     "What the parts of a submission share."
@@ -471,7 +472,7 @@ class Model1:
         self.shelf = job.reader.shelves[model_shapes(job.run)["dinov3"]]
         there, wanted = {k for plan in self.plans for k in plan}, set(range(count_folds(job.run)))
         if wanted - there:
-            job.run.warn(f"submit: fold {', '.join(map(str, sorted(wanted - there)))} of model 1 is missing; " + ("the others answer" if there else "model 2 answers alone"))
+            job.run.warn(f"submit: fold {', '.join(map(str, sorted(wanted - there)))} of model 1 is missing; " + ("the others answer" if there else "what else is known answers"))
 
     def team(self, folds: tuple[int, ...]) -> Team | None:
         "The team of `folds`; of several only the last is kept in memory, and what is wrong with one is told once."
@@ -527,30 +528,53 @@ def _first_look(job: Job, model: Model1, piece: np.ndarray) -> None:
     if model.plans and good is not None:
         attempt(job.run.warn, "a first look by model 1", lambda: model.look(model.plans[0], model.views[0], good))
 
-# %% ../notebooks/60_submit.ipynb #b5ecac84
+# %% ../notebooks/60_submit.ipynb #c5c7249b
 class Model2:
     "Features, grams and states."
 
     def __init__(self, job: Job):
-        self.job, self.blocks, self.described, self.spoken = job, {}, 0, 0  # blocks: name -> [(ids, embedding, semantic)], a piece each
-        self.shelf = job.reader.shelves[FULL]
+        self.job, self.described, self.spoken, self.lock = job, 0, 0, threading.Lock()
+        self.blocks: dict[str, list] = {}  # features -> [(ids, embedding, semantic)], a piece each
+        self.makers: dict[str, Callable] = {"SigLIP": siglip.compute_features, "the frozen backbone": frozen.compute_features}
+        self.shelf, self.fitted = job.reader.shelves[FULL], {}  # fitted: blocks of features -> what was fitted on them
         self.devices = [Device(d.device, job.chunk, job.run.warn) for d in job.devices]
 
     def describe(self, piece: np.ndarray) -> None:
         "Features of photos `piece`."
-        def work(part, device):
-            store = Part(self.shelf, part)
-            return {**siglip.compute_features(self.job.run, store, device), **frozen.compute_features(self.job.run, store, device)}
-
-        for _, features in share(self.devices, piece, work):
+        for _, features in share(self.devices, piece, lambda part, device: self.features(Part(self.shelf, part), device)):
             for name, block in features.items():
                 self.blocks.setdefault(name, []).append(block)
         self.described += len(piece)
 
+    def features(self, store: Part, device: torch.device) -> siglip.Features:
+        "What can be made of the photos in `store`; a maker that fails is told of and not asked again."
+        out = {}
+        for name, make in list(self.makers.items()):
+            try:
+                out |= make(self.job.run, store, device)
+            except Exception as e:
+                if out_of_memory(e):
+                    raise
+                self.lose(name, e)
+                return self.features(store, device)
+        return out
+
+    def lose(self, name: str, fault: Exception) -> None:
+        "Go on without a maker; colours need no backbone."
+        with self.lock:
+            if self.makers.pop(name, None) is not None:  # else another device told it
+                leave_out(self.job.run.warn, f"{name} (features of model 2)", fault)
+                if name == "the frozen backbone":
+                    self.makers["colour"] = functools.partial(frozen.compute_features, names=("colour",))
+
     def speak(self) -> None:
         "Grams and states of all photos described so far; then the file."
-        features = {name: join_blocks(blocks) for name, blocks in self.blocks.items()}
-        grams, proba, names = boosting.predict(self.job.run.artefacts, features, warn=self.job.run.warn)
+        features = {name: join_blocks(blocks) for name, blocks in self.blocks.items() if sum(len(block[0]) for block in blocks) == self.described}
+        if not features:
+            raise InputError("no features can be made here")
+        blocks = boosting.blocks_of(features)
+        self.fitted = {blocks: self.fitted.get(blocks) or boosting.load_fitted(self.job.run.artefacts, warn=self.job.run.warn, there=blocks)}
+        grams, proba, names = boosting.predict(self.job.run.artefacts, features, self.job.run.warn, self.fitted[blocks])
         where = {name: i for i, name in enumerate(self.job.task.ids)}
         rows = [where[name] for name in next(iter(features.values()))[0]]
         states = np.full((len(where), len(names)), np.nan)
@@ -580,7 +604,7 @@ def join_blocks(blocks: list[tuple]) -> tuple:
     ids, embedding, semantic = zip(*blocks, strict=True)
     return [i for part in ids for i in part], np.concatenate(embedding), None if semantic[0] is None else np.concatenate(semantic)
 
-# %% ../notebooks/60_submit.ipynb #2a71acdb
+# %% ../notebooks/60_submit.ipynb #06df76df
 PUBLISHED_MEANS = (26.62, 12.04, 6.65, 33.27, 45.32)  # grams, of the competition's 357 training photos: where nothing else is known
 
 
@@ -595,9 +619,13 @@ def attempt(warn: Callable, what: str, work: Callable):
     try:
         return work()
     except Exception as e:  # whatever it is, the file must still be finished
-        fault = str(e) if isinstance(e, InputError) else f"{type(e).__name__}: {e}"
-        warn(f"submit: {what} is left out: {' '.join(fault.split())}")
+        leave_out(warn, what, e)
         return None
+
+
+def leave_out(warn: Callable, what: str, fault: Exception) -> None:
+    told = str(fault) if isinstance(fault, InputError) else f"{type(fault).__name__}: {fault}"
+    warn(f"submit: {what} is left out: {' '.join(told.split())}")
 
 
 def train_targets(run: Run) -> np.ndarray:
