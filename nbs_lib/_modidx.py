@@ -832,6 +832,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nbs_lib.run.guard_folder': ('run.html#guard_folder', 'nbs_lib/run.py'),
                              'nbs_lib.run.guard_sockets': ('run.html#guard_sockets', 'nbs_lib/run.py'),
                              'nbs_lib.run.is_run_cell': ('run.html#is_run_cell', 'nbs_lib/run.py'),
+                             'nbs_lib.run.keep_last_words': ('run.html#keep_last_words', 'nbs_lib/run.py'),
                              'nbs_lib.run.keep_notebook': ('run.html#keep_notebook', 'nbs_lib/run.py'),
                              'nbs_lib.run.last_cell': ('run.html#last_cell', 'nbs_lib/run.py'),
                              'nbs_lib.run.main': ('run.html#main', 'nbs_lib/run.py'),

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import tiny
 from conftest import ROOT, SMALL, command
 
 from nbs_lib.core import load_settings, read_json
@@ -224,6 +226,166 @@ def test_a_stopped_run_leaves_no_orphan(how, paddock, tmp_path):
     gone, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
     assert json.loads((out / "run.json").read_text())["status"] != "done"
+
+
+# ---- limits, provoked in stages that are made for it
+
+FAKE = """#| run
+import os, socket, subprocess, sys, time, signal
+from pathlib import Path
+saved = Path(output) / "artefacts" / "saved.txt"
+saved.parent.mkdir(parents=True, exist_ok=True)
+saved.write_text("saved")
+print("one cell is done; the run began at", os.environ["NBS_STARTED"])"""
+BEGIN = '(saved.parent / "began.txt").write_text(str(time.time()))\n'
+PROVOKED = {  # what the second cell does; settings; what must be told
+    "memory": (BEGIN + "hog = []\nwhile True:\n    hog.append(b'x' * 50_000_000)", ["limits.memory_gb=1"], "limits.memory_gb = 1"),
+    "memory of a child": (BEGIN + "subprocess.run([sys.executable, '-c', 'hog = []\\nwhile True: hog.append(b\"x\" * 50_000_000)'])", ["limits.memory_gb=1"], "limits.memory_gb = 1"),
+    "disk": (BEGIN + "while True:\n    (saved.parent / f'{time.monotonic()}.bin').write_bytes(bytes(5_000_000))\n    time.sleep(0.02)", ["limits.working_gb=0.1"], "limits.working_gb = 0.1"),
+    "endless, deaf, with a child that ran away": (
+        BEGIN + "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nsubprocess.Popen(['sh', '-c', 'setsid sleep 87.5 &'])\nwhile True: pass", [], "limits.stage_hours = "),
+}
+
+
+@pytest.fixture(scope="module")
+def field(tmp_path_factory) -> Path:
+    return tiny.competition(tmp_path_factory.mktemp("field") / "csiro-biomass", n_train=8, n_test=2)
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory) -> dict[str, str]:
+    "The environment of a run whose stages do nothing but what $NBS_FAULT says."
+    folder = tmp_path_factory.mktemp("notebooks")
+    for name in STAGES.values():
+        nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+        parameters = nbformat.v4.new_code_cell('input = ""\noutput = ""\nprofile = "demo"\npreset = ""\noverrides = []', metadata={"tags": ["parameters"]})
+        lesson = nbformat.v4.new_code_cell("raise AssertionError('a lesson was executed')")
+        nb.cells = [parameters, lesson, nbformat.v4.new_code_cell(FAKE), nbformat.v4.new_code_cell('#| run\nexec(os.environ.get("NBS_FAULT", ""))')]
+        nbformat.write(nb, folder / f"{name}.ipynb")
+    return {**{k: v for k, v in os.environ.items() if k != "NBS_STARTED"}, "NBS_NOTEBOOKS": str(folder)}
+
+
+def submit_only(field: Path, out: Path, env: dict, *argv: str, fault: str = "") -> subprocess.CompletedProcess:
+    return command("--profile", "demo", "--input", field, "--output", out, "--from", "submit", "--no-report", *argv, env={**env, "NBS_FAULT": fault})
+
+
+@pytest.fixture(scope="module")
+def quiet(fakes, field, tmp_path_factory) -> dict:
+    "The entry in run.json of a stage that does nothing wrong, with a budget of 1.8 hours."
+    out, start = tmp_path_factory.mktemp("quiet"), time.time()
+    done = submit_only(field, out, fakes, "--budget-hours", "1.8")
+    assert done.returncode == 0 and "sandbox: " in done.stdout and "1.8 h for the run" in done.stdout, done.stderr
+    entry, notebook = ended(out)
+    return {**entry, "late": float(notebook.partition("the run began at ")[2].split("\\")[0]) - start, "overrides": read_json(out / "run.json")["overrides"]}
+
+
+def ended(out: Path) -> tuple[dict, str]:
+    "What run.json and the executed notebook tell of submit."
+    entry = next(s for s in read_json(out / "run.json")["stages"] if s["name"] == "submit")
+    return entry, (out / "notebooks/60_submit.ipynb").read_text()
+
+
+@pytest.mark.parametrize("fault", PROVOKED)
+def test_a_limit_ends_the_stage_in_seconds(fault, fakes, field, quiet, tmp_path):
+    body, settings, told = PROVOKED[fault]
+    stage_hours = (1.5 * quiet["seconds"] + 5) / 3600  # time enough to come to the cell, on a machine as busy as this
+    settings = settings or [f"limits.stage_hours={stage_hours}"]
+    done = submit_only(field, tmp_path, fakes, *(w for s in settings for w in ("--set", s)), fault=body)
+    now = time.time()
+    assert done.returncode == 3, done.stdout + done.stderr
+    assert told in done.stderr and "stage submit" in done.stderr and "in cell 4 (exec(" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    entry, notebook = ended(tmp_path)
+    late = entry["seconds"] - 3600 * stage_hours if "stage_hours" in settings[0] else now - float((tmp_path / "artefacts/began.txt").read_text())
+    print(f"{fault}: ended {late:.1f} s after it began, or after its time")  # seen with -s
+    assert late < 5 * max(1.0, quiet["seconds"] / 8)  # seconds; more only on a machine so busy that even a stage which does nothing takes its time
+    assert entry["status"] == "stopped" and entry["cell"] == 4 and "one cell is done" in notebook
+    assert (tmp_path / "artefacts/saved.txt").read_text() == "saved"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if "87.5" in (p.info["cmdline"] or [])], "a process ran away"
+    again = submit_only(field, tmp_path, fakes)  # --from finishes the run
+    entry, notebook = ended(tmp_path)
+    assert again.returncode == 0 and entry["status"] == read_json(tmp_path / "run.json")["status"] == "done" and "a lesson was executed" in notebook
+
+
+def test_the_start_and_a_short_budget_reach_the_stages(quiet):
+    assert -1 < quiet["late"] < 10
+    assert quiet["overrides"] == ["limits.hours=1.8", "submit.margin_minutes=4"]
+
+
+LEAVING = """
+for what in (lambda: socket.create_connection(('192.0.2.1', 80), 5), lambda: (Path(input) / 'cache.bin').write_bytes(b'x'), lambda: (Path(input) / 'test.csv').rename(Path(input) / 'old.csv'),
+             lambda: open(Path(input) / 'train.csv', 'a').write('x')):
+    try:
+        what()
+        print('WENT THROUGH')
+    except OSError as e:
+        print('refused:', e.strerror)
+        last = e
+raise last"""
+
+
+@pytest.mark.parametrize("walls", [True, False], ids=["walls where allowed", "guards"])
+def test_what_leaves_the_sandbox_is_refused(walls, fakes, field, tmp_path, monkeypatch, capsys):
+    import nbs_lib.run
+
+    before = tree(field)
+    if not walls:
+        monkeypatch.setattr(nbs_lib.run, "may_build", lambda *_: False)
+    for key, value in {**fakes, "NBS_FAULT": LEAVING}.items():
+        monkeypatch.setenv(key, value)
+    assert nbs_lib.run.main(["--profile", "demo", "--input", str(field), "--output", str(tmp_path), "--only", "submit", "--no-report"]) == 1
+    err = capsys.readouterr().err
+    assert "stage submit failed in cell 4: OSError" in err and "ead-only" in err and "train.csv" in err, err
+    notebook = ended(tmp_path)[1]
+    assert "WENT THROUGH" not in notebook and notebook.count("refused: ") == 4 and ("nreachable" in notebook or "network is off" in notebook)
+    assert tree(field) == before
+    sandbox = read_json(tmp_path / "run.json")["sandbox"]
+    assert walls or sandbox == {"network": "guard", "input": "guard", "cpus": 0}
+
+
+def test_an_ordinary_user_gets_the_same_walls(tmp_path):
+    """As root and as nobody: namespaces are granted to both, or (in some containers) to neither."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    code = "import sys; from pathlib import Path; from nbs_lib.run import may_build; print(may_build(True, Path(sys.argv[1])))"
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:3]:
+        parent.chmod(parent.stat().st_mode | 0o055)
+    told = {}
+    for user in (0, 65534):
+        try:
+            done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT, user=user, env={**os.environ, "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path)}, check=True)
+        except (PermissionError, subprocess.CalledProcessError):
+            pytest.skip("another user cannot read this installation")
+        told[user] = done.stdout.strip()
+    assert told[0] == "True" or told[65534] != "True"
+
+
+def test_a_killed_kernel_is_told(fakes, field, tmp_path):
+    done = submit_only(field, tmp_path, fakes, fault="os.kill(os.getpid(), signal.SIGKILL)")
+    assert done.returncode == 1 and "stage submit failed in cell 4: Killed" in done.stderr and "short of memory" in done.stderr
+    assert "one cell is done" in ended(tmp_path)[1]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing ends a stage whose runner was killed")
+def test_a_killed_runner_takes_its_stage_along(fakes, field, tmp_path):
+    """SIGKILL leaves the runner no word; Linux ends the worker, and the kernel follows it."""
+    process = subprocess.Popen([sys.executable, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(field), "--output", str(tmp_path), "--only", "submit", "--no-report"],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, env={**fakes, "NBS_FAULT": "time.sleep(60)"})
+    for _ in range(1200):
+        if (tmp_path / "artefacts/saved.txt").is_file():
+            break
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert len(family) > 1 and not psutil.wait_procs(family, timeout=20)[1]
+
+
+def test_fewer_cores(tmp_path):
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores and Linux")
+    code = "import os; from pathlib import Path; from nbs_lib.run import Sandbox, enter_sandbox; enter_sandbox(Sandbox('as it is', 'as it is', 1), Path(), Path()); print(len(os.sched_getaffinity(0)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "1"
 
 
 # ---- settings

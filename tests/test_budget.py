@@ -1,0 +1,139 @@
+"""Predictions against what really happens on a CPU: the allocator's word, resident memory, and closed forms."""
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from nbs_lib import budget
+from nbs_lib.core import InputError, load_settings
+from nbs_lib.model import build_model
+from nbs_lib.photos import half_shape
+from nbs_lib.train_dinov3 import model_config
+
+TWIN = ("train_dinov3.weights=random", "train_dinov3.size=128", "train_dinov3.unfreeze=-1", "train_dinov3.accumulate=2")
+TWINS = {  # settings of a network, and whether it computes in half precision
+    "ViT, all trained": (["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=no"], False),
+    "ViT, recomputed": (["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=yes"], False),
+    "ViT, four blocks, one forward a step": (["backbone=vit_tiny_patch16_dinov3_qkvb", "unfreeze=4", "accumulate=1", "checkpointing=no"], False),
+    "ViT, adapters": (["backbone=vit_tiny_patch16_dinov3_qkvb", "lora=8", "checkpointing=no"], False),
+    "ViT, half precision": (["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=no", "batch=4"], True),
+    "CNN, all trained": (["backbone=tf_efficientnet_lite0", "checkpointing=no"], False),
+    "CNN, head alone, mamba": (["backbone=tf_efficientnet_lite0", "unfreeze=0", "fusion=mamba", "dim=32"], False),
+}
+
+
+def twin(words: list[str]):
+    s = load_settings("kaggle", overrides=[*TWIN, *(f"train_dinov3.{w}" for w in words)]).train_dinov3
+    return s, half_shape(s.size, s.squeeze)
+
+
+def predicted_gb(s, shape, half: bool) -> float:
+    with budget.ghosts():
+        return budget.rehearse_step(budget.ghost(lambda: build_model(model_config(s, 4))), s, shape, half).peak_gb
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_memory_is_what_the_allocator_says(name):
+    words, half = TWINS[name]
+    s, shape = twin(words)
+    said, real = predicted_gb(s, shape, half), budget.allocated_gb(lambda: budget.train_really(s, shape, half))
+    print(f"{name}: predicted {said:.3f} GB, allocator {real:.3f} GB, ratio {said / real:.3f}")
+    assert 0.85 < said / real < 1.15
+
+
+def test_memory_is_what_the_system_says():
+    """A twin big enough for resident memory to mean something, in a process of its own."""
+    words = ["backbone=vit_small_patch16_dinov3", "size=320", "checkpointing=no"]
+    code = f"""
+import json, resource, sys, threading, psutil, torch
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from test_budget import twin
+from nbs_lib.budget import train_really
+torch.set_num_threads(1)
+torch.nn.functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(3, 3, 3, 3)).sum()  # what libraries load at their first use
+before = psutil.Process().memory_info().rss
+s, shape = twin({words!r})
+train_really(s, shape)
+print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e9))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said, real = predicted_gb(*twin(words), False), json.loads(done.stdout.splitlines()[-1])
+    print(f"predicted {said:.3f} GB, resident {real:.3f} GB, ratio {said / real:.3f}")
+    assert 0.85 < said / real < 1.15
+
+
+def test_work_is_what_the_formulas_say():
+    """Linear layers cost 2 flops a weight and place, attention 4·N²·D a layer; back costs twice as much, recomputing once more."""
+    s, (h, w) = twin(["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=yes", "head=pooled", "fusion=none", "dim=16"])
+    with budget.ghosts():
+        net = budget.ghost(lambda: build_model(model_config(s, 4)))
+        look = budget.rehearse_look(net, lambda n: n(torch.zeros(3, 2, 3, h, w)), 3)
+        step = budget.rehearse_step(net, s, (h, w))
+    places, body = h * w // 256 + 5, net.backbone.net
+    linear = sum(m.weight.numel() for b in body.blocks for m in b.modules() if isinstance(m, torch.nn.Linear))
+    stem = 2 * (places - 5) * body.patch_embed.proj.weight.numel()
+    expected = 2 * (2 * places * linear + len(body.blocks) * 4 * places**2 * body.embed_dim + stem)
+    assert look.tflop * 1e12 == pytest.approx(expected, rel=0.02)
+    assert step.tflop / look.tflop == pytest.approx(4, rel=0.06)
+
+
+def test_ghosts_leave_no_trace():
+    with budget.ghosts():
+        budget.ghost(lambda: torch.nn.Linear(100_000, 100_000))
+    assert torch.ones(2).sum() == 2  # ordinary tensors again
+
+
+def fake_rehearsals(**more) -> dict:
+    r = budget.Rehearsal({"weights": 3.4, "activations": 1.0}, 8.0, 2)
+    return {"look": r, "step": dataclasses.replace(r, tflop=16.0), "frozen": [r, r], "siglip": None, "total": 850_000_000, "trained": 110_000_000, **more}
+
+
+def test_forecast_counts_folds_views_and_cards():
+    def hours(stage, *overrides, gpus="T4x2"):
+        return budget.forecast(load_settings("kaggle", overrides=overrides), gpus, rehearsed=fake_rehearsals()).stages.loc[stage, "gpu_hours"]
+
+    one = hours("submit", "train_dinov3.views=id")
+    assert hours("submit", "train_dinov3.views=id", gpus="T4") == pytest.approx(2 * one)
+    models = 805 * 8.0 * (5 + 2)  # five folds, two widths of frozen features
+    assert one == pytest.approx(models / (2 * 65 * 0.3) / 3600)
+    assert hours("submit", "train_dinov3.views=id, H, V, HV") == pytest.approx(one * (4 * 5 + 2) / 7)
+    both, single = (hours("train_dinov3", f"train_dinov3.parallel_folds={n}") for n in (2, 1))
+    assert single == pytest.approx(2 * both) and hours("train_dinov3", "train_dinov3.parallel_folds=2", gpus="T4") == pytest.approx(single)
+    assert hours("train_dinov3", "train_dinov3.schemes=grouped", "train_dinov3.parallel_folds=1") == pytest.approx(single / 2)
+
+
+def test_what_does_not_fit_is_said():
+    big = budget.Rehearsal({"weights": 15.5}, 8.0)
+    f = budget.forecast(load_settings("kaggle"), "T4", rehearsed=fake_rehearsals(step=big))
+    assert [v["fits"] for v in f.verdicts() if v["what"] == "memory of one GPU"] == [False]
+    assert all(v["fits"] for v in budget.forecast(load_settings("kaggle"), "H100", rehearsed=fake_rehearsals(step=big)).verdicts() if v["what"] == "memory of one GPU")
+
+
+@pytest.mark.parametrize("name", ["", "T5", "T4x", "T4x0", "x2", "T4xtwo"])
+def test_unknown_cards_are_refused(name):
+    if name == "T4x":
+        assert budget.parse_gpus(name)[1] == 1
+    else:
+        with pytest.raises(InputError, match="gpu"):
+            budget.parse_gpus(name)
+
+
+def test_command_line(tmp_path, capsys):
+    """A whole forecast of small networks, its files, the hours of a run beside it, and calls that are refused."""
+    small = [f"--set={k}" for k in ("train_dinov3.backbone=vit_tiny_patch16_dinov3_qkvb", "frozen.backbone=tf_efficientnet_lite0", "frozen.widths=256", "siglip.weights=", "train_dinov3.size=256")]
+    (tmp_path / "run.json").write_text(json.dumps({"stages": [{"name": "frozen", "seconds": 7200}]}))
+    assert budget.main([*small, "--gpu", "L4", "--measured", str(tmp_path / "run.json"), "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "measured_hours" in told and "2.00" in told and "fits" in told and "TFLOP/s" in told
+    record = json.loads((tmp_path / "out/budget.json").read_text())
+    assert record["gpu"]["name"] == "L4" and record["stages"]["train_dinov3"]["tflop"] > 0 and (tmp_path / "out/budget.png").stat().st_size > 5000
+    for argv in (["--gpu", "T5"], ["--profile", "moon"], ["--set", "train_dinov3.backbone=grass"], ["--measured", "nowhere.json"]):
+        assert budget.main([*argv, "--output", str(tmp_path / "no")]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+    assert not (tmp_path / "no").exists()
