@@ -253,7 +253,7 @@ def compare(members: Members, old: np.ndarray, new: np.ndarray, draws: int, seed
     return {"score": weighted_r2_score(members.y, new), "gain": weighted_r2_score(members.y, new) - weighted_r2_score(members.y, old),
             "noise": float(gain.std()), "p_better": float(np.mean(gain > 1e-9) + np.mean(np.abs(gain) <= 1e-9) / 2)}
 
-# %% ../notebooks/51_ensemble.ipynb #f896199a
+# %% ../notebooks/51_ensemble.ipynb #494a3e7b
 def candidate_names(names: Sequence[str], models: Sequence[str]) -> list[str]:
     "`single` stands for each model by itself."
     return list(dict.fromkeys(m for name in names for m in (models if name == "single" else [name])))
@@ -267,9 +267,11 @@ def choose_policy(members: Members, settings, seed: int) -> tuple[Policy, list[d
     fixed = [n for n in names if n != "learned"] or ["equal"]
     if not settings.judge:
         return Policy(names[0], settings.weighting[0], settings.rules, shrink=settings.shrink), []
-    scored = [(weighted_r2_score(members.y, nested_predictions(Policy(n), members, settings)), n) for n in fixed]
-    best = max(scored, key=lambda pair: pair[0])[1]
-    evidence = [{"step": "fixed weights", "candidate": n, "score": r2, "taken": n == best} for r2, n in scored]
+    told = {n: nested_predictions(Policy(n), members, settings) for n in dict.fromkeys((*fixed, *names))}
+    best = max(fixed, key=lambda n: weighted_r2_score(members.y, told[n]))
+    first = "recipe" if "recipe" in fixed else fixed[0]
+    evidence = [{"step": "fixed weights" if n in fixed else "learned weights", "candidate": n, "against": first,
+                 **compare(members, told[first], p, settings.draws, seed), "taken": n == best} for n, p in told.items()]
     policy = Policy(best)
     for step, candidate in _refinements(policy, members, settings):
         policy, trial = _try(policy, step, candidate, members, settings, seed)
@@ -293,13 +295,15 @@ def _try(policy: Policy, step: str, change: dict, members: Members, settings, se
     name = value if isinstance(value, str) else value[0] if isinstance(value, tuple) else step
     return (new if trial["taken"] else policy), {"step": step, "candidate": name, **trial}
 
-# %% ../notebooks/51_ensemble.ipynb #78918557
+# %% ../notebooks/51_ensemble.ipynb #0f3fe8f9
 def tell_evidence(evidence: list[dict]) -> list[str]:
     "A line a trial: what was tried, by how much it was better, against which noise, and whether it was taken."
-    fixed = sorted((e for e in evidence if "gain" not in e), key=lambda e: -e["score"])
-    lines = ["fixed weights: " + ", ".join(f"{e['candidate']} {e['score']:.4f}" for e in fixed)] if fixed else []
-    return lines + [f"{e['step']} '{e['candidate']}': {e['gain']:+.4f} ± {e['noise']:.4f}, better in {e['p_better']:.0%} of the draws of sites: {'taken' if e['taken'] else 'left out'}"
-                    for e in evidence if "gain" in e]
+    verdict = {True: "taken", False: "left out"}
+    ways = sorted((e for e in evidence if "against" in e), key=lambda e: -e["score"])
+    lines = [f"{e['step']} '{e['candidate']}' {e['score']:.4f}" + (f", {e['gain']:+.4f} ± {e['noise']:.4f} against '{e['against']}'" if e["candidate"] != e["against"] else "")
+             + (": taken" if e["taken"] else "") for e in ways]
+    return lines + [f"{e['step']} '{e['candidate']}': {e['gain']:+.4f} ± {e['noise']:.4f}, better in {e['p_better']:.0%} of the draws of sites: {verdict[e['taken']]}"
+                    for e in evidence if "against" not in e]
 
 # %% ../notebooks/51_ensemble.ipynb #c64aaac7
 def score_table(y: np.ndarray, predicted: np.ndarray, train: pd.DataFrame) -> pd.DataFrame:
