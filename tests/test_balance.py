@@ -101,9 +101,9 @@ def test_a_million_rows_within_two_seconds(name):
     W = make_weighting(name, rng.normal(0, [13, 10, 8, 12, 11], (300, 5)))
     best = np.inf
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.process_time()
         reconcile(y, W)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best <= 2.0
 
 
