@@ -1,6 +1,7 @@
 # Every target makes its own .venv and redoes it only when the pins changed.
 PYTHON ?= python3
 PROFILE ?= laptop
+GPU ?= T4x2
 OUT ?= runs/$(PROFILE)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ LOCK := datasets-metadata/wheels/wheelhouse.lock
 KAGGLE := $(BIN)/python -m nbs_lib.kaggle
 SENDING := $(if $(SEND),--send)
 
-.PHONY: demo test run bench wheelhouse test-kaggle push submit data notebooks clean help
+.PHONY: demo test run bench budget wheelhouse test-kaggle push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -38,6 +39,10 @@ test: $(READY)   ## every check
 run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop
 	@test -n "$(DATA)" || { echo "error: say where the competition's folder is: make run DATA=path/to/csiro-biomass PROFILE=laptop" >&2; exit 2; }
 	$(RUN) --profile $(PROFILE) --input "$(DATA)" --output "$(OUT)" $(ARGS)
+
+budget: PROFILE = kaggle
+budget: $(READY) ## will it fit? GPU memory, hours, disk of PROFILE=kaggle, GPU=T4x2 -> runs/budget
+	$(BIN)/python -m nbs_lib.budget --profile $(PROFILE) --gpu $(GPU) --output runs/budget $(ARGS)
 
 bench: $(READY)  ## speed and memory, side by side -> runs/bench
 	$(BIN)/python -m nbs_lib.bench --output runs/bench $(ARGS)

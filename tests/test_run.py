@@ -288,7 +288,7 @@ def ended(out: Path) -> tuple[dict, str]:
 @pytest.mark.parametrize("fault", PROVOKED)
 def test_a_limit_ends_the_stage_in_seconds(fault, fakes, field, quiet, tmp_path):
     body, settings, told = PROVOKED[fault]
-    stage_hours = (1.5 * quiet["seconds"] + 5) / 3600  # time enough to come to the cell, on a machine as busy as this
+    stage_hours = (1.3 * quiet["seconds"] + 4) / 3600  # time enough to come to the cell, on a machine as busy as this
     settings = settings or [f"limits.stage_hours={stage_hours}"]
     done = submit_only(field, tmp_path, fakes, *(w for s in settings for w in ("--set", s)), fault=body)
     now = time.time()
