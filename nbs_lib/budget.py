@@ -254,7 +254,7 @@ def rehearse_siglip(settings: Settings) -> Rehearsal | None:
         net = ghost(lambda: SiglipModel(config))
         return rehearse_look(net, lambda n: n.vision_model(pixel_values=torch.zeros(s.batch * patches, 3, side, side)), s.batch)
 
-# %% ../notebooks/80_budget.ipynb #963dad9a
+# %% ../notebooks/80_budget.ipynb #2d988854
 # Seconds on the CPU: for a stage, and for each photo.
 CPU_SECONDS = {"eda": (20, 0.1), "inpaint": (10, 0.15), "train_dinov3": (60, 0.0), "siglip": (30, 0.1), "frozen": (30, 0.4), "boosting": (60, 1.5), "ensemble": (15, 0.05), "submit": (120, 0.7)}
 
@@ -274,7 +274,8 @@ def count_looks(s: TrainDinov3Settings, folds: int, photos: int) -> Looks:
     watched = {"outer": out, "last": 0.0}.get(s.select, index / s.inner_folds)
     trained = index - watched if s.select in ("holdout", "inner") else index
     kept = photos / (folds * len(s.schemes)) if s.probe else 0
-    return Looks(math.ceil(trained * s.epochs), math.ceil(watched * s.epochs + out * len(s.views) + kept))
+    epochs = s.epochs * (1 + s.pseudo_rounds)
+    return Looks(math.ceil(trained * epochs), math.ceil(watched * epochs + out * len(s.views) + kept))
 
 # %% ../notebooks/80_budget.ipynb #0da13915
 def disk_gb(settings: Settings, total: int, trained: int, photos: int) -> dict[str, float]:
