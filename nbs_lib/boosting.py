@@ -858,7 +858,7 @@ def write_states(run: Run, scheme: str, ids, fold, proba, names) -> None:
 @stage("boosting", reads=("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz"))
 def run_boosting(run: Run) -> dict:
     "Fit, predict out of fold under both schemes, save; returns scores, weights and the coverage of the intervals."
-    comp = read_competition(run.input)
+    comp = read_competition(run.input, photos=False)
     data, blocks = read_labelled(run, comp)
     folds, states = read_folds(run, comp.train), np.unique(data.state)
     regressor, classifier = new_regressor(run, blocks), StateClassifier(blocks, max(2, run.settings.boosting.inner_folds), run.settings.run.seed)
@@ -918,7 +918,7 @@ def show_boosting(run: Run, scheme: str = "grouped"):
     "Out-of-fold grams against measured ones, a panel a target, with the interval around the diagonal; returns the figure."
     import matplotlib.pyplot as plt
 
-    comp, radius = read_competition(run.input), read_json(run.artefacts / "boosting" / "intervals.json")["radius"]
+    comp, radius = read_competition(run.input, photos=False), read_json(run.artefacts / "boosting" / "intervals.json")["radius"]
     oof = read_oof(oof_path(run, "boosting", scheme), list(comp.train["image_id"]))
     fig, axes = plt.subplots(1, 5, figsize=(13, 2.9), layout="constrained")
     for t, (name, axis) in enumerate(zip(TARGETS, axes)):

@@ -152,7 +152,7 @@ def asked_rows(path: Path, columns: Sequence[str], warn: Callable) -> pd.DataFra
     return table.assign(image_id=parts[0])[known & ~double]
 
 # %% ../notebooks/02_data.ipynb #8b6ad14b
-def read_test(folder: Path, warn: Callable = print) -> tuple[pd.DataFrame, pd.DataFrame]:
+def read_test(folder: Path, warn: Callable = print, photos: bool = True) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The hidden test: image_id, image_path a photo, by image_id; sample_id, target a row to hand in, in the sample's order.
 
     What is odd is told to `warn`; raises `InputError` when a table is not there or no photo's folder is.
@@ -166,7 +166,8 @@ def read_test(folder: Path, warn: Callable = print) -> tuple[pd.DataFrame, pd.Da
     written = named.drop_duplicates("image_id").set_index("image_id")["image_path"]
     test = pd.DataFrame({"image_id": sorted(set(rows["image_id"]))})
     test["image_path"] = [written.get(i) or f"test/{i}.jpg" for i in test["image_id"]]
-    test["image_path"] = _look_for(folder, test, warn)
+    if photos:
+        test["image_path"] = _look_for(folder, test, warn)
     return test, rows[["sample_id"]].reset_index(drop=True).assign(target=0.0)
 
 
@@ -183,8 +184,8 @@ def _look_for(folder: Path, test: pd.DataFrame, warn: Callable) -> list[str]:
     return [p if f is None else str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f, p in zip(found, test["image_path"], strict=True)]
 
 # %% ../notebooks/02_data.ipynb #61817f47
-def read_train(folder: Path) -> pd.DataFrame:
-    "train.csv as a row a photo."
+def read_train(folder: Path, photos: bool = True) -> pd.DataFrame:
+    "train.csv as a row a photo; the photos need not be there when `photos` is no."
     path = folder / "train.csv"
     table = check_samples(read_table(path, ["sample_id", "image_path", *META, "target_name", "target"]), path)
     table["target"] = parse_numbers(table["target"], table["sample_id"], f"{path} target", least=0)
@@ -196,20 +197,21 @@ def read_train(folder: Path) -> pd.DataFrame:
         if several.any():
             raise InputError(f"{path}: the rows of photo {several.idxmax()} differ in {column}")
     wide = to_wide(table, ["image_path", *META]).rename(columns=META)
-    check_photos(folder, wide, "train.csv")
+    if photos:
+        check_photos(folder, wide, "train.csv")
     return wide
 
 
-def read_competition(folder: str | Path, warn: Callable | None = None) -> Competition:
+def read_competition(folder: str | Path, warn: Callable | None = None, photos: bool = True) -> Competition:
     """The three tables; photos are looked for, not opened. Raises `InputError` of one line for a fault in what is learned from.
 
-    `warn` is told what is odd about the hidden test; None: nobody is, for `submit` says it.
+    `photos` is no where only features are learned from: then the photos need not be there. `warn` is told what is odd about the hidden test; None: nobody is, for `submit` says it.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such folder")
-    test, sample = read_test(folder, warn or (lambda text: None))
-    return Competition(folder, read_train(folder), test, sample)
+    test, sample = read_test(folder, warn or (lambda text: None), photos)
+    return Competition(folder, read_train(folder, photos), test, sample)
 
 # %% ../notebooks/02_data.ipynb #5c6a53fa
 SCHEMES = ("grouped", "stratified")

@@ -346,7 +346,7 @@ OOF_FILES = ("artefacts/oof/[!e]*.parquet", "artefacts/oof/e[!n]*.parquet", "art
 @stage("ensemble", reads=("input/train.csv", "artefacts/folds*.csv", *OOF_FILES, "artefacts/boosting/state*.parquet"))
 def run_ensemble(run: Run) -> dict:
     "Choose and fit the blend; write blend.json, oof/ensemble[_stratified].parquet and ensemble/scores.csv. Raises `InputError`."
-    comp, settings, seed = read_competition(run.input), run.settings.ensemble, run.settings.run.seed
+    comp, settings, seed = read_competition(run.input, photos=False), run.settings.ensemble, run.settings.run.seed
     members = read_members(run, comp)
     if not members.predictions:
         raise InputError(f"{run.artefacts / 'oof'}: no out-of-fold predictions of any model; run train_dinov3 or boosting first")
@@ -375,7 +375,7 @@ def show_ensemble(run: Run):
     "Out-of-fold prediction against truth for each target, and the evidence behind the blend in words."
     import matplotlib.pyplot as plt
 
-    comp = read_competition(run.input)
+    comp = read_competition(run.input, photos=False)
     final = read_oof(run.artefacts / "oof" / "ensemble.parquet", comp.train["image_id"].tolist())
     fig, axes = plt.subplots(1, 5, figsize=(13, 2.8), dpi=70)
     for t, ax in enumerate(axes):

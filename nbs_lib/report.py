@@ -111,7 +111,7 @@ def models_of(run: Run) -> list[str]:
 
 def read_findings(run: Run, record: dict) -> Findings:
     "Whatever the run left; raises `InputError` only where the competition's own tables are broken."
-    competition, problems = read_competition(run.input), []
+    competition, problems = read_competition(run.input, photos=False), []
 
     def maybe(path: Path, read, *args):
         try:

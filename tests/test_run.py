@@ -196,6 +196,19 @@ def test_unreadable_photo_is_named(fault, tables, finished, tmp_path):
     assert (tmp_path / "out/notebooks/20_inpaint.ipynb").is_file() and not (tmp_path / "out/submission.csv").exists()
 
 
+def test_features_are_enough_to_judge_model_2(finished, tables, tmp_path):
+    "Neither photos nor the stages before: whoever has features of their own asks for boosting alone."
+    for split in ("train", "test"):
+        shutil.rmtree(tables / split)
+    shutil.copytree(finished / "artefacts" / "features", tmp_path / "out" / "artefacts" / "features")
+    call = ("--profile", "demo", "--input", tables, "--output", tmp_path / "out", *SMALL)
+    done = command(*call, "--only", "boosting", "--set", "boosting.members=linear")
+    assert done.returncode == 0, done.stderr
+    assert len(pd.read_parquet(tmp_path / "out" / "artefacts" / "oof" / "boosting.parquet")) == 24
+    asked = command(*call, "--only", "inpaint")
+    assert asked.returncode == 2 and "there is no such folder" in asked.stderr
+
+
 def test_a_missing_artefact_names_its_stage(paddock, tmp_path):
     done = command("--profile", "demo", "--input", paddock, "--output", tmp_path / "out", "--only", "ensemble", "--no-report")
     last = done.stderr.strip().splitlines()[-1]
