@@ -17,11 +17,11 @@ from nbs_lib.train_dinov3 import model_config
 
 TWIN = ("train_dinov3.weights=random", "train_dinov3.size=128", "train_dinov3.unfreeze=-1", "train_dinov3.accumulate=2")
 TWINS = {  # settings of a network, and whether it computes in half precision
-    "ViT, all trained": (["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=no"], False),
-    "ViT, recomputed": (["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=yes"], False),
-    "ViT, four blocks, one forward a step": (["backbone=vit_tiny_patch16_dinov3_qkvb", "unfreeze=4", "accumulate=1", "checkpointing=no"], False),
-    "ViT, adapters": (["backbone=vit_tiny_patch16_dinov3_qkvb", "lora=8", "checkpointing=no"], False),
-    "ViT, half precision": (["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=no", "batch=4"], True),
+    "ViT, all trained": (["backbone=vit_twin_patch16_dinov3", "checkpointing=no"], False),
+    "ViT, recomputed": (["backbone=vit_twin_patch16_dinov3", "checkpointing=yes"], False),
+    "ViT, four blocks, one forward a step": (["backbone=vit_twin_patch16_dinov3", "unfreeze=4", "accumulate=1", "checkpointing=no"], False),
+    "ViT, adapters": (["backbone=vit_twin_patch16_dinov3", "lora=8", "checkpointing=no"], False),
+    "ViT, half precision": (["backbone=vit_twin_patch16_dinov3", "checkpointing=no", "batch=4"], True),
     "CNN, all trained": (["backbone=tf_efficientnet_lite0", "checkpointing=no"], False),
     "CNN, head alone, mamba": (["backbone=tf_efficientnet_lite0", "unfreeze=0", "fusion=mamba", "dim=32"], False),
 }
@@ -56,7 +56,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from test_budget import twin
 from nbs_lib.budget import train_really
 torch.set_num_threads(1)
-train_really(*twin(["backbone=vit_tiny_patch16_dinov3_qkvb", "size=32"]), steps=1)  # what libraries load at their first use
+train_really(*twin(["backbone=vit_twin_patch16_dinov3", "size=32"]), steps=1)  # what libraries load at their first use
 before = psutil.Process().memory_info().rss
 s, shape = twin({words!r})
 train_really(s, shape)
@@ -71,7 +71,7 @@ print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - be
 
 def test_work_is_what_the_formulas_say():
     """Linear layers cost 2 flops a weight and place, attention 4·N²·D a layer; back costs twice as much, recomputing once more."""
-    s, (h, w) = twin(["backbone=vit_tiny_patch16_dinov3_qkvb", "checkpointing=yes", "head=pooled", "fusion=none", "dim=16"])
+    s, (h, w) = twin(["backbone=vit_twin_patch16_dinov3", "checkpointing=yes", "head=pooled", "fusion=none", "dim=16"])
     with budget.ghosts():
         net = budget.ghost(lambda: build_model(model_config(s, 4)))
         look = budget.rehearse_look(net, lambda n: n(torch.zeros(3, 2, 3, h, w)), 3)
@@ -127,7 +127,7 @@ def test_unknown_cards_are_refused(name):
 
 def test_command_line(tmp_path, capsys):
     """A whole forecast of small networks, its files, the hours of a run beside it, and calls that are refused."""
-    small = [f"--set={k}" for k in ("train_dinov3.backbone=vit_tiny_patch16_dinov3_qkvb", "frozen.backbone=tf_efficientnet_lite0", "frozen.widths=256", "siglip.weights=", "train_dinov3.size=256")]
+    small = [f"--set={k}" for k in ("train_dinov3.backbone=vit_twin_patch16_dinov3", "frozen.backbone=tf_efficientnet_lite0", "frozen.widths=256", "siglip.weights=", "train_dinov3.size=256")]
     (tmp_path / "run.json").write_text(json.dumps({"stages": [{"name": "frozen", "seconds": 7200}]}))
     assert budget.main([*small, "--gpu", "L4", "--measured", str(tmp_path / "run.json"), "--output", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out

@@ -305,7 +305,7 @@ def test_blocks_name_the_columns_they_cover(backbone, settings):
     assert np.allclose(left, np.concatenate([v for k, v in blocks.items() if k.startswith("left 96px") and k.endswith("max")]), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_dinov3_qkvb", "vit_small_patch14_dinov2"])
+@pytest.mark.parametrize("name", ["vit_twin_patch16_dinov3", "vit_small_patch14_dinov2"])
 def test_a_vit_keeps_the_shape_and_gives_its_class_token(name, settings):
     s = dataclasses.replace(settings.frozen, backbone=name, weights="random", depths=2, widths=(64,), poolings=("mean",))
     net = frozen.load_backbone(s, CPU)

@@ -24,7 +24,7 @@ from nbs_lib.model import (
 )
 from nbs_lib.targets import QUADRAT_M2, imbalance
 
-VIT, CNN = "vit_tiny_patch16_dinov3_qkvb", "tf_efficientnet_lite0"
+VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from nbs_lib.model import Encoded, ModelConfig, build_model
 from nbs_lib.targets import weighted_r2_score
 from nbs_lib.train_dinov3 import Fit, Kept, load_fold, load_state, predict, save_state, steps, train
 
-VIT, CNN = "vit_tiny_patch16_dinov3_qkvb", "tf_efficientnet_lite0"
+VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
 
 @pytest.fixture(autouse=True)
