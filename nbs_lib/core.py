@@ -132,9 +132,13 @@ class PhotosSettings:
     "The store of cleaned halves and the augmentation on top of it."
     workers: int  # threads that clean; 0: those of [run]
     flips: bool  # augmentation: mirror the panorama, left to right and top to bottom
-    rotate90: bool  # turn both halves by quarters, where they are square
+    rotate90: bool  # turn each half by quarters, with flips: D4; one that is not square is shrunk to fit and mirrored
+    rotate: float  # turn the panorama by up to so many degrees to either side, 0 to 45
     jitter: float  # strength of the change of colour, 0 to 1
     scale_pad: float  # shrink by up to this share and mirror the rest, 0 to 0.9
+    lamps: float  # chance that a sensor's red lamps are drawn over a darkened photo, 0 to 1
+    stamps: float  # chance that a date stamp is drawn, as one that the search missed, 0 to 1
+    weights: tuple[str, ...]  # of photos in training, by photos.csv: lamps>0.001:0.3, sharpness<0.2:0 (0 leaves out); empty: all alike
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['META', 'SCHEMES', 'read_table', 'check_samples', 'parse_dates', 'parse_numbers', 'check_photos', 'to_wide',
            'long_form', 'Competition', 'find_photo', 'asked_rows', 'read_test', 'read_train', 'read_competition',
-           'make_folds', 'write_folds', 'read_folds', 'oof_path', 'write_oof', 'read_oof', 'write_submission']
+           'make_folds', 'write_folds', 'read_folds', 'oof_path', 'write_oof', 'read_oof', 'read_weights',
+           'write_submission']
 
 # %% ../notebooks/02_data.ipynb #5e3053cb
 import glob
@@ -316,6 +317,20 @@ def read_oof(path: str | Path, ids: Sequence[str]) -> np.ndarray:
     if not np.isfinite(y).all():
         raise InputError(f"{path}: holds a value that is not finite; make it again")
     return y
+
+# %% ../notebooks/02_data.ipynb #2a41fd69
+def read_weights(run: Run, ids: Sequence[str]) -> np.ndarray | None:
+    "(n,) what photos `ids` count in training, 0: left out, from artefacts/photos/photos.csv; None when `[photos] weights` has no rules. Raises `InputError` when the table lacks one."
+    if not run.settings.photos.weights:
+        return None
+    path = run.artefacts / "photos" / "photos.csv"
+    try:
+        weights = pd.read_csv(path, dtype={"image_id": str}).drop_duplicates("image_id").set_index("image_id")["weight"].reindex(list(ids)).to_numpy(float)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{path}: tells no weights of photos; run stage inpaint (--from inpaint)") from e
+    if np.isnan(weights).any():
+        raise InputError(f"{path}: has no weight for {list(ids)[int(np.isnan(weights).argmax())]}; run stage inpaint (--from inpaint)")
+    return weights
 
 # %% ../notebooks/02_data.ipynb #e571832a
 def write_submission(path: str | Path, sample: pd.DataFrame, ids: Sequence[str], y: np.ndarray) -> pd.DataFrame:

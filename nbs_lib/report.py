@@ -100,7 +100,7 @@ def read_grams(path: Path) -> pd.DataFrame:
 def read_quality(path: Path, ids: Iterable[str]) -> pd.DataFrame:
     "photos.csv, a row for each of `ids`; numbers that are missing are NaN."
     table = pd.read_csv(path, dtype={"image_id": str}).drop_duplicates("image_id").set_index("image_id")
-    return table.reindex(list(ids)).select_dtypes("number").drop(columns=["height", "width"], errors="ignore")
+    return table.reindex(list(ids)).select_dtypes("number").drop(columns=["height", "width", "weight"], errors="ignore")
 
 
 def models_of(run: Run) -> list[str]:

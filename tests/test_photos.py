@@ -19,8 +19,9 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-from nbs_lib import photos
+from nbs_lib import demo, photos
 from nbs_lib.core import InputError, load_settings, open_run
+from nbs_lib.data import read_weights
 from nbs_lib.inpaint import MAX_PIXELS, clean_photo, inpaint_stamp, orange_rule, read_photo, split_halves, stamp_mask
 from nbs_lib.photos import (
     FULL,
@@ -31,6 +32,9 @@ from nbs_lib.photos import (
     half_shape,
     join,
     open_store,
+    photo_quality,
+    photo_weights,
+    quarter_turns,
     split,
     to_tensor,
     tta_views,
@@ -234,9 +238,99 @@ def test_a_full_disk_is_told(folder, monkeypatch):
             build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 64)
         assert told.value.errno == errno.ENOSPC
     usage = photos.shutil.disk_usage(folder)
-    monkeypatch.setattr(photos.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(InputError, match="GB"):
-        build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 96)
+    one = photos.store_bytes(2, half_shape(96))
+    monkeypatch.setattr(photos.shutil, "disk_usage", lambda _: usage._replace(free=int(1.5 * one)))
+    build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 96)  # there is room for one
+    with pytest.raises(InputError, match="GB more"):  # and not for two, though each alone would do
+        build_stores(run_in(folder), "train", paths, ["ID0", "ID1"], [(96, 128), (128, 96)])
+    build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 96)  # what is there needs no room
+
+
+def test_a_write_that_is_cut_short_goes_on(folder, monkeypatch):
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: real(file, data[: max(1, len(data) // 3)], at))
+    paths = write_photos(folder, 2)
+    store = build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 64)
+    monkeypatch.undo()
+    whole = build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 64, folder=folder / "elsewhere")
+    assert (store.halves == whole.halves).all() and (store.rows == whole.rows).all() and store.halves.std() > 5
+
+
+def test_a_row_that_was_being_replaced_does_not_count(folder, monkeypatch):
+    """Photo A is stored, B is to take its place and the disk fills up in the middle of the row; then A is back."""
+    path, = write_photos(folder, 1)
+    first, real = path.read_bytes(), os.pwrite
+    kept = build_store(run_in(folder), "train", [path], ["ID0"], 64).halves.copy()
+    Image.fromarray(grass(7, (300, 600))).save(path)
+
+    def half_a_row(file, data, at):
+        if len(data) < 10_000:
+            return real(file, data, at)
+        real(file, data[:5000], at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", half_a_row)
+    with pytest.raises(OSError):
+        build_store(run_in(folder), "train", [path], ["ID0"], 64)
+    monkeypatch.undo()
+    path.write_bytes(first)
+    assert (build_store(run_in(folder), "train", [path], ["ID0"], 64).halves == kept).all()
+
+
+def bad_photo(kind: str, path: Path) -> None:
+    "Put what `kind` says in the place of the good photo at `path`."
+    good = path.read_bytes()
+    path.unlink()
+    if kind == "folder":
+        return path.mkdir()
+    content = {"zero bytes": b"", "half a JPEG": good[: len(good) // 2], "text": b"this is no photo\n" * 20, "huge": claim_size(good, 20000, 10000)}
+    path.write_bytes(content[kind]) if kind in content else Image.new("RGB", (1, 1)).save(path)
+
+
+@pytest.mark.parametrize("kind", ["zero bytes", "half a JPEG", "text", "1x1", "huge", "folder"])
+def test_a_build_over_a_bad_photo_names_it_and_is_mended(folder, monkeypatch, kind):
+    paths = write_photos(folder, 4)
+    ids, good = [p.stem for p in paths], paths[3].read_bytes()
+    bad_photo(kind, paths[3])
+    with pytest.raises(InputError, match="ID3.jpg") as told:
+        build_store(run_in(folder, "photos.workers=1"), "train", paths, ids, 64)
+    assert "\n" not in str(told.value)
+    with pytest.raises(InputError, match="not finished"):
+        open_store(run_in(folder), "train", 64)
+    paths[3].rmdir() if kind == "folder" else paths[3].unlink()
+    paths[3].write_bytes(good)
+    seen = count_cleaned(monkeypatch)
+    store = build_store(run_in(folder), "train", paths, ids, 64)
+    assert seen == ["ID3"] and store.halves[3].std() > 5
+
+
+def test_a_png_called_jpg_is_a_photo(folder):
+    picture = grass(1, (300, 600))
+    for name, kind in (("a.jpg", "PNG"), ("b.png", "PNG")):
+        Image.fromarray(picture).save(folder / "in" / name, format=kind)
+    paths = [folder / "in/a.jpg", folder / "in/b.png"]
+    store = build_store(run_in(folder), "train", paths, ["a", "b"], 64)
+    assert (read_photo(paths[0]) == picture).all() and (store[0] == store[1]).all()
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk")
+def test_a_disk_that_fills_up_in_the_middle(folder, monkeypatch):
+    small = folder / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "none", str(small)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        paths = write_photos(folder, 20)
+        ids = [p.stem for p in paths]
+        monkeypatch.setattr(photos, "check_room", lambda *_: None)  # another program took the room after it was checked
+        with pytest.raises(OSError) as told:
+            build_store(run_in(folder), "train", paths, ids, 64, folder=small)
+        assert told.value.errno == errno.ENOSPC and not (small / "train_64x64/store.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=2m", str(small)], check=True)
+        store = build_store(run_in(folder), "train", paths, ids, 64, folder=small)
+        assert (store.halves == build_store(run_in(folder), "train", paths, ids, 64).halves).all()
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
 
 
 def test_a_broken_photo(folder):
@@ -282,15 +376,110 @@ def test_views_are_flips_of_the_panorama(h, w, seed):
     assert (split(whole) == pair).all()
 
 
-@pytest.mark.parametrize("override", ["jitter=0", "jitter=0.3", "scale_pad=0.3", "rotate90=yes", "flips=no"])
+@pytest.mark.parametrize("override", ["jitter=0", "jitter=0.3", "scale_pad=0.3", "rotate90=yes", "flips=no", "rotate=10", "lamps=0.5", "stamps=0.7"])
 def test_augment_repeats_and_keeps_its_input(override):
     settings = load_settings("demo", overrides=[f"photos.{override}"]).photos
-    pair = np.random.default_rng(0).integers(0, 256, (2, 48, 48, 3), dtype=np.uint8)
+    pair = np.random.default_rng(0).integers(0, 256, (2, 112, 128, 3), dtype=np.uint8)
     before = pair.copy()
     outs = [augment(pair, np.random.default_rng(k), settings) for k in range(20)]
     assert (pair == before).all() and all(o.shape == pair.shape and o.dtype == np.uint8 for o in outs)
     assert all((o == augment(pair, np.random.default_rng(k), settings)).all() for k, o in enumerate(outs))
     assert any((o != pair).any() for o in outs)
+
+
+ALONE = ("photos.flips=no", "photos.jitter=0")
+
+
+def test_each_option_changes_what_it_says():
+    pair = np.stack([cv2.resize(grass(k, (448, 512)), (512, 448)) for k in (0, 1)])
+
+    def changed(*overrides: str, seed: int = 0) -> np.ndarray:
+        return augment(pair, np.random.default_rng(seed), load_settings("demo", overrides=[*ALONE, *overrides]).photos)
+
+    assert (changed() == pair).all()
+    dim = changed("photos.lamps=1")
+    lit = dim[..., 0].astype(int) - dim[..., 1] > 60
+    assert 0.0005 < lit.mean() < 0.2 and dim[~lit].mean() < 0.6 * pair[~lit].mean()
+    stamped = changed("photos.stamps=1")
+    touched = (stamped != pair).any(-1)
+    assert 0 < touched.mean() < 0.1 and stamped[touched][:, 0].mean() > stamped[touched][:, 2].mean() + 50
+    turned = join(changed("photos.rotate=10"))
+    assert abs(turned.astype(int) - join(pair)).mean() > 5 and abs(turned.mean() - pair.mean()) < 3  # mirrored, no black corners
+    for bad in ("rotate=90", "scale_pad=1.5", "lamps=2", "stamps=-1", "jitter=3"):
+        with pytest.raises(InputError, match=rf"\[photos\] {bad.partition('=')[0]}"):
+            changed(f"photos.{bad}")
+
+
+def test_flips_and_quarter_turns_are_the_symmetries_of_the_square():
+    pair = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
+    settings = load_settings("demo", overrides=["photos.rotate90=yes", "photos.jitter=0"]).photos
+    seen = {augment(pair, np.random.default_rng(k), settings).tobytes() for k in range(200)}
+    assert len(seen) == 8
+    assert (join(quarter_turns(pair, 2)) == join(pair)[::-1, ::-1]).all()
+    assert (quarter_turns(quarter_turns(pair, 1)[::-1, ::-1, ::-1], 0) == quarter_turns(pair, 3)).all()
+
+
+def test_a_quarter_turn_of_a_half_that_is_not_square_fits():
+    pair = np.stack([cv2.resize(grass(k, (90, 100)), (512, 448)) for k in (0, 1)])
+    turned = quarter_turns(pair, 1)
+    assert turned.shape == pair.shape
+    for one, was in zip(turned, pair):
+        upright = cv2.resize(np.rot90(was), (392, 448), interpolation=cv2.INTER_LINEAR)  # 448 x 448 / 512 = 392
+        assert abs(one[:, 60:452].astype(int) - upright).mean() < 4 and (one[:, 59:50:-1].astype(int) - one[:, 61:70]).std() < 12
+
+
+# --- quality and weights ---------------------------------------------------------------------------------------------------
+def test_each_number_tells_its_disturbance_from_the_others():
+    """Disturbances drawn by the demo's renderer: the number of a photo that has one is beyond that of photos that have not."""
+    rng = np.random.default_rng(3)
+    plain = [demo.render_photo(k, s.green_g, s.dead_g, s.clover_g, s, width=1000, disturbed=False)[0] for k, s in enumerate(demo.draw_sites(rng, 4))]
+
+    def gain(p, *by):
+        return np.clip(p * np.array(by), 0, 255).astype(np.uint8)
+
+    drawn = {"rod": [cv2.rectangle(p.copy(), (0, 470), (1000, 500), (225, 222, 215), -1) for p in plain], "frame": [demo.add_frame(rng, p) for p in plain],
+             "lamps": [demo.add_lamps(rng, gain(p, 0.3)) for p in plain], "blur": [cv2.GaussianBlur(p, (0, 0), 2) for p in plain], "dim": [gain(p, 0.5) for p in plain],
+             "bright": [gain(p, 2.5) for p in plain], "warm": [gain(p, 1.3, 1, 0.5) for p in plain]}
+    told = {name: [photo_quality(p) for p in pictures] for name, pictures in {"plain": plain, **drawn}.items()}
+    for number, name, sign in (("rod", "rod", 1), ("lamps", "lamps", 1), ("sharpness", "blur", -1), ("exposure", "dim", -1), ("clipped", "bright", 1), ("cast", "warm", 1)):
+        having = [sign * row[number] for row in told[name]]
+        others = [sign * row[number] for row in told["plain"]]
+        assert min(having) > max(others), (number, having, others)
+    assert np.mean([row["frame"] > 0.5 for row in told["frame"]]) >= 0.5  # some of these frames hardly reach into the photo
+    for name in ("plain", "dim", "blur", "lamps", "rod"):
+        assert max(row["frame"] for row in told[name]) < 0.4, name
+    for name in ("plain", "dim", "warm", "frame"):
+        assert max(row["rod"] for row in told[name]) < 0.01, name
+    assert min(row["sharpness"] for row in told["dim"]) > max(row["sharpness"] for row in told["blur"])  # dim is not blurred
+
+
+def test_weights_reach_those_who_train(tmp_path):
+    import tiny
+
+    tiny.competition(tmp_path / "in", 8, 2)
+    rule = "exposure>0.4:0.5"
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", [f"photos.weights={rule}", "train_dinov3.size=64", "photos.workers=2"])
+    photos.run_inpaint(run)
+    table = photos.pd.read_csv(run.artefacts / "photos/photos.csv").set_index("image_id")
+    assert set(table["weight"]) <= {0.5, 1.0} and (table["weight"] == np.where(table["exposure"] > 0.4, 0.5, 1)).all() and table["weight"].nunique() == 2
+    ids = list(table.index[table["split"] == "train"])[::-1]
+    assert (read_weights(run, ids) == table["weight"][ids].to_numpy()).all()
+    with pytest.raises(InputError, match="no weight for ID0"):
+        read_weights(run, ["ID0", *ids])
+    assert read_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
+    quality = table[list(photos.QUALITY)]
+    assert photo_weights(quality, [rule, "exposure>0.4:0.5"]).min() == 0.25
+    for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("exposure>0:0", "leaves no photo")):
+        with pytest.raises(InputError, match=why):
+            photo_weights(quality, [bad])
+
+
+def test_the_bench_measures_each_way(folder):
+    write_photos(folder, 2)
+    rows = {row["way"]: row for row in photos.bench_photos(folder / "in", many=3)}
+    assert len(rows) == 7 and all(row["ms"] > 0 for row in rows.values())
+    assert rows["decode alone"]["times_decode"] == 1 and rows["the recipe, each epoch"]["times_recipe"] == 1
+    assert "0.00 GB on disk" in rows["ours, 3 photos built at 512 and read"]["note"]
 
 
 def test_dataset_and_tensor(folder):
