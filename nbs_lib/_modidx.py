@@ -130,6 +130,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'nbs_lib.boosting.stack_weights': ('boosting.html#stack_weights', 'nbs_lib/boosting.py'),
                                   'nbs_lib.boosting.standard_columns': ('boosting.html#standard_columns', 'nbs_lib/boosting.py'),
                                   'nbs_lib.boosting.sum_kernels': ('boosting.html#sum_kernels', 'nbs_lib/boosting.py'),
+                                  'nbs_lib.boosting.taught': ('boosting.html#taught', 'nbs_lib/boosting.py'),
                                   'nbs_lib.boosting.tempered': ('boosting.html#tempered', 'nbs_lib/boosting.py'),
                                   'nbs_lib.boosting.versions': ('boosting.html#versions', 'nbs_lib/boosting.py'),
                                   'nbs_lib.boosting.why_not': ('boosting.html#why_not', 'nbs_lib/boosting.py'),

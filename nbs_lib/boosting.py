@@ -11,8 +11,8 @@ __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'NOISE_STEPS', 'TRANSFO
            'standard_columns', 'space_columns', 'TreeMember', 'stack_weights', 'inner_folds', 'make_member',
            'PastureRegressor', 'StateClassifier', 'tempered', 'log_loss', 'conformal_radius', 'intervals',
            'left_out_coverage', 'versions', 'available', 'load_fitted', 'why_not', 'refit', 'predict', 'new_regressor',
-           'Labelled', 'out_of_fold', 'fit_both', 'measured_columns', 'save_fitted', 'write_states', 'run_boosting',
-           'read_labelled', 'score', 'write_intervals', 'save_labels', 'show_boosting']
+           'Labelled', 'out_of_fold', 'taught', 'fit_both', 'measured_columns', 'save_fitted', 'write_states',
+           'run_boosting', 'read_labelled', 'score', 'write_intervals', 'save_labels', 'show_boosting']
 
 # %% ../notebooks/42_boosting.ipynb #45faceb1
 import importlib.metadata
@@ -36,7 +36,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from .core import InputError, Run, atomic, hash_file, package_folder, progress, read_json, stage, version, write_json
-from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, write_oof
+from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/42_boosting.ipynb #899a1691
@@ -800,6 +800,7 @@ class Labelled:
     group: np.ndarray  # (n,) site
     state: np.ndarray  # (n,)
     measured: np.ndarray  # (n, q) standardised: height, NDVI, states, species
+    weight: np.ndarray | None = None  # (n,) of `read_weights`; where it is 0 the photo teaches nothing
 
 
 @threadpool_limits.wrap(limits=1)  # matrices of a few hundred rows: folds side by side use the cores better, and sums stay the same everywhere
@@ -822,8 +823,15 @@ def out_of_fold(
     return y, proba, fitted
 
 
+def taught(data: Labelled) -> np.ndarray:
+    "(n,) bool: the photos that teach."
+    return np.ones(len(data.y), bool) if data.weight is None else data.weight > 0
+
+
 def fit_both(regressor: PastureRegressor, classifier: StateClassifier, data: Labelled, rows) -> dict:
-    "Copies of both, fitted on `rows` of `data`."
+    "Copies of both, fitted on those `rows` of `data` that teach."
+    rows = np.arange(len(data.y))[rows]
+    rows = rows[taught(data)[rows]]
     X, group = data.X[rows], data.group[rows]
     return {"regressor": clone(regressor).fit(X, data.y[rows], group, standard_columns(pd.DataFrame(data.measured[rows]))),
             "classifier": clone(classifier).fit(X, data.state[rows], group)}
@@ -855,7 +863,7 @@ def write_states(run: Run, scheme: str, ids, fold, proba, names) -> None:
     run.beside(path, states=list(names), scheme=scheme)
 
 # %% ../notebooks/42_boosting.ipynb #e5ec2fa5
-@stage("boosting", reads=("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz"))
+@stage("boosting", reads=("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz", "artefacts/photos/photos*.csv"))
 def run_boosting(run: Run) -> dict:
     "Fit, predict out of fold under both schemes, save; returns scores, weights and the coverage of the intervals."
     comp = read_competition(run.input, photos=False)
@@ -887,7 +895,9 @@ def read_labelled(run: Run, comp: Competition) -> tuple[Labelled, Blocks]:
         if set(has) - set(ids):
             run.warn(f"features '{name}': {len(set(has) - set(ids))} photos are not in train.csv and are left out")
     X, blocks = join_features(tables, ids)
-    return Labelled(ids, X, comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str), standard_columns(measured_columns(comp.train))), blocks
+    if (weight := read_weights(run, ids)) is not None and ((weight > 0) & (weight != 1)).any():
+        run.warn("boosting: its kernels know no weights: a photo counts whole, or with weight 0 not at all")
+    return Labelled(ids, X, comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str), standard_columns(measured_columns(comp.train)), weight), blocks
 
 # %% ../notebooks/42_boosting.ipynb #4fb71f8f
 def score(y: np.ndarray, oof: np.ndarray, fold: np.ndarray) -> dict:
@@ -907,10 +917,11 @@ def write_intervals(run: Run, data: Labelled, oof: np.ndarray, radius: np.ndarra
 
 
 def save_labels(run: Run, data: Labelled, radius: np.ndarray) -> None:
-    "`boosting/labels.npz`: what a refit needs beside the features."
+    "`boosting/labels.npz`: what a refit needs beside the features, of the photos that teach."
+    rows = np.flatnonzero(taught(data))
     path = run.art("boosting", "labels.npz")
     with atomic(path) as temporary:
-        np.savez_compressed(temporary, image_id=np.array(data.ids, dtype=str), y=data.y, group=data.group, state=data.state, measured=data.measured, radius=radius)
+        np.savez_compressed(temporary, image_id=np.array(data.ids, dtype=str)[rows], y=data.y[rows], group=data.group[rows], state=data.state[rows], measured=data.measured[rows], radius=radius)
     run.wrote(path)
 
 # %% ../notebooks/42_boosting.ipynb #537ebe0b

@@ -44,7 +44,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage
-from .data import oof_path, read_competition, read_folds, read_oof, write_oof
+from .data import oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, find_weights, five, grouped_splits, load_model, pixel_stats,
                            save_model)
 from .photos import augment, half_shape, open_store, to_tensor, tta_views
@@ -588,6 +588,7 @@ def begin(m: Material, s: TrainDinov3Settings, index: np.ndarray, seed: int, dev
 def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.ndarray, seed: int, state: Path | None = None, key: str = "", device=None, warn: Callable = print) -> tuple[BiomassNet, dict]:
     "The network of one fold, trained on photographs `index`; and notes: penalty, verdict, history."
     device = device or pick_device()
+    index = index if m.weights is None else index[m.weights[index] > 0]  # a photograph without weight is left out altogether
     net, base, notes = begin(m, s, index, seed, device)
     data = Kept(m.kept["id"]) if s.unfreeze == 0 else Pixels(m.store, net.config, m.augmentation)
     aux = aux_targets(m.y, m.meta, index) if net.config.aux else None
@@ -637,12 +638,13 @@ def add_unlabelled(m: Material, extra) -> Material:
     n = len(extra)
     meta = {k: np.r_[v, np.full(n, -1 if v.dtype.kind == "i" else np.nan)] for k, v in (m.meta or {}).items()}
     groups, y = [f"unlabelled {i}" for i in range(n)], np.full((n, 5), np.nan)
-    return dataclasses.replace(m, store=Joined(m.store, extra), y=np.r_[m.y, y], groups=np.r_[m.groups.astype(str), groups], meta=meta, names=[*m.names, *extra.ids])
+    weights = None if m.weights is None else np.r_[m.weights, np.ones(n)]
+    return dataclasses.replace(m, store=Joined(m.store, extra), y=np.r_[m.y, y], groups=np.r_[m.groups.astype(str), groups], meta=meta, names=[*m.names, *extra.ids], weights=weights)
 
 # %% ../notebooks/32_train_dinov3.ipynb #396e91df
 def unlabelled(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.ndarray) -> np.ndarray:
     "Which photographs a fold may answer for itself: the held-out ones, and those that no fold has."
-    rest = np.setdiff1d(np.arange(len(m.y)), np.r_[index, out])
+    rest = np.setdiff1d(np.arange(len(m.y)) if m.weights is None else np.flatnonzero(m.weights), np.r_[index, out])
     return np.r_[out if "held_out" in s.pseudo_from else out[:0], rest if "test" in s.pseudo_from else rest[:0]]
 
 
@@ -686,7 +688,7 @@ def gather(run: Run, kept: dict[str, Encoded] | None = None) -> tuple[Material, 
         raise InputError("artefacts/photos: the store is of other photos than train.csv; run stage inpaint again (--from inpaint)")
     meta = known_meta(comp.train)
     net = build_model(model_config(s, int(meta["state"].max()) + 1), s.weights)
-    m = Material(net, store, comp.y, comp.groups, kept, run.settings.photos, meta, ids)
+    m = Material(net, store, comp.y, comp.groups, kept, run.settings.photos, meta, ids, read_weights(run, ids))
     if s.pseudo_rounds and "test" in s.pseudo_from:
         m = add_unlabelled(m, open_store(run, "test", shape))
     if kept is None and (s.unfreeze == 0 or s.probe):
@@ -754,7 +756,7 @@ def score_scheme(truth: np.ndarray, y: np.ndarray, numbers: np.ndarray, notes: l
 
 
 @stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/train_*/store.json", "artefacts/photos/train_*/rows.npy",
-                              "artefacts/photos/test_*/rows.npy"), sections=("photos", "inpaint", "run", "kaggle"))
+                              "artefacts/photos/test_*/rows.npy", "artefacts/photos/photos*.csv"), sections=("photos", "inpaint", "run", "kaggle"))
 def run_train_dinov3(run: Run) -> dict:
     "Train model 1 on every fold of every scheme; write weights, out-of-fold predictions, and return the scores."
     s = run.settings.train_dinov3

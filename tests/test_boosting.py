@@ -67,6 +67,20 @@ def fitted(data):
 # Leaks
 
 
+def test_a_photo_without_weight_teaches_nothing(data):
+    X, y, site = data
+    fold = np.arange(len(y)) % 3
+    weight = np.where(np.arange(len(y)) % 10 == 0, 0.0, 1.0)
+
+    def answers(grams, weight):
+        wrong = np.where(np.arange(len(y))[:, None] % 10 == 0, grams, y)
+        told = Labelled([], X, wrong, site, np.full(len(y), "Tas"), np.empty((len(y), 0)), weight)
+        return out_of_fold(PastureRegressor(**FAST, stack=False), StateClassifier(), told, fold)[0]
+
+    assert (answers(5.0, weight) == answers(100.0, weight)).all()
+    assert abs(answers(5.0, None) - answers(100.0, None)).mean() > 1
+
+
 def test_batch_does_not_matter(data, fitted):
     X = data[0][70:]
     whole, order = fitted.predict(X), np.random.default_rng(1).permutation(len(X))

@@ -479,6 +479,24 @@ def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_pa
     assert kept.stat().st_mtime_ns == before and torch.equal(load_file(gone)["head.unit"], one["fold1.safetensors"]["head.unit"])
 
 
+def test_a_photograph_without_weight_teaches_nothing(tmp_path):
+    run = opened(tmp_path, "photos.weights=exposure>0.44:0", "train_dinov3.select=last")
+    m, ids, schemes = room.gather(run)
+    out_of_it, numbers = np.flatnonzero(m.weights == 0), schemes["grouped"]
+    k = numbers[out_of_it[0]]
+    index, out = np.flatnonzero(numbers != numbers[numbers != k][0]), np.flatnonzero(numbers == numbers[numbers != k][0])
+    assert 0 < len(out_of_it) < len(ids) and out_of_it[0] in index
+
+    def answers(grams: float) -> np.ndarray:
+        y = m.y.copy()
+        y[out_of_it] = grams
+        net, _ = room.fit_fold(dataclasses.replace(m, y=y), run.settings.train_dinov3, index, out, seed=0)
+        return room.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.kept)
+
+    assert (answers(10.0) == answers(1000.0)).all()
+    assert not np.isin(out_of_it, room.unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out)).any()
+
+
 def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
     run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
     m, _, _ = room.gather(run)
