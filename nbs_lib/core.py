@@ -196,6 +196,7 @@ class TrainDinov3Settings:
     save_minutes: float  # between saved states, beside the one of each epoch
     budget_minutes: float  # of one fold's training; 0: no limit
     checkpointing: bool  # recompute activations in the way back: less memory, more time
+    maps: int  # labelled photos whose densities are mapped, those with most clover first; 0: none
 
 # %% ../notebooks/00_core.ipynb #62e49c12
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['AUX', 'INTERVALS', 'TWIN', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_PARTS', 'ModelConfig', 'Backbone',
            'vit_twin_patch16_dinov3', 'read_weights', 'read_wheel', 'find_weights', 'load_weights', 'pool_map',
-           'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits', 'cross_fit', 'Probe', 'Head', 'Encoded',
-           'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five', 'save_model', 'load_model']
+           'local_pool', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits', 'cross_fit', 'Probe',
+           'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five', 'save_model',
+           'load_model']
 
 # %% ../notebooks/31_model.ipynb #e8c16dc3
 import dataclasses
@@ -185,6 +186,15 @@ def pool_map(x: Tensor, power: float = 3.0) -> Tensor:
     gem = x.clamp(min=1e-6).pow(power).mean(-1).pow(1 / power)
     return torch.cat([x.mean(-1), x.std(-1, unbiased=False), x.amax(-1), gem], 1)
 
+# %% ../notebooks/31_model.ipynb #077a606b
+def local_pool(x: Tensor, power: float = 3.0) -> Tensor:
+    "(B, C, h, w) → (B, 4·C, h, w): `pool_map` shared out among the places by its influence function; the mean over the places is `pool_map`."
+    x = x.float()
+    mean, sd, top, gem = pool_map(x, power)[..., None, None].chunk(4, 1)
+    spread = sd / 2 + (x - mean) ** 2 / (2 * sd.clamp(min=1e-6))
+    sharp = gem + (x.clamp(min=1e-6) ** power - gem**power) / (power * gem ** (power - 1))
+    return torch.cat([x, spread, top.expand_as(x), sharp], 1)
+
 # %% ../notebooks/31_model.ipynb #43cfad6b
 PENALTIES = 10.0 ** np.arange(-3.0, 2.01, 0.25)
 
@@ -261,6 +271,12 @@ class Probe(nn.Module):
         root = ((pooled.float() - self.mean) * self.inv_sd) @ self.weight + self.bias
         root = torch.minimum(root.clamp(min=0), self.cap)
         return ((root**2 + self.smear) @ self.project).clamp(min=0)
+
+    def slopes(self, pooled: Tensor) -> Tensor:
+        "(B, features) → (B, features, 3): grams by which an answer rises with each feature, its caps left aside."
+        root = ((pooled.float() - self.mean) * self.inv_sd) @ self.weight + self.bias
+        root = torch.minimum(root.clamp(min=0), self.cap)
+        return torch.einsum("ft,bt,tp->bfp", self.inv_sd[:, None] * self.weight, 2 * root, self.project)
 
     def solve(self, x: np.ndarray, y: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
         "Fit to features x (n, features) and grams y (n, 5); the held-out answers (n, 3) in grams and the penalty chosen."
@@ -400,9 +416,11 @@ class BiomassNet(nn.Module):
         return parts, {name: layer(mean).float() for name, layer in self.aux.items()}
 
     def density(self, x: Tensor | Encoded) -> Tensor:
-        "Green, clover, dead in g/m², as a map of the photograph (B, 3, h, 2·w); the head must be `density`."
+        "Green, clover, dead in g/m², as a map of the photograph (B, 3, h, 2·w) whose mean is the answer; `probe_density` where the probe is alone."
+        if self.config.head == "none" and not isinstance(x, Encoded):
+            return self.probe_density(x)
         if self.config.head != "density":
-            raise InputError(f"head '{self.config.head}' makes no map; train with head = density")
+            raise InputError(f"head '{self.config.head}' makes no map of this; train with head = density, or none and hand in pixels")
         encoded = x if isinstance(x, Encoded) else self.encode(x)
         base, h = self.base(encoded), encoded.grid.shape[-2]
         if self.config.halves:
@@ -411,6 +429,21 @@ class BiomassNet(nn.Module):
         else:
             picture = to_map(self.answer(encoded, base)[0], h, self.config.order)
         return picture.permute(0, 3, 1, 2) / QUADRAT_M2
+
+    def probe_density(self, x: Tensor) -> Tensor:
+        "The probe's answer for (B, 2, 3, H, W), shared out among the places in g/m² (B, 3, h, 2·w): linearised at the photograph and told the features of each place."
+        looks = [[m.unflatten(0, (-1, 2)) for m in self.backbone(self.resized(x.flatten(0, 1), s))[0]] for s in self.config.scales]
+        maps = [m for look in looks for m in look]  # (B, 2, C, h, w) each, in the probe's order
+        pooled = torch.cat([pool_map(m.flatten(0, 1)) for m in maps], 1).unflatten(0, (-1, 2)).mean(1)
+        grams, slopes, shape = self.probe(pooled), self.probe.slopes(pooled), looks[0][-1].shape[-2:]
+        picture, start = grams[:, :, None, None], 0
+        for m in maps:
+            own = slice(start, start + 4 * m.shape[2])
+            halves = [torch.einsum("bfp,bfhw->bphw", slopes[:, own], local_pool(half) - pooled[:, own, None, None]) for half in m.unbind(1)]
+            wide = F.interpolate(torch.cat(halves, 3), (shape[0], 2 * shape[1]), mode="area")
+            picture, start = picture + wide - wide.mean((2, 3), keepdim=True), own.stop
+        picture = picture.clamp(min=0)
+        return picture * (grams / picture.mean((2, 3)).clamp(min=1e-6))[:, :, None, None] / QUADRAT_M2
 
     def drop_head(self) -> None:
         "Leave the probe alone to answer."

@@ -12,7 +12,7 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'MIXED', 'SURE', 'SELECT', 'FUSION_NAMES', 'bio
            'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_round', 'fold_path', 'load_fold', 'gather', 'digest',
            'finished', 'fold_key', 'run_fold', 'probe_alone', 'score_scheme', 'run_train_dinov3', 'gpus', 'unfinished',
            'train_some', 'save_kept', 'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up',
-           'main', 'predict_folds', 'show_train']
+           'main', 'predict_folds', 'maps_of', 'density_maps', 'write_maps', 'show_train']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -48,7 +48,7 @@ from .data import oof_path, read_competition, read_folds, read_oof, read_weights
 from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, find_weights, five, grouped_splits, load_model, pixel_stats,
                            save_model)
 from .photos import augment, half_shape, open_store, to_tensor, tta_views
-from .targets import TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
+from .targets import CLOVER, TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/32_train_dinov3.ipynb #85276f11
 def biomass_loss(parts: Tensor, y: Tensor, weights: Sequence[float], beta: float = 5.0) -> Tensor:
@@ -712,7 +712,7 @@ def fold_key(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int
     "All that the result of fold `k` depends on, in a word."
     s = run.settings.train_dinov3
     weights = hash_file(s.weights) if Path(s.weights).is_file() else s.weights
-    return digest(dataclasses.replace(s, parallel_folds=1), run.settings.photos, run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys(), weights)
+    return digest(dataclasses.replace(s, parallel_folds=1, maps=0), run.settings.photos, run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys(), weights)
 
 
 def run_fold(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int, scheme: str) -> tuple[np.ndarray, dict]:
@@ -776,6 +776,8 @@ def run_train_dinov3(run: Run) -> dict:
             notes.append(note)
         write_oof(run, "dinov3", ids, numbers, y, scheme)
         summary[scheme] = score_scheme(truth, y, numbers, notes) | {"seconds": round(sum(n["seconds"] for n in notes), 1)}
+        if scheme == "grouped" and os.environ.get("RANK", "0") == "0":
+            write_maps(run, ids, y)
     return summary
 
 # %% ../notebooks/32_train_dinov3.ipynb #4f10afcd
@@ -935,6 +937,53 @@ def predict_folds(artefacts: Path, store, batch: int = 4, device=None, scheme: s
         for k, meta in metas.items():
             total += predict(load_fold(artefacts, k, scheme), store, tuple(meta["views"]), batch, device)
     return total / len(metas)
+
+# %% ../notebooks/32_train_dinov3.ipynb #d49d5f71
+def maps_of(net: BiomassNet, store, index: Sequence[int], device=None) -> np.ndarray:
+    "(n, 3, h, 2·w) float32: green, clover, dead in g/m² on photographs `index` of `store`, left half beside right; times 0.21 m², a map's mean is the answer."
+    device = device or pick_device()
+    net.eval().to(device)
+    pictures = []
+    for i in index:  # one by one: the maps of all depths are held at once
+        x = to_tensor(np.stack([store[int(i)]]), net.config.mean, net.config.std).to(device)
+        with torch.inference_mode(), telling_memory(), torch.autocast(device.type, pick_dtype(device), enabled=device.type != "cpu"):
+            pictures.append(net.density(x).float().cpu().numpy())
+    return np.concatenate(pictures)
+
+
+def density_maps(run: Run, ids: Sequence[str]) -> np.ndarray:
+    """(n, 3, h, 2·w) float32 g/m² of green, clover, dead on the photographs `ids` of a run whose folds are trained.
+
+    A training photograph is mapped by the fold that has not seen it, one of the test by the mean of all folds; an h × w grid of
+    tokens a half. Raises `InputError` for an unknown id, and where a head makes no map (head = pooled).
+    """
+    s, comp = run.settings.train_dinov3, read_competition(run.input)
+    stores = [open_store(run, split, half_shape(s.size, s.squeeze)) for split in ("train", "test")]
+    where = {str(name): (split, i) for split, store in enumerate(stores) for i, name in enumerate(store.ids)}
+    if missing := set(ids) - where.keys():
+        raise InputError(f"density_maps: no photo {min(missing)} in the store of this run")
+    fold_of = dict(zip(comp.train["image_id"], read_folds(run, comp.train)["fold_grouped"], strict=True))
+    maps, folds = [np.zeros(()) for _ in ids], sorted(set(fold_of.values()))
+    for k in folds:
+        asked = [j for j, name in enumerate(ids) if fold_of.get(name, k) == k]
+        net = load_fold(run.artefacts, k) if asked else None
+        for j in asked:
+            split, i = where[ids[j]]
+            maps[j] = maps[j] + maps_of(net, stores[split], [i])[0] / (len(folds) if ids[j] not in fold_of else 1)
+    return np.stack(maps)
+
+
+def write_maps(run: Run, ids: np.ndarray, y: np.ndarray) -> None:
+    "dinov3/density.npz: image_id (n,), density (n, 3, h, 2·w) float16 g/m², of the photos whose answers y (n, 5) hold most clover, and of the first one of the test."
+    s, path = run.settings.train_dinov3, run.art("dinov3", "density.npz")
+    if s.maps < 1 or s.head == "pooled":
+        path.unlink(missing_ok=True)
+        return
+    most = ids[np.argsort(-y[:, CLOVER], kind="stable")[: s.maps]]
+    shown = [str(name) for name in (*most, *open_store(run, "test", half_shape(s.size, s.squeeze)).ids[:1])]
+    with atomic(path) as temporary:
+        np.savez(temporary, image_id=np.array(shown, dtype=str), density=density_maps(run, shown).astype(np.float16))
+    run.beside(path)
 
 # %% ../notebooks/32_train_dinov3.ipynb #ac66bebd
 def show_train(run: Run):

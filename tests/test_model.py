@@ -20,6 +20,8 @@ from nbs_lib.model import (
     grouped_splits,
     load_model,
     load_weights,
+    local_pool,
+    pool_map,
     save_model,
 )
 from nbs_lib.targets import QUADRAT_M2, imbalance
@@ -111,6 +113,43 @@ def test_density_map_adds_up_to_the_answer(backbone, halves, order):
     assert picture.shape[-1] == 2 * picture.shape[-2] * 96 // 64
     torch.testing.assert_close(picture.mean((2, 3)) * QUADRAT_M2, grams, rtol=1e-4, atol=1e-4)
     assert np.abs(imbalance(five(grams.double()).numpy())).max() < 1e-9
+
+
+def solved(**changes):
+    "A network that is nothing but a solved probe, and photographs it was solved on."
+    net = build_model(ModelConfig(CNN, (1.0, 0.67), depths=3, head="none", **changes)).eval()
+    photos, parts = torch.randn(12, 2, 3, 96, 160), np.abs(np.random.default_rng(0).normal(20, 9, (12, 3)))
+    with torch.inference_mode():
+        net.probe.solve(net.encode(photos).pooled.numpy(), parts @ PARTS_TO_FIVE.T, np.arange(12))
+    return net, photos
+
+
+def test_a_probes_map_adds_up_to_its_answer_and_follows_its_slopes():
+    net, photos = solved()
+    with torch.inference_mode():
+        grams, picture, pooled = net(photos), net.density(photos), net.encode(photos).pooled
+        assert picture.shape == (12, 3, 3, 10) and (picture >= 0).all() and (picture.std((2, 3)) > 1e-3 * picture.mean((2, 3))).any()
+        torch.testing.assert_close(picture.mean((2, 3)) * QUADRAT_M2, grams, rtol=1e-3, atol=1e-3)
+        slopes = net.probe.slopes(pooled)
+    inside = ((pooled.clone() - net.probe.mean) * net.probe.inv_sd) @ net.probe.weight + net.probe.bias
+    inside = ((inside > 0) & (inside < net.probe.cap)).all(1) & (grams > 0).all(1)
+    assert inside.sum() > 3
+    x = pooled.clone().requires_grad_()
+    for part in range(3):
+        (real,) = torch.autograd.grad(net.probe(x)[:, part].sum(), x)
+        torch.testing.assert_close(slopes[inside, :, part], real[inside], rtol=1e-3, atol=1e-6)
+    with pytest.raises(InputError, match="makes no map"):
+        net.density(net.encode(photos[:1]))
+
+
+def test_shares_of_places_are_what_more_of_a_place_would_change():
+    "The influence function against its definition: a picture in which one place counts a little more."
+    x, few = torch.rand(1, 3, 4, 5, dtype=torch.float64) + 0.1, 400
+    shares = local_pool(x)[..., 2, 3]
+    once, more = pool_map(x), pool_map(torch.cat([x.flatten(2).repeat(1, 1, few), x[..., 2, 3][..., None]], 2)[..., None])
+    change = (more - once) * (few * 20 + 1)
+    keep = torch.arange(12) // 3 != 2  # a maximum has no such share
+    torch.testing.assert_close((once + change)[:, keep], shares[:, keep], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("order", ["panorama", "left_right"])

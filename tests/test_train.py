@@ -389,6 +389,31 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
     np.testing.assert_array_equal(read_oof(run.artefacts / "oof/dinov3.parquet", ids), oof)
 
 
+@pytest.mark.parametrize("more", [(), ("train_dinov3.select=last", "train_dinov3.head=density", "train_dinov3.views=id, H")])
+def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
+    from nbs_lib.data import read_competition, read_oof
+    from nbs_lib.photos import open_store
+    from nbs_lib.targets import QUADRAT_M2
+
+    run = opened(tmp_path, "train_dinov3.maps=5", *more)
+    room.run_train_dinov3(run)
+    comp = read_competition(run.input)
+    oof = read_oof(run.artefacts / "oof/dinov3.parquet", comp.train["image_id"])
+    with np.load(run.artefacts / "dinov3/density.npz") as file:
+        ids, maps = file["image_id"], file["density"].astype(float)
+    at = {name: i for i, name in enumerate(comp.train["image_id"])}
+    assert len(ids) == 6 and maps.shape[1:] == (3, 2, 4) and ids[-1] not in at
+    mine = oof[[at[i] for i in ids[:-1]]]
+    assert mine[-1, 2] >= np.sort(oof[:, 2])[-5]  # those with most clover
+    if "views" not in str(more):
+        np.testing.assert_allclose(maps[:-1].mean((2, 3)) * QUADRAT_M2, mine[:, [0, 2, 1]], rtol=5e-3, atol=5e-3)
+        test = room.predict_folds(run.artefacts, open_store(run, "test", 64))[0]
+        np.testing.assert_allclose(maps[-1].mean((1, 2)) * QUADRAT_M2, test[[0, 2, 1]], rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(room.density_maps(run, ids[1:3]), maps[1:3], rtol=2e-3, atol=1e-3)
+    with pytest.raises(InputError, match="no photo ID0"):
+        room.density_maps(run, ["ID0"])
+
+
 def test_a_trained_backbone_goes_the_same_way(tmp_path):
     run = opened(tmp_path, "train_dinov3.unfreeze=2", "train_dinov3.select=holdout", "train_dinov3.views=id, H", "train_dinov3.aux=intervals, state, ndvi, height",
                  "train_dinov3.probe=no", "train_dinov3.halves=yes")
