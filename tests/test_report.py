@@ -123,7 +123,7 @@ def test_error_shares_add_up(whole):
 
 def test_tables_are_read_once(whole, monkeypatch):
     read = []
-    monkeypatch.setattr(report, "read_competition", lambda folder: read.append(folder) or read_competition(folder))
+    monkeypatch.setattr(report, "read_competition", lambda folder, **more: read.append(folder) or read_competition(folder, **more))
     monkeypatch.setattr(report, "render", lambda found, scores, pages: whole[1])
     report.write_report(whole[0], RECORD)
     assert len(read) == 1
