@@ -725,6 +725,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.photos.half_shape': ('photos.html#half_shape', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.has_form': ('photos.html#has_form', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.join': ('photos.html#join', 'nbs_lib/photos.py'),
+                                'nbs_lib.photos.keep_memory': ('photos.html#keep_memory', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.listed_photos': ('photos.html#listed_photos', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.move_camera': ('photos.html#move_camera', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.open_store': ('photos.html#open_store', 'nbs_lib/photos.py'),
