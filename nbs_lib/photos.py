@@ -9,7 +9,7 @@ __all__ = ['Shape', 'FULL', 'QUALITY', 'RULE', 'ROW', 'BOUNDS', 'half_shape', 'w
            'keep_memory', 'build_stores', 'build_store', 'stand_in', 'join', 'split', 'tta_views', 'augment',
            'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor', 'HalvesDataset',
            'describe_store', 'listed_photos', 'readable_photos', 'run_inpaint', 'write_table', 'recipe_chain',
-           'bench_files', 'seconds_each', 'bench_photos']
+           'textured_files', 'seconds_each', 'bench_photos']
 
 # %% ../notebooks/21_photos.ipynb #432a96c9
 import ctypes
@@ -557,7 +557,7 @@ def recipe_chain(content: bytes, side: int = 512) -> np.ndarray:
     return np.stack([cv2.resize(half, (side, side)) for half in split_halves(photo)])
 
 
-def bench_files(folder: Path, count: int = 24) -> list[Path]:
+def textured_files(folder: Path, count: int = 24) -> list[Path]:
     "`count` JPEG photos 2000 x 1000 of textures in a camera's quality; one in eight carries a stamp."
     paths = []
     for k, (empty, stamped, _) in enumerate(composites(count, seed=7)):
@@ -584,7 +584,7 @@ def bench_photos(photos: str | Path = "", many: int = 800) -> list[dict]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "in").mkdir()
-            paths = sorted(Path(photos).glob("*.jpg"))[:24] if photos else bench_files(Path(folder, "in"))
+            paths = sorted(Path(photos).glob("*.jpg"))[:24] if photos else textured_files(Path(folder, "in"))
             return [*_measure_ways(paths, Path(folder)), _measure_many(paths, Path(folder), many)]
     finally:
         cv2.setNumThreads(threads)

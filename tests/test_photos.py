@@ -475,6 +475,9 @@ def test_weights_reach_those_who_train(tmp_path):
 
 
 def test_the_bench_measures_each_way(folder):
+    from nbs_lib.bench import find_benches
+
+    assert list(find_benches(["photos"])) == ["photos.bench_photos"]
     write_photos(folder, 2)
     rows = {row["way"]: row for row in photos.bench_photos(folder / "in", many=3)}
     assert len(rows) == 7 and all(row["ms"] > 0 for row in rows.values())
