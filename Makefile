@@ -17,7 +17,7 @@ LOCK := datasets-metadata/wheels/wheelhouse.lock
 KAGGLE := $(BIN)/python -m nbs_lib.kaggle
 SENDING := $(if $(SEND),--send)
 
-.PHONY: demo test run bench budget wheelhouse test-kaggle push submit data notebooks clean help
+.PHONY: demo test run bench results budget wheelhouse test-kaggle push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -46,6 +46,9 @@ budget: $(READY) ## will it fit? GPU memory, hours, disk of PROFILE=kaggle, GPU=
 
 bench: $(READY)  ## speed and memory, side by side -> runs/bench
 	$(BIN)/python -m nbs_lib.bench --output runs/bench $(ARGS)
+
+results: demo    ## keep the demo's scores and picture, and what `make bench` measured -> results/, README.md
+	$(BIN)/python tests/readme.py --run runs/demo $(if $(wildcard runs/bench/bench.csv),--bench runs/bench) --write
 
 $(IMAGE_READY):
 	@test -n "$(PYTHON312)" || { echo "error: Kaggle has Python 3.12 and there is none here: install it, or say where: make $(MAKECMDGOALS) PYTHON312=path/to/python3.12" >&2; exit 2; }

@@ -6,6 +6,8 @@ where they stand, in fenced blocks and between backticks.
 """
 import ast
 import functools
+import json
+import os
 import re
 import shlex
 import shutil
@@ -14,11 +16,17 @@ import sys
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
+import readme
+import torch
 from conftest import ROOT
 
+from nbs_lib import fusion
 from nbs_lib.core import SECTIONS, InputError, load_settings
+from nbs_lib.model import ModelConfig, build_model
 from nbs_lib.run import choose_stages, parse_call
+from nbs_lib.targets import TARGETS
 
 README = ROOT / "README.md"
 PROGRAMS = ("make", "python", "python3", "papermill", "pip", "nbdev-export", "nbdev-clean", "git", "cd", "kaggle", "jupyter", "pytest")
@@ -168,6 +176,95 @@ def test_settings_that_are_named_exist():
 
 def test_links_lead_somewhere():
     check_links(README.read_text())
+
+
+# ---- tables and pictures
+
+def test_tables_are_those_of_the_files():
+    stale = readme.filled(README.read_text())[1]
+    assert not stale, f"{', '.join(stale)} in README.md: python tests/readme.py --write"
+
+
+def test_every_table_has_its_place():
+    assert {m[1] for m in readme.MARKS.findall(README.read_text())} == {*readme.BLOCKS, "faults"}
+
+
+def test_synthetic_and_real_scores_never_share_a_table(tmp_path, monkeypatch):
+    for kind, r2 in (("synthetic", 0.9), ("real", 0.6)):
+        pd.DataFrame([{"model": "ensemble", "judged_on": "grouped", "r2": r2, "low": None, "high": None, "photos": 9, **dict.fromkeys(TARGETS, -0.001)}]).to_csv(tmp_path / f"{kind}_x.csv", index=False)
+        (tmp_path / f"{kind}_x.json").write_text(json.dumps({"photographs": kind, "profile": "x", "preset": "", "overrides": [], "seed": 1, "photos": 9, "sites": 3, "date": "", "seconds": {"eda": 60}, "peak_gb": 1, "machine": {}}))
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "0.900" in readme.scores("synthetic") and "0.600" not in readme.scores("synthetic") and "9 real photos" in readme.scores("real") and "−0.00" not in readme.scores("real")
+    assert "Nothing is kept here yet" in readme.bench()
+    assert readme.filled("<!-- real:begin -->\nold\n<!-- real:end -->")[1] == ["real"]
+
+
+def test_picture_is_small_and_described():
+    alt, path = re.search(r"!\[([^\]]{30,})\]\((results/\w+\.png)\)", README.read_text()).groups()
+    assert (ROOT / path).stat().st_size < 300_000 and "synthetic" in alt
+
+
+# ---- what the page says one may add
+
+def test_another_backbone():
+    """The first sentence of that list, with a smaller twin of the same family."""
+    assert "`--set train_dinov3.backbone=convnext_tiny --set train_dinov3.weights=FILE`" in README.read_text()
+    net = build_model(ModelConfig("test_convnext", dim=16, layers=1, probe=False), "random").eval()
+    assert net(torch.rand(2, 2, 3, 64, 64)).shape == (2, 3)
+
+
+def test_another_mixer(monkeypatch):
+    class Swap(torch.nn.Module):
+        def __init__(self, dim, **kw):
+            super().__init__()
+
+        def forward(self, tokens):
+            return tokens.flip(1)
+
+    monkeypatch.setitem(fusion.FUSIONS, "swap", Swap)
+    net = build_model(ModelConfig("test_convnext", fusion="swap", dim=16, layers=1, probe=False), "random").eval()
+    assert net(torch.rand(2, 2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    "A copy of the suite to change."
+    root = tmp_path_factory.mktemp("clone") / "suite"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "build", "dist", "wheelhouse", "*.egg-info", "__pycache__"))
+    return root
+
+
+def in_clone(clone, *command: str) -> str:
+    done = subprocess.run([sys.executable, *command], cwd=clone, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(clone)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def change(path: Path, old: str, new: str) -> None:
+    nb = nbformat.read(path, as_version=4)
+    cell = next(c for c in nb.cells if old in c.source)
+    cell.source = cell.source.replace(old, new, 1)
+    nbformat.write(nb, path)
+
+
+def test_another_stage_and_another_head(clone, paddock, tmp_path):
+    """As the page says: notebook and a line in STAGES; a branch and a name. Exported, and run."""
+    stage = nbformat.read(clone / "notebooks/40_siglip.ipynb", as_version=4)
+    cells = [nbformat.v4.new_code_cell("#| default_exp count"), next(c for c in stage.cells if "parameters" in c.metadata.get("tags", []))]
+    cells.append(nbformat.v4.new_code_cell("#| export\nfrom nbs_lib.core import Run, stage, write_json\n\n\n@stage('count', reads=('input/train/*',))\n"
+                                           "def run_count(run: Run) -> dict:\n    'How many photos there are.'\n    found = {'photos': len(list((run.input / 'train').iterdir()))}\n"
+                                           "    write_json(run.art('count.json'), found)\n    return found"))
+    cells.append(nbformat.v4.new_code_cell("#| run\nfrom nbs_lib.run import open_here\nfrom nbs_lib.count import run_count\nrun_count(open_here('count', input, output, profile, preset, overrides))"))
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=stage.metadata), clone / "notebooks/45_count.ipynb")
+    change(clone / "notebooks/90_run.ipynb", '"submit": "60_submit"}', '"submit": "60_submit", "count": "45_count"}')
+    change(clone / "notebooks/31_model.ipynb", '"head": ("pooled", "density", "none")', '"head": ("pooled", "density", "none", "brightest")')
+    change(clone / "notebooks/31_model.ipynb", '        if self.kind == "pooled":\n', '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n        if self.kind == "pooled":\n')
+    in_clone(clone, "-c", "from nbdev.export import nb_export; from pathlib import Path; [nb_export(p, 'nbs_lib') for p in sorted(Path('notebooks').glob('[0-9]*.ipynb'))]")
+    out = tmp_path / "out"
+    in_clone(clone, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), "--only", "count", "--no-report")
+    assert json.loads((out / "artefacts/count.json").read_text()) == {"photos": 24}
+    shape = in_clone(clone, "-c", "import torch; from nbs_lib.model import *; print(build_model(ModelConfig('test_convnext', head='brightest', dim=16, layers=1, probe=False), 'random').eval()(torch.rand(2, 2, 3, 64, 64)).shape)")
+    assert "[2, 3]" in shape
 
 
 # ---- the checks themselves can fail

@@ -54,7 +54,7 @@ def whole(tmp_path_factory):
     comp = read_competition(run.input)
     write_json(run.art("boosting", "intervals.json"), {"coverage": 0.9, "radius": dict.fromkeys(TARGETS, 2.0), "measured": dict.fromkeys(TARGETS, 0.91)})
     np.savez(run.art("dinov3", "density.npz"), image_id=comp.train["image_id"].to_numpy(str), density=np.random.default_rng(0).gamma(2, 20, (48, 3, 4, 12)).astype(np.float16))
-    pd.DataFrame({"fusion": ["none", "none", "mamba", "mamba"], "seed": [0, 1, 0, 1], "r2w": [0.5, 0.6, 0.4, 0.3], "seconds": 1.0}).to_csv(run.art("ablation.csv"), index=False)
+    pd.DataFrame({"fusion": ["none", "none", "mamba", "mamba"], "scheme": "grouped", "seed": [0, 1, 0, 1], "key": list("abcd"), "r2w": [0.5, 0.6, 0.4, 0.3], "seconds": 1.0}).to_csv(run.art("ablation.csv"), index=False)
     cells = [nbformat.v4.new_markdown_cell("# Eda\nThen [20_inpaint](20_inpaint.ipynb)"), nbformat.v4.new_code_cell("1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="by <zero>", traceback=["by <zero>"])])]
     (run.output / "notebooks").mkdir()
     nbformat.write(nbformat.v4.new_notebook(cells=cells), run.output / "notebooks/10_eda.ipynb")
@@ -191,7 +191,7 @@ def test_failed_stage(tmp_path):
     (run.output / "submission.csv").unlink()
     failed = {"name": "inpaint", "status": "failed", "seconds": 2.0, "ename": "RuntimeError", "evalue": "no <memory> left", "cell": 3}
     page = report.write_report(run, {**RECORD, "status": "RuntimeError: …", "stages": [STAGES[0], failed]}).read_text()
-    assert "Stage inpaint failed: RuntimeError: no &lt;memory&gt; left." in page and "No model has predicted out of fold yet" in page and "There is no submission.csv." in page
+    assert "Stage inpaint failed in cell 3 of its notebook: RuntimeError: no &lt;memory&gt; left." in page and "No model has predicted out of fold yet" in page and "There is no submission.csv." in page
     assert 'class="score"' not in page and sections(page) == ["what-was-sent", "what-was-dropped-or-repaired", "what-it-cost", "made-with"]
 
 
@@ -202,8 +202,27 @@ def test_stage_after_the_models_failed(tmp_path):
     page = report.write_report(run, {**RECORD, "status": "LimitPassed: the time budget ended in stage ensemble"}).read_text()
     best = read_json(run.output / "scores.json")["oof"]["dinov3"]["grouped"]["r2"]
     assert f"Weighted R² {best:.3f} out of fold" in page, "boosting, which comes first, is worse"
-    assert "There is no blend: these are the numbers of dinov3" in page and "The run did not finish: LimitPassed: the time budget ended" in page
+    assert "There is no blend: these are the numbers of dinov3" in page and "The run did not finish: a limit was passed: the time budget ended" in page
     assert "how-sure" in sections(page) and "what-the-blend-weighs" not in sections(page)
+
+
+@pytest.mark.parametrize(("status", "told"), [("LimitPassed: stage boosting used 31.00 GB of memory, more than limits.memory_gb = 29, in cell 4 (run_boosting(run))", "stopped: a limit was passed: stage boosting used 31.00 GB"),
+                                              ("KeyboardInterrupt: ", "stopped: a person stopped it."), ("SystemExit: 143", "stopped: it was asked to end.")])
+def test_run_that_was_ended(tmp_path, status, told):
+    """A limit, Ctrl-C or a signal in the middle of a stage: which stage, why, what it cost until then, and how to go on."""
+    run = make_run(tmp_path, 24, 2, truth=False, blended=False)
+    fake_members(run)
+    stopped = {"name": "boosting", "status": "stopped", "seconds": 7.5, "peak_rss_gb": 31.0, "written_mb": 0.0}
+    page = report.write_report(run, {**RECORD, "status": status, "stages": [STAGES[0], stopped]}).read_text()
+    assert f"Stage boosting {told}" in page and "the same command goes on from there" in page and "31.00" in page and "how-sure" in sections(page)
+    assert page.count('class="told alarm"') == 1
+
+
+def test_record_of_a_run_that_was_killed(tmp_path):
+    """Nothing of a half written record is needed: stages without seconds, no status, no versions."""
+    run = make_run(tmp_path, 12, 2, truth=False, blended=False)
+    page = report.write_report(run, {"stages": [{"name": "eda"}, {"name": "inpaint", "status": "stopped"}, {}]}).read_text()
+    assert "Stage inpaint stopped." in page and "what-it-cost" in sections(page)
 
 
 def test_one_test_photo_and_no_truth(tmp_path):
@@ -276,6 +295,39 @@ def test_broken_notebook_is_left_out(whole):
         assert report.write_pages(run) == ["10_eda"]
     finally:
         half.unlink()
+
+
+# ---- what stays of a run
+
+def test_results_that_are_kept(whole, tmp_path):
+    run, _ = whole
+    with pytest.raises(report.InputError, match="no model has predicted"):
+        report.write_results(make_run(tmp_path / "empty", 12, 2, truth=False, blended=False), RECORD, tmp_path)
+    assert [p.name for p in report.write_results(run, RECORD, tmp_path)] == ["real_demo.csv", "real_demo.json"], "real photographs are never drawn"
+    table, scores = pd.read_csv(tmp_path / "real_demo.csv"), read_json(run.output / "scores.json")
+    best = table[(table["model"] == "ensemble") & (table["judged_on"] == "grouped")].iloc[0]
+    assert best["r2"] == pytest.approx(scores["oof"]["ensemble"]["grouped"]["r2"], abs=1e-4) and best["low"] < best["r2"] < best["high"] and best["photos"] == 48
+    assert read_json(tmp_path / "real_demo.json")["photographs"] == "real"
+
+
+def test_picture_of_a_synthetic_run(tmp_path):
+    """Drawn of the photo whose grams are nearest to the mean among those with a stamp, however well it was predicted."""
+    run = make_run(tmp_path, 24, 2)
+    inside = Run(shutil.copytree(run.input, run.output / "input/csiro-biomass"), run.output, run.settings)
+    found = report.read_findings(inside, RECORD)
+    assert report.example_photo(found) in (0, 9, 18)
+    written = report.write_results(inside, RECORD, tmp_path / "results")
+    assert written[-1].name == "synthetic_demo.png" and written[-1].read_bytes()[:4] == b"\x89PNG" and written[-1].stat().st_size < 300_000
+
+
+def test_report_is_written_again_from_the_folder(whole, tmp_path, capsys):
+    run, _ = whole
+    out = Path(shutil.copytree(run.output, tmp_path / "out"))
+    assert report.main([str(out)]) == 2 and "holds no run.json" in capsys.readouterr().err
+    write_json(out / "run.json", RECORD)
+    (out / "report.html").unlink()
+    assert report.main([str(out)]) == 2 and "--input" in capsys.readouterr().err
+    assert report.main([str(out), "--input", str(run.input)]) == 0 and (out / "report.html").is_file()
 
 
 # ---- in a browser

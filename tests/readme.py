@@ -1,0 +1,120 @@
+"""The tables of README.md, from the files in results/: `python tests/readme.py [--run DIR] [--bench DIR] [--write]`
+
+`--run` first keeps the scores of a finished run there, `--bench` what `make bench` measured; `--write` puts the tables into README.md.
+Without `--write` it only says which tables differ. Scores on synthetic and on real photographs stand in files and tables of their own.
+"""
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, README = ROOT / "results", ROOT / "README.md"
+MARKS = re.compile(r"(<!-- (\w+):begin -->\n)(.*?)(<!-- \2:end -->)", re.S)
+
+
+def rows(head: list[str], lines: list[list[str]]) -> str:
+    "A table in Markdown."
+    cells = [head, ["---"] * len(head), *lines]
+    return "".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |\n" for line in cells)
+
+
+def as_it_is(name: str) -> str:
+    table = pd.read_csv(RESULTS / name, dtype=str)
+    return rows(list(table), table.to_numpy().tolist())
+
+
+def score(value: float) -> str:
+    return "–" if pd.isna(value) else f"{round(value, 2) + 0.0:.2f}".replace("-", "−")  # + 0.0: no minus zero
+
+
+def told(about: dict) -> str:
+    "What the scores of a run were measured on, in a sentence."
+    minutes, where = sum(about["seconds"].values()) / 60, about["machine"]
+    changed = "".join(f" with {what}" for what in (about["preset"] and f"the preset {about['preset']}", ", ".join(about["overrides"])) if what)
+    return (f"Profile `{about['profile']}`{changed}, {about['photos']} {about['photographs']} photos of {about['sites']} sites, seed {about['seed']}, {about['date']}: "
+            f"{minutes:.0f} minutes of stages on {where.get('cpus', '?')} cores, at most {about['peak_gb']:.1f} GB.\n\n")
+
+
+def scores(photographs: str) -> str:
+    "A table for each run on `photographs`: synthetic or real."
+    out = []
+    for path in sorted(RESULTS.glob(f"{photographs}_*.json")):
+        table = pd.read_csv(path.with_suffix(".csv"))
+        lines = [[r.model, r.judged_on, f"**{r.r2:.3f}**" if (r.model, r.judged_on) == ("ensemble", "grouped") else f"{r.r2:.3f}", "–" if pd.isna(r.low) else f"{score(r.low)} to {score(r.high)}",
+                  *map(score, (r.Dry_Green_g, r.Dry_Dead_g, r.Dry_Clover_g, r.GDM_g, r.Dry_Total_g))] for r in table.itertuples()]
+        out.append(told(json.loads(path.read_text())) + rows(["model", "judged on", "score", "95 % of draws of sites", "Green", "Dead", "Clover", "GDM", "Total"], lines))
+    return "\n".join(out) or f"No run on {photographs} photographs has been kept here yet.\n"
+
+
+def ablation() -> str:
+    "The mean over seeds of each fusion and head."
+    table = pd.read_csv(RESULTS / "ablation.csv", keep_default_na=False).pivot_table("r2w", ["fusion", "head"], "scheme", ["mean", "std", "size"])
+    table = table.sort_values(("mean", "grouped"), ascending=False)
+    names = {("none", "none"): ("–", "the probe alone")}
+    lines = [[*names.get(key, key), f"{r['mean', 'grouped']:.3f} ± {r['std', 'grouped']:.3f}", f"{r['mean', 'stratified']:.3f} ± {r['std', 'stratified']:.3f}", int(r["size", "grouped"])] for key, r in table.iterrows()]
+    return rows(["fusion", "head", "grouped", "stratified", "seeds"], lines)
+
+
+def bench() -> str:
+    "Every row that `make bench` measured, with its machine."
+    from nbs_lib.bench import label, measured
+
+    if not (RESULTS / "bench.csv").is_file():
+        return "Nothing is kept here yet: `make bench`, then `make results`.\n"
+    table, lines = pd.read_csv(RESULTS / "bench.csv"), []
+    for name, group in table.groupby("bench", sort=False):
+        column = measured(group)
+        for _, row in group.iterrows():
+            value = f"{row[column]:.3g}" if column and pd.notna(row[column]) else "failed" if "failed" in row and pd.notna(row["failed"]) else "–"
+            memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row and pd.notna(row["peak_mb"]) else ""
+            lines.append([name, label(row), value, column.replace("_", " "), memory, row["note"] if isinstance(row.get("note"), str) else ""])
+    return f"Measured on {table['machine'].iloc[0]}; also [as a picture](results/bench.png).\n\n" + rows(["measurement", "what", "value", "of", "peak MB", "note"], lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"labels": lambda: as_it_is("labels.csv"), "frozen": lambda: as_it_is("real_112.csv"), "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "bench": bench}
+
+
+def filled(text: str) -> tuple[str, list[str]]:
+    "`text` with every block made anew, and the names of those that differed."
+    stale = []
+
+    def block(m: re.Match) -> str:
+        new = BLOCKS[m[2]]() if m[2] in BLOCKS else m[3]
+        stale.extend([m[2]] if new != m[3] else [])
+        return m[1] + new + m[4]
+
+    return MARKS.sub(block, text), stale
+
+
+def keep(run: str, measurements: str) -> None:
+    "Put what a run and `make bench` left into results/."
+    if run:
+        from nbs_lib.report import reopen, write_results
+
+        write_results(*reopen(run), RESULTS)
+    for name in ("bench.csv", "bench.png") if measurements else ():
+        shutil.copyfile(Path(measurements) / name, RESULTS / name)
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--run", default="", help="keep the scores of this finished run")
+    p.add_argument("--bench", default="", help="keep bench.csv and bench.png of this folder")
+    p.add_argument("--write", action="store_true", help="put the tables into README.md")
+    a = p.parse_args()
+    keep(a.run, a.bench)
+    text, stale = filled(README.read_text())
+    if a.write:
+        README.write_text(text)
+    print(f"README.md: {', '.join(stale) or 'nothing'} {'written' if a.write else 'to write'}")
+    return 1 if stale and not a.write else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
