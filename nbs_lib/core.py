@@ -238,6 +238,7 @@ class BoostingSettings:
     stack: bool  # weights learned on inner folds; no: the plain mean
     inner_folds: int  # of whole sites, inside each training fold; 0: none, as the recipe
     pull: float  # of the stack's weights towards equal ones, 0 or more
+    reconcile: str  # the five targets, by their errors on inner folds: mint; euclid; no
     pca_variance: float  # share kept for the boosters, 0 to 1
     pls: int  # partial-least-squares scores for the boosters
     gmm: int  # Gaussian clusters for the boosters

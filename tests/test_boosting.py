@@ -18,6 +18,7 @@ from nbs_lib.boosting import (
     StateClassifier,
     available,
     conformal_radius,
+    error_weighting,
     find_features,
     inner_folds,
     intervals,
@@ -29,9 +30,10 @@ from nbs_lib.boosting import (
     run_boosting,
     stack_weights,
 )
+from nbs_lib.balance import reconcile
 from nbs_lib.core import InputError, load_settings, open_run
 from nbs_lib.data import read_oof
-from nbs_lib.targets import TARGETS, weighted_r2_score
+from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, weighted_r2_score
 
 FAST = dict(members=("linear", "matern"))
 
@@ -129,6 +131,27 @@ def test_stack_keeps_up_with_its_best_member(data):
     assert score(("linear", "sum", "lightgbm")) >= best - 0.01
 
 
+@pytest.mark.parametrize("name", ["mint", "euclid", "no"])
+def test_five_that_add_up(data, name):
+    X, y, site = data
+    fit = PastureRegressor(**FAST, reconcile=name).fit(X[:70], y[:70], site[:70])
+    told = np.concatenate([fit.predict(X), fit.predict(X * 5), fit.inner_])  # far beyond the training photos too
+    assert told.min() >= 0 and np.isfinite(told).all()
+    assert (imbalance(told).max() < 1e-6) == (name != "no")
+
+
+def test_errors_that_go_together_decide_which_part_is_believed(data):
+    _, y, _ = data
+    r = np.random.default_rng(0)
+    shared = r.normal(0, 6, (len(y), 1)) * [1, 0, -1, 0, 0]  # green taken for clover
+    errors = shared + r.normal(0, 1, y.shape) * [1, 6, 1, 3, 3]
+    told = {name: ((reconcile(y + errors, error_weighting(name, errors)) - y) ** 2).mean(0) @ WEIGHTS for name in ("mint", "euclid")}
+    assert told["mint"] < 0.8 * told["euclid"]
+    assert np.array_equal(error_weighting("mint", errors[:10]), np.eye(5)) and not np.allclose(error_weighting("mint", errors[:11]), np.eye(5))
+    with pytest.raises(InputError, match="boosting.reconcile: unknown 'mean'; known: mint, euclid, no"):
+        error_weighting("mean", errors)
+
+
 # Estimator manners
 
 
@@ -153,7 +176,7 @@ def test_target_of_zeros_and_constant_columns(data):
     y[:, 2] = 0
     X = np.concatenate([X, np.full((len(X), 2), 7.0)], 1)
     fit = PastureRegressor(members=("linear", "catboost_joint", "lightgbm", "histgb", "gb"), rounds=0.02).fit(X[:60], y[:60], site[:60])
-    assert np.abs(fit.predict(X)[:, 2]).max() < 0.05
+    assert np.abs(fit.predict(X)[:, 2]).max() < 0.05  # though the others do not add up without it
     X[60:, -1] = 900  # constant in training, so it must not count
     assert np.allclose(fit.predict(X)[60:], fit.predict(np.where(X == 900, 7, X))[60:])
 
@@ -287,7 +310,7 @@ def test_unknown_member_and_missing_library(monkeypatch):
 
 def test_recipe_is_the_recipe():
     s = load_settings("kaggle", "recipe").boosting
-    assert set(s.members) == {"catboost", "lightgbm", "histgb", "gb"} and s.transform == "none" and not s.stack
+    assert set(s.members) == {"catboost", "lightgbm", "histgb", "gb"} and s.transform == "none" and not s.stack and s.reconcile == "no"
     assert (s.pca_variance, s.pls, s.gmm, s.rounds) == (0.8, 8, 6, 1)
     cat, light, hist, gb = (boosting.BOOSTERS[n](1.0, 42).get_params() for n in ("catboost", "lightgbm", "histgb", "gb"))
     assert (cat["iterations"], cat["learning_rate"], cat["depth"]) == (1900, 0.045, 4)
