@@ -249,9 +249,9 @@ class BoostingSettings:
 @dataclass(frozen=True)
 class EnsembleSettings:
     "The blend of the models."
-    weights: tuple[str, ...]  # candidates: recipe, equal, single (each model alone), a model's name, learned
+    weights: tuple[str, ...]  # candidates: equal, learned, single (each model alone), a model's name, recipe; the first needs no proof
     recipe_weights: tuple[float, ...]  # of model 1 in each of the five targets
-    pull: float  # towards equal weights when they are learned; counts as so many photos
+    pull: float  # towards equal weights when they are learned; counts as so many photos (those of a site err alike: 200 are worth about 40)
     weighting: tuple[str, ...]  # candidates of the balance: euclid, metric, mint; the first needs no proof
     rules: tuple[str, ...]  # candidates, state:target: that target is zero where the state is sure
     state_threshold: float  # sure: P(state) exceeds this

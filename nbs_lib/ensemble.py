@@ -6,7 +6,8 @@
 __all__ = ['RECIPE_MODEL', 'PARTS', 'OOF_FILES', 'Members', 'model_files', 'check_folds', 'read_states', 'read_members',
            'fixed_weights', 'mix', 'learn_weights', 'Policy', 'Blend', 'known_zero', 'fit_carry', 'drop_parts',
            'fit_blend', 'apply_blend', 'nested_predictions', 'grouped_bootstrap', 'compare', 'candidate_names',
-           'choose_policy', 'tell_evidence', 'score_table', 'save_blend', 'load_blend', 'run_ensemble', 'show_ensemble']
+           'choose_policy', 'judged_predictions', 'tell_evidence', 'score_table', 'save_blend', 'load_blend',
+           'run_ensemble', 'show_ensemble']
 
 # %% ../notebooks/51_ensemble.ipynb #0fd5bed5
 from collections.abc import Mapping, Sequence
@@ -260,29 +261,33 @@ def candidate_names(names: Sequence[str], models: Sequence[str]) -> list[str]:
 
 
 def choose_policy(members: Members, settings, seed: int) -> tuple[Policy, list[dict]]:
-    "The policy that the out-of-fold predictions support, and every trial: step, candidate, score, gain, noise, p_better, taken."
+    "The policy that the out-of-fold predictions support, and every trial: step, candidate, score, gain, noise, p_better, taken. Raises `InputError`."
     if not settings.weights or not settings.weighting:
         raise InputError("settings.ini [ensemble]: weights and weighting must name at least one candidate each")
     names = candidate_names(settings.weights, list(members.predictions))
-    fixed = [n for n in names if n != "learned"] or ["equal"]
+    policy = Policy(names[0], settings.weighting[0])
     if not settings.judge:
-        return Policy(names[0], settings.weighting[0], settings.rules, shrink=settings.shrink), []
-    told = {n: nested_predictions(Policy(n), members, settings) for n in dict.fromkeys((*fixed, *names))}
-    best = max(fixed, key=lambda n: weighted_r2_score(members.y, told[n]))
-    first = "recipe" if "recipe" in fixed else fixed[0]
-    evidence = [{"step": "fixed weights" if n in fixed else "learned weights", "candidate": n, "against": first,
-                 **compare(members, told[first], p, settings.draws, seed), "taken": n == best} for n, p in told.items()]
-    policy = Policy(best)
-    for step, candidate in _refinements(policy, members, settings):
-        policy, trial = _try(policy, step, candidate, members, settings, seed)
-        evidence.append(trial)
-    return policy, evidence
+        return replace(policy, rules=settings.rules, shrink=settings.shrink), []
+    if len(np.unique(members.fold)) < 2:  # nothing was held out from a fit
+        return policy, []
+    trials = []
+    for step, change in _refinements(names, members, settings):
+        policy, trial = _try(policy, step, change, members, settings, seed)
+        trials.append(trial)
+    return policy, _ways(names, policy.weights, members, settings, seed) + trials
 
 
-def _refinements(policy: Policy, members: Members, settings) -> list[tuple[str, dict]]:
-    "What may be added to the fixed blend, in order: (step, the change to the policy)."
-    steps = [("weights", {"weights": "learned"})] if "learned" in settings.weights and len(members.predictions) > 1 else []
-    steps += [("balance", {"weighting": name}) for name in settings.weighting if name != policy.weighting]
+def _ways(names: Sequence[str], taken: str, members: Members, settings, seed: int) -> list[dict]:
+    "How each way to weigh scores, and stands against the recipe's (or the first, where that is no candidate)."
+    told = {n: nested_predictions(Policy(n, settings.weighting[0]), members, settings) for n in names}
+    first = "recipe" if "recipe" in names else names[0]
+    return [{"step": "way to weigh", "candidate": n, "against": first, **compare(members, told[first], p, settings.draws, seed), "taken": n == taken} for n, p in told.items()]
+
+
+def _refinements(names: Sequence[str], members: Members, settings) -> list[tuple[str, dict]]:
+    "What may replace or be added to the first of everything, in order: (step, the change to the policy)."
+    steps = [("weights", {"weights": name}) for name in names[1:] if len(members.predictions) > 1]
+    steps += [("balance", {"weighting": name}) for name in settings.weighting[1:]]
     steps += [("rule", {"rules": (rule,), "carry": True}) for rule in settings.rules if members.states is not None]
     return steps + ([("shrink", {"shrink": True})] if settings.shrink else [])
 
@@ -295,14 +300,25 @@ def _try(policy: Policy, step: str, change: dict, members: Members, settings, se
     name = value if isinstance(value, str) else value[0] if isinstance(value, tuple) else step
     return (new if trial["taken"] else policy), {"step": step, "candidate": name, **trial}
 
+
+def judged_predictions(members: Members, settings, seed: int) -> np.ndarray:
+    "(n, 5): each fold blended by the policy that the other folds choose, with numbers fitted on them: the honest score of the choosing, too."
+    out = np.empty_like(members.y)
+    for k in np.unique(members.fold):
+        held = members.fold == k
+        rest, part = members.rows(~held), members.rows(held)
+        policy, _ = choose_policy(rest, settings, seed)
+        out[held] = apply_blend(fit_blend(policy, rest, settings), part.predictions, part.states)
+    return out
+
 # %% ../notebooks/51_ensemble.ipynb #0f3fe8f9
 def tell_evidence(evidence: list[dict]) -> list[str]:
     "A line a trial: what was tried, by how much it was better, against which noise, and whether it was taken."
     verdict = {True: "taken", False: "left out"}
     ways = sorted((e for e in evidence if "against" in e), key=lambda e: -e["score"])
     lines = [f"{e['step']} '{e['candidate']}' {e['score']:.4f}" + (f", {e['gain']:+.4f} ± {e['noise']:.4f} against '{e['against']}'" if e["candidate"] != e["against"] else "")
-             + (": taken" if e["taken"] else "") for e in ways]
-    return lines + [f"{e['step']} '{e['candidate']}': {e['gain']:+.4f} ± {e['noise']:.4f}, better in {e['p_better']:.0%} of the draws of sites: {verdict[e['taken']]}"
+             + (": stands" if e["taken"] else "") for e in ways]
+    return lines + [f"{e['step']} '{e['candidate']}': {e['gain']:+.4f} ± {e['noise']:.4f} over what stood, better in {e['p_better']:.0%} of the draws of sites: {verdict[e['taken']]}"
                     for e in evidence if "against" not in e]
 
 # %% ../notebooks/51_ensemble.ipynb #c64aaac7
@@ -360,7 +376,7 @@ def run_ensemble(run: Run) -> dict:
         if set(here.predictions) != set(members.predictions):
             run.warn(f"ensemble: no {scheme} score, for {', '.join(sorted(set(members.predictions) - set(here.predictions)))} has no such predictions")
             continue
-        final = nested_predictions(policy, here, settings)
+        final = judged_predictions(here, settings, seed)
         write_oof(run, "ensemble", comp.train["image_id"], here.fold, final, scheme)
         tables.append(score_table(here.y, final, comp.train).assign(scheme=scheme))
         scores[scheme] = {"ensemble": weighted_r2_score(here.y, final), **{m: weighted_r2_score(here.y, p) for m, p in here.predictions.items()}}

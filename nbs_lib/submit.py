@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED_MEANS', 'Task', 'read_task', 'is_whole', 'Answer', 'open_s
            'DeadlinePassed', 'alarm', 'out_of_memory', 'Device', 'find_devices', 'share', 'Shelf', 'Part', 'Reader',
            'Job', 'name_part', 'Model1', 'count_folds', 'read_and_look', 'Model2', 'join_blocks', 'model_shapes',
            'attempt', 'leave_out', 'train_targets', 'open_blend', 'add_colour', 'run_models', 'predict_test',
-           'run_submit', 'show_submit', 'recipe_way', 'our_way', 'many_photos', 'bench_submit']
+           'run_submit', 'show_submit', 'one_at_a_time', 'recipe_way', 'our_way', 'many_photos', 'bench_submit']
 
 # %% ../notebooks/60_submit.ipynb #f1eea6cb
 import contextlib
@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import cv2
@@ -374,7 +374,7 @@ class Shelf:
 
     def __getitem__(self, i: int) -> np.ndarray:
         store, j = self.where[int(i)]
-        return store[j]
+        return replace(store)[j]  # mapped for this one look: a lasting map would keep in memory every page it has read
 
 
 @dataclass(frozen=True)
@@ -633,16 +633,17 @@ def train_targets(run: Run) -> np.ndarray:
 
 
 def open_blend(run: Run, warn: Callable) -> Blend:
-    "blend.json; where it is missing or broken, the recipe's weights and the training means, with a warning."
+    "blend.json; where it is missing or broken, the weights that need no proof and the training means, with a warning."
     try:
         return load_blend(run.artefacts / "blend.json")
     except InputError as e:
-        warn(f"submit: {e}; blending with the recipe's weights")
+        s, models = run.settings.ensemble, ("boosting", "dinov3")
+        name = next((n for n in s.weights if n in ("recipe", "equal", *models)), "equal")
+        warn(f"submit: {e}; blending with weights '{name}'")
         y = attempt(warn, "the mean of train.csv", lambda: train_targets(run))
         means = np.array(PUBLISHED_MEANS) if y is None else y.mean(axis=0)
-        models = ("boosting", "dinov3")
-        weights = fixed_weights("recipe", models, run.settings.ensemble.recipe_weights)
-        return Blend(models, weights, np.ones(5), means, np.eye(5), np.eye(5)[list(PARTS)], run.settings.ensemble.rules[:1], run.settings.ensemble.state_threshold)
+        weights = fixed_weights(name, models, s.recipe_weights)
+        return Blend(models, weights, np.ones(5), means, np.eye(5), np.eye(5)[list(PARTS)], s.rules[:1], s.state_threshold)
 
 
 def add_colour(job: Job) -> None:
@@ -731,13 +732,24 @@ def show_submit(run: Run, most: int = 6):
     plt.show()
 
 # %% ../notebooks/60_submit.ipynb #7d858fa1
+def one_at_a_time(look: Callable) -> Callable:
+    "A backbone's `forward` that is shown one half after the other."
+
+    def forward(x: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:  # (halves, 3, H, W)
+        maps, prefix = zip(*(look(half) for half in x.split(1)), strict=True)
+        return [torch.cat(level) for level in zip(*maps, strict=True)], torch.cat(prefix)
+
+    return forward
+
+
 def recipe_way(run: Run, task: Task, index: Sequence[int]) -> np.ndarray:
-    "(m, 5) grams of model 1 as the recipe gets them: each fold opens and cleans each photo again, and sees one view of one photo at a time."
+    "(m, 5) grams of model 1 as the recipe gets them: each fold opens and cleans each photo again, and sees one view of one half of one photo at a time."
     shape, views, cpu = model_shapes(run)["dinov3"], run.settings.train_dinov3.views, torch.device("cpu")
     folds = sorted(k for plan in plan_teams(run.artefacts) for k in plan)
     grams = np.zeros((len(folds), len(index), 5))
     for f, k in enumerate(folds):
         net = load_fold(run.artefacts, k).eval()
+        net.backbone.forward = one_at_a_time(net.backbone.forward)
         for row, i in enumerate(index):
             halves, _ = clean_halves(read_bytes(task.paths[i]), task.ids[i], run.settings)
             pair = np.stack([resize_half(half, shape) for half in halves])

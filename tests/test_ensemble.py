@@ -17,6 +17,7 @@ from nbs_lib.ensemble import (
     choose_policy,
     fit_blend,
     grouped_bootstrap,
+    judged_predictions,
     learn_weights,
     load_blend,
     mix,
@@ -70,13 +71,53 @@ def test_nested_predictions_do_not_see_their_fold():
     assert not np.allclose(before[m.fold != 2], after[m.fold != 2])
 
 
+WEIGHTS_ALONE = dataclasses.replace(CHOSEN, rules=(), shrink=False, weighting=("euclid",))
+
+
+def test_judging_does_not_see_its_fold():
+    m = members(n_sites=16)
+    before = judged_predictions(m, CHOSEN, 0)
+    after = judged_predictions(dataclasses.replace(m, y=np.where((m.fold == 2)[:, None], m.y[::-1], m.y)), CHOSEN, 0)
+    assert np.allclose(before[m.fold == 2], after[m.fold == 2])
+    assert not np.allclose(before[m.fold != 2], after[m.fold != 2])
+
+
+def test_choosing_among_many_flatters_and_judging_does_not():
+    "Ten models alike: the best of them by chance looks better than it is."
+    seen, told = [], []
+    for seed in range(6):
+        m = members(n_sites=10, seed=seed, biases=(8.0,) * 10)
+        settings_ = dataclasses.replace(WEIGHTS_ALONE, weights=("m0", "single"), clear=0.5)
+        policy, _ = choose_policy(m, settings_, 0)
+        seen.append(weighted_r2_score(m.y, nested_predictions(policy, m, settings_)))
+        told.append(weighted_r2_score(m.y, judged_predictions(m, settings_, 0)))
+    assert np.mean(seen) > np.mean(told) + 0.01
+
+
+def test_two_folds_leave_nothing_to_judge_on():
+    m = members()
+    two = dataclasses.replace(m, fold=m.fold % 2)
+    assert np.allclose(judged_predictions(two, CHOSEN, 0), nested_predictions(Policy("equal"), two, CHOSEN))
+
+
 def test_what_is_not_clear_is_not_taken():
-    "Two models alike: learned weights have nothing to learn. Over many data sets they must rarely be taken."
-    taken = 0
-    for seed in range(12):
-        _, evidence = choose_policy(members(seed=seed), dataclasses.replace(CHOSEN, rules=(), shrink=False, weighting=("euclid",)), 0)
-        taken += next(e["taken"] for e in evidence if e["step"] == "weights")
-    assert taken <= 4
+    "Two models alike: equal weights stand, but where chance looks like evidence."
+    stood = [choose_policy(members(seed=seed), WEIGHTS_ALONE, 0)[0].weights == "equal" for seed in range(12)]
+    assert sum(stood) >= 7
+
+
+@pytest.mark.parametrize("biases", [(2.0, 12.0), (12.0, 2.0)])
+def test_the_better_model_gets_its_weight(biases):
+    "Whichever it is, the blend is about as good as it, and better than the recipe where that backs the wrong one."
+    m = members(n_sites=30, biases=biases)
+    m = dataclasses.replace(m, predictions={"boosting": m.predictions["m0"], "dinov3": m.predictions["m1"]})
+    policy, evidence = choose_policy(m, WEIGHTS_ALONE, 0)
+    score = {e["candidate"]: e["score"] for e in evidence if e["step"] == "way to weigh"}
+    better = max(score["boosting"], score["dinov3"])
+    assert policy.weights != "equal" and score[policy.weights] > better - 0.01
+    assert weighted_r2_score(m.y, judged_predictions(m, WEIGHTS_ALONE, 0)) > better - 0.02
+    if biases[0] < biases[1]:
+        assert score[policy.weights] > score["recipe"] + 0.05
 
 
 def test_a_useless_model_loses_its_weight():

@@ -354,7 +354,7 @@ DRILL: dict[str, tuple[Callable | None, str, dict]] = {
     "model 2 gives a NaN": (nan_boosting, "model 2 gave no number for 1 photos", {"dinov3": 6, "boosting": 5}),
     "no model at all": (nothing_trained, "of model 1 is missing", {}),
     "no model, no blend, no training table": (nothing_at_all, "the mean of train.csv is left out", {}),
-    "blend.json is half written": (no_blend, "blending with the recipe's weights", ALL),
+    "blend.json is half written": (no_blend, "blending with weights 'equal'", ALL),
     "no training table and photos": (no_train, "the colour model is left out", ALL),
     "memory for one photo at a time": (memory, "the batch is now 1", ALL),
     "no memory on the GPU at all": (memory_gpu, "going on with the CPU", ALL),
