@@ -3,6 +3,7 @@
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'nbs_lib'},
   'syms': { 'nbs_lib.balance': { 'nbs_lib.balance.as_targets': ('balance.html#as_targets', 'nbs_lib/balance.py'),
                                  'nbs_lib.balance.as_weighting': ('balance.html#as_weighting', 'nbs_lib/balance.py'),
+                                 'nbs_lib.balance.bench_balance': ('balance.html#bench_balance', 'nbs_lib/balance.py'),
                                  'nbs_lib.balance.make_weighting': ('balance.html#make_weighting', 'nbs_lib/balance.py'),
                                  'nbs_lib.balance.project': ('balance.html#project', 'nbs_lib/balance.py'),
                                  'nbs_lib.balance.reconcile': ('balance.html#reconcile', 'nbs_lib/balance.py'),
