@@ -10,7 +10,9 @@ READY := $(VENV)/ready-$(PINS)
 RUN := $(BIN)/python -m nbs_lib.run
 
 # Kaggle's image, rebuilt: Python 3.12 and the packages of constraints-kaggle.txt, nothing else.
-PYTHON312 ?= $(shell command -v python3.12)
+# A python3.12 counts when it runs: the shims that pyenv puts on the path do so only for a version that is switched on.
+PYTHON312 ?= $(shell for p in $$(which -a python3.12) "$$(pyenv root 2>/dev/null)"/versions/3.12*/bin/python3.12 "$$(uv python find 3.12 2>/dev/null)"; do \
+	"$$p" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$p" && break; done)
 IMAGE := .venv-kaggle
 IMAGE_READY := $(IMAGE)/ready-$(shell cksum < constraints-kaggle.txt | cut -d' ' -f1)
 LOCK := datasets-metadata/wheels/wheelhouse.lock
@@ -51,7 +53,7 @@ results: demo    ## keep the demo's scores and picture, and what `make bench` me
 	$(BIN)/python tests/readme.py --run runs/demo $(if $(wildcard runs/bench/bench.csv),--bench runs/bench) --write
 
 $(IMAGE_READY):
-	@test -n "$(PYTHON312)" || { echo "error: Kaggle has Python 3.12 and there is none here: install it, or say where: make $(MAKECMDGOALS) PYTHON312=path/to/python3.12" >&2; exit 2; }
+	@test -n "$(PYTHON312)" || { echo "error: Kaggle has Python 3.12 and none that runs was found here (on the path, below pyenv, or by uv): install it, or say where: make $(MAKECMDGOALS) PYTHON312=path/to/python3.12" >&2; exit 2; }
 	$(PYTHON312) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 12) else "Python 3.12 is needed, this is " + sys.version.split()[0])'
 	$(PYTHON312) -m venv --clear $(IMAGE)
 	$(IMAGE)/bin/python -m pip install --quiet --requirement constraints-kaggle.txt

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from .core import InputError, Run, atomic
 from .targets import TARGETS, TOTAL, imbalance
@@ -229,6 +228,8 @@ def make_folds(
     Both balance the quartiles of total dry matter. With fewer sites than folds there are as many grouped folds as
     sites; with a single site photos take the place of sites. Raises `InputError` for fewer photos than two.
     """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # here: most who read tables make no folds, and it takes a second
+
     n = len(train)
     if n < 2 or n_folds < 2:
         raise InputError(f"{n} photos cannot be cut into {n_folds} folds; at least 2 photos and 2 folds are needed")

@@ -333,16 +333,25 @@ for what in (lambda: socket.create_connection(('192.0.2.1', 80), 5), lambda: (Pa
     except OSError as e:
         print('refused:', e.strerror)
         last = e
+import tempfile
+print('room for what is temporary:', tempfile.TemporaryFile().write(b'x'))
 raise last"""
 
 
-@pytest.mark.parametrize("walls", [True, False], ids=["walls where allowed", "guards"])
-def test_what_leaves_the_sandbox_is_refused(walls, fakes, field, tmp_path, monkeypatch, capsys):
+def without(monkeypatch, *ways: str) -> None:
+    "Let the runner find that this machine grants no namespaces, or no Landlock."
+    import nbs_lib.run
+
+    for way in ways:
+        monkeypatch.setattr(nbs_lib.run, way, lambda *_: False)
+
+
+@pytest.mark.parametrize("missing", [(), ("may_build",), ("may_build", "may_forbid")], ids=["walls where allowed", "no namespaces", "guards alone"])
+def test_what_leaves_the_sandbox_is_refused(missing, fakes, field, tmp_path, monkeypatch, capsys):
     import nbs_lib.run
 
     before = tree(field)
-    if not walls:
-        monkeypatch.setattr(nbs_lib.run, "may_build", lambda *_: False)
+    without(monkeypatch, *missing)
     for key, value in {**fakes, "NBS_FAULT": LEAVING}.items():
         monkeypatch.setenv(key, value)
     assert nbs_lib.run.main(["--profile", "demo", "--input", str(field), "--output", str(tmp_path), "--only", "submit", "--no-report"]) == 1
@@ -350,9 +359,42 @@ def test_what_leaves_the_sandbox_is_refused(walls, fakes, field, tmp_path, monke
     assert "stage submit failed in cell 4: OSError" in err and "ead-only" in err and "train.csv" in err, err
     notebook = ended(tmp_path)[1]
     assert "WENT THROUGH" not in notebook and notebook.count("refused: ") == 4 and ("nreachable" in notebook or "network is off" in notebook)
-    assert tree(field) == before
+    assert "room for what is temporary: 1" in notebook and tree(field) == before
     sandbox = read_json(tmp_path / "run.json")["sandbox"]
-    assert walls or sandbox == {"network": "guard", "input": "guard", "cpus": 0}
+    assert not missing or sandbox["network"] == "guard" and sandbox["input"] == ("guard" if "may_forbid" in missing or not nbs_lib.run.may_forbid(field, tmp_path) else "landlock")
+
+
+SCRIBBLE = "import cv2, numpy; print('OpenCV wrote', cv2.imwrite(input + '/train/cache.png', numpy.zeros((2, 2), 'uint8')))"
+
+
+@pytest.mark.parametrize("missing", [("may_build",), ("may_build", "may_forbid")], ids=["Landlock", "guards alone"])
+def test_what_a_c_library_writes_to_the_input(missing, fakes, tmp_path, monkeypatch, capsys):
+    """Landlock refuses it. A guard does not see it, and then the stage has failed, and is not up to date."""
+    import nbs_lib.run
+
+    source, out = tiny.competition(tmp_path / "csiro-biomass", n_train=4, n_test=1), tmp_path / "out"
+    out.mkdir()
+    held = "may_forbid" not in missing and nbs_lib.run.may_forbid(source, out)
+    without(monkeypatch, *missing)
+    for key, value in {**fakes, "NBS_FAULT": SCRIBBLE}.items():
+        monkeypatch.setenv(key, value)
+    code = nbs_lib.run.main(["--profile", "demo", "--input", str(source), "--output", str(out), "--only", "submit", "--no-report"])
+    told, (entry, notebook) = capsys.readouterr(), ended(out)
+    assert (source / "train/cache.png").exists() != held and f"OpenCV wrote {not held}" in notebook
+    assert code == (0 if held else 1) and entry["status"] == ("done" if held else "failed")
+    assert held or "train/cache.png is new" in told.err and "does not see C libraries" in told.out
+
+
+def test_half_a_run_has_its_report(fakes, field, tmp_path):
+    """Of a run that failed too; a fault of the report is told and leaves the run's own end as it was."""
+    call = ("--profile", "demo", "--input", field, "--output", tmp_path, "--only", "submit")
+    failed = command(*call, env={**fakes, "NBS_FAULT": "1 / 0"})
+    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr and "warning" not in failed.stderr
+    assert "ZeroDivisionError" in (tmp_path / "report.html").read_text()
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()  # what cannot be replaced
+    again = command(*call, env={**fakes, "NBS_FAULT": "1 / 0"})
+    assert again.returncode == 1 and "ZeroDivisionError" in again.stderr and "warning: no report was written" in again.stderr and "Traceback" not in again.stderr
 
 
 def test_an_ordinary_user_gets_the_same_walls(tmp_path):
