@@ -76,6 +76,7 @@ submit: $(READY) ## VERSION=3 of the kernel submit; SEND=1 sends it
 	$(KAGGLE) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FROM),--run "$(FROM)") $(SENDING)
 
 data: $(READY)   ## the competition's data, for one who accepted its rules -> data/csiro-biomass
+	$(BIN)/python -m pip install --quiet kagglehub
 	$(KAGGLE) data
 
 notebooks: $(READY)  ## execute the lessons again and export the library

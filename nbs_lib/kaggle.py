@@ -358,8 +358,9 @@ def make_wheelhouse(checkout: Path, to: Path, relock: bool = False) -> list[str]
 def make_overlay(image: Path, folder: Path) -> Path:
     "A new environment in `folder` that also sees the packages of the environment `image`; returns its Python."
     subprocess.run([image / "bin" / "python", "-m", "venv", "--clear", "--without-pip", folder], check=True)  # the image's pip installs here
-    theirs, mine = (next(v.glob("lib/python3*/site-packages")) for v in (image, folder))
-    (mine / "image.pth").write_text(f"{theirs.resolve()}\n")
+    ask = "import sys; print('\\n'.join(p for p in sys.path if p.endswith('site-packages')))"  # of an overlay, those of its image too
+    theirs = subprocess.run([image / "bin" / "python", "-c", ask], check=True, capture_output=True, text=True).stdout
+    (next(folder.glob("lib/python3*/site-packages")) / "image.pth").write_text(theirs)
     return folder / "bin" / "python"
 
 
