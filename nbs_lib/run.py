@@ -723,6 +723,7 @@ def print_scores(run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     "The command line; returns the exit code."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     try:
         args = parse_call(sys.argv[1:] if argv is None else argv)
         if args.worker:
