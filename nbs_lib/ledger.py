@@ -467,7 +467,10 @@ def _parse_columns(lines: list[str]) -> list[dict]:
         raise InputError("import: a table without a line of dashes below its head; use the CSV of -v")
     names = [lines[0][a:b].strip() for a, b in spans]
     spans[-1] = (spans[-1][0], None)
-    return [dict(zip(names, (line[a:b].strip() for a, b in spans), strict=True)) for line in lines[2:] if len(line) > spans[-2][0]]
+    rows = [dict(zip(names, (line[a:b].strip() for a, b in spans), strict=True)) for line in lines[2:] if line.strip() and not line.startswith("Next Page Token")]
+    if not all(re.match(r"\d{4}-\d\d-\d\d", row.get("date", "")) for row in rows):
+        raise InputError("import: a line of the table holds no date, as where a message has a line break; use the CSV of -v")
+    return rows
 
 
 def _plain_row(row: dict) -> dict:

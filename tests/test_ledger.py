@@ -207,6 +207,13 @@ def test_all_formats_say_the_same():
             parse_submissions(text)
 
 
+def test_no_row_of_a_table_is_lost():
+    table = printed(ROWS, "table")
+    assert parse_submissions("\n".join(line.rstrip() for line in table.splitlines())) == parse_submissions(table), "an editor takes blanks from the ends of lines"
+    with pytest.raises(InputError, match="line break"):
+        parse_submissions(table.replace("über alles", "über\nalles"))
+
+
 def test_an_import_matches_by_reference_message_and_id_and_is_repeatable(tmp_path):
     path = tmp_path / "ledger.jsonl"
     by_message = add_entry(path, {"source": "run", "file": "submission.csv", "message": "über alles"})
