@@ -223,9 +223,9 @@ PARTS_TO_FIVE = np.array([[1, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 0], [1, 1, 1]]
 FIVE_TO_PARTS = np.linalg.pinv(PARTS_TO_FIVE)  # orthogonal projection onto what obeys the identities
 
 
-def parts_from_roots(root: np.ndarray, smear: np.ndarray, cap: np.ndarray) -> np.ndarray:
-    "Square-root answers (..., 5) → green, clover, dead in grams (..., 3): squared, unbiased, projected on the identities, ≥ 0."
-    return ((root.clip(0, cap) ** 2 + smear) @ FIVE_TO_PARTS.T).clip(0)
+def parts_from_roots(root: np.ndarray, cap: np.ndarray) -> np.ndarray:
+    "Square-root answers (..., 5) → green, clover, dead in grams (..., 3): held in 0 to `cap`, squared, projected on the identities, ≥ 0."
+    return (root.clip(0, cap) ** 2 @ FIVE_TO_PARTS.T).clip(0)
 
 
 def grouped_splits(groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -243,18 +243,17 @@ def cross_fit(
     folds: int = 5,
     repeats: int = 3,  # draws of folds; the penalty is chosen on all of them
     seed: int = 0,
-) -> tuple[float, np.ndarray, np.ndarray]:
-    "The penalty with the best weighted R², the additive correction (5,) of squaring a root, and held-out roots (repeats, n, 5)."
+) -> tuple[float, np.ndarray]:
+    "The penalty with the best weighted R², and the held-out answers (n, 3) in grams it gives, a mean over the draws."
     root = np.sqrt(y.clip(0))
     held = np.empty((repeats, len(PENALTIES), *y.shape))
     for r in range(repeats):
         for train, out in grouped_splits(groups, folds, seed + r):
             held[r][:, out] = ridge_path(x[train], root[train], x[out])
-    grams = (held.clip(0, root.max(0)) ** 2) @ (PARTS_TO_FIVE @ FIVE_TO_PARTS).T
-    scores = np.array([[weighted_r2_score(y, g) for g in draw] for draw in grams]).mean(0)
+    parts = parts_from_roots(held, root.max(0))
+    scores = np.array([[weighted_r2_score(y, p @ PARTS_TO_FIVE.T) for p in draw] for draw in parts]).mean(0)
     best = int(scores.argmax())
-    smear = (y - held[:, best].clip(0, root.max(0)) ** 2).mean((0, 1))
-    return float(PENALTIES[best]), smear, held[:, best]
+    return float(PENALTIES[best]), parts[:, best].mean(0)
 
 # %% ../notebooks/31_model.ipynb #67b212a9
 class Probe(nn.Module):
@@ -262,7 +261,7 @@ class Probe(nn.Module):
 
     def __init__(self, features: int):
         super().__init__()
-        for name, shape in {"mean": (features,), "inv_sd": (features,), "weight": (features, 5), "bias": (5,), "smear": (5,), "cap": (5,)}.items():
+        for name, shape in {"mean": (features,), "inv_sd": (features,), "weight": (features, 5), "bias": (5,), "cap": (5,)}.items():
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("project", torch.tensor(FIVE_TO_PARTS.T, dtype=torch.float32))
 
@@ -270,7 +269,7 @@ class Probe(nn.Module):
         "(B, features) → (B, 3) grams."
         root = ((pooled.float() - self.mean) * self.inv_sd) @ self.weight + self.bias
         root = torch.minimum(root.clamp(min=0), self.cap)
-        return ((root**2 + self.smear) @ self.project).clamp(min=0)
+        return (root**2 @ self.project).clamp(min=0)
 
     def slopes(self, pooled: Tensor) -> Tensor:
         "(B, features) → (B, features, 3): grams by which an answer rises with each feature, its caps left aside."
@@ -281,14 +280,14 @@ class Probe(nn.Module):
     def solve(self, x: np.ndarray, y: np.ndarray, groups: np.ndarray, seed: int = 0) -> tuple[np.ndarray, float]:
         "Fit to features x (n, features) and grams y (n, 5); the held-out answers (n, 3) in grams and the penalty chosen."
         x, root = x.astype(np.float64), np.sqrt(y.clip(0))
-        penalty, smear, held = cross_fit(x, y, groups, seed=seed)
+        penalty, held = cross_fit(x, y, groups, seed=seed)
         mean, sd = standardise(x)
         z = (x - mean) / sd
         dual = np.linalg.solve(z @ z.T / x.shape[1] + penalty * np.eye(len(x)), root - root.mean(0))
-        solved = {"mean": mean, "inv_sd": 1 / sd, "weight": z.T @ dual / x.shape[1], "bias": root.mean(0), "smear": smear, "cap": root.max(0)}
+        solved = {"mean": mean, "inv_sd": 1 / sd, "weight": z.T @ dual / x.shape[1], "bias": root.mean(0), "cap": root.max(0)}
         for name, value in solved.items():
             getattr(self, name).copy_(torch.as_tensor(value))
-        return parts_from_roots(held, smear, root.max(0)).mean(0), penalty
+        return held, penalty
 
 # %% ../notebooks/31_model.ipynb #9a54f475
 class Head(nn.Module):
