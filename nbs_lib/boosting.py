@@ -13,16 +13,21 @@ __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'NOISE_STEPS', 'TRANSFO
            'log_loss', 'conformal_radius', 'intervals', 'left_out_coverage', 'versions', 'available', 'load_fitted',
            'why_not', 'refit', 'predict', 'new_regressor', 'Labelled', 'out_of_fold', 'taught', 'fit_both',
            'measured_columns', 'save_fitted', 'write_states', 'run_boosting', 'read_labelled', 'score',
-           'write_intervals', 'save_labels', 'show_boosting']
+           'write_intervals', 'save_labels', 'show_boosting', 'made_up', 'time_boosting', 'bench_boosting']
 
 # %% ../notebooks/42_boosting.ipynb #45faceb1
 import importlib.metadata
+import json
 import os
+import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import joblib
 import numpy as np
@@ -37,7 +42,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from .balance import as_weighting, make_weighting, reconcile
-from .core import InputError, Run, atomic, hash_file, package_folder, progress, read_json, stage, version, write_json
+from .core import InputError, Run, atomic, hash_file, load_settings, package_folder, progress, read_json, stage, version, write_json
 from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
 
@@ -396,14 +401,14 @@ class Member(RegressorMixin, BaseEstimator):
 
 # %% ../notebooks/42_boosting.ipynb #c3917694
 class KernelMember(Member):
-    "A `MixedModel` a target."
+    "A `MixedModel` a target; without `sites` each photo is its own, and what a whole site shares is taken for grass."
 
-    def __init__(self, kernel: str = "linear", transform: str = "sqrt"):
-        self.kernel, self.transform = kernel, transform
+    def __init__(self, kernel: str = "linear", transform: str = "sqrt", sites: bool = True):
+        self.kernel, self.transform, self.sites = kernel, transform, sites
 
     def _learn(self, train, z):
-        parts = KERNELS[self.kernel](train.view, train.space)
-        self.models_ = [MixedModel().fit(parts, column[:, None], train.site, train.folds) for column in z.T]
+        parts, site = KERNELS[self.kernel](train.view, train.space), train.site if self.sites else np.arange(len(z))
+        self.models_ = [MixedModel().fit(parts, column[:, None], site, train.folds) for column in z.T]
         return np.hstack([m.leave_out(column[:, None], train.folds) for m, column in zip(self.models_, z.T)])
 
     def _infer(self, space, view):
@@ -587,17 +592,19 @@ def inner_folds(groups: np.ndarray, k: int, seed: int) -> np.ndarray:
 
 
 def make_member(name: str, transform: str = "sqrt", **tree) -> Member:
-    "By name: a kernel, `looks`, or a booster; `linear/none` has a transform of its own; `tree` goes to the boosters."
+    "By name: a kernel, `ridge` (linear, no site term), `looks`, or a booster; `linear/none` has a transform of its own; `tree` goes to the boosters."
     kind, _, own = name.partition("/")
     if (own or transform) not in TRANSFORMS:
         raise InputError(f"boosting: unknown transform '{own or transform}'; known: {', '.join(TRANSFORMS)}")
     if kind in KERNELS:
         return KernelMember(kind, own or transform)
+    if kind == "ridge":
+        return KernelMember("linear", own or transform, sites=False)
     if kind == "looks":
         return TwoLooks("sum", own or transform)
     if kind in BOOSTERS:
         return TreeMember(kind, own or transform, **tree)
-    raise InputError(f"boosting.members: unknown member '{kind}'; known: {', '.join([*KERNELS, 'looks', *BOOSTERS])}")
+    raise InputError(f"boosting.members: unknown member '{kind}'; known: {', '.join([*KERNELS, 'ridge', 'looks', *BOOSTERS])}")
 
 # %% ../notebooks/42_boosting.ipynb #3cf78e4e
 class PastureRegressor(RegressorMixin, BaseEstimator):
@@ -658,7 +665,7 @@ class StateClassifier(ClassifierMixin, BaseEstimator):
         self.space_ = Space(self.blocks or (("features", np.shape(X)[1]),)).fit(X)
         S, folds = self.space_.scores(self.space_.transform(X)), inner_folds(groups, self.inner, self.seed)
         tried = [(log_loss(tempered(inner, t), states, self.classes_), c, t)
-                 for c in (1.0, 10.0, 100.0, 1000.0) for inner in [self._leave_out(S, states, folds, c)] for t in (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)]
+                 for c in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0) for inner in [self._leave_out(S, states, folds, c)] for t in (0.5, 0.7, 1.0, 1.5, 2.0, 3.0)]
         self.loss_, self.penalty_, self.temperature_ = min(tried)
         self.model_ = self._fit_one(S, states, self.penalty_)
         return self
@@ -975,3 +982,43 @@ def show_boosting(run: Run, scheme: str = "grouped"):
     axes[0].set_ylabel("measured, g")
     plt.close(fig)
     return fig
+
+# %% ../notebooks/42_boosting.ipynb #51bd77c2
+def made_up(photos: int, width: int, sites: int = 30, seed: int = 0) -> Labelled:
+    "As many photos of as many sites, with `width` features that tell something of the grams: for measuring time only."
+    r = np.random.default_rng(seed)
+    site = r.permutation(np.arange(photos) % sites)
+    truth = 0.7 * r.normal(size=(sites, 3))[site] + r.normal(size=(photos, 3))
+    green, dead, clover = (np.exp(0.7 * truth) * [20, 9, 4]).T
+    X = np.tanh(truth @ r.normal(size=(3, width))) + 0.7 * r.normal(size=(photos, width))
+    y = np.stack([green, dead, clover, green + clover, green + clover + dead], axis=1)
+    group, state = np.char.add("site", site.astype(str)), np.array(["NSW", "Tas", "Vic", "WA"])[site % 4]
+    return Labelled([f"ID{i}" for i in range(photos)], X.astype(np.float32), y, group, state, truth)
+
+
+def time_boosting(photos: int, width: int, preset: str = "", folds: int = 5) -> dict:
+    "Seconds, CPU seconds and peak memory of this process, for `folds` of five folds with the profile kaggle."
+    import resource  # not on Windows
+
+    settings, data = load_settings("kaggle", preset), made_up(photos, width)
+    regressor = new_regressor(SimpleNamespace(settings=settings, warn=print), (("made_up", width),))
+    fold, start, used = inner_folds(data.group, 5, 0), time.perf_counter(), time.process_time()
+    with ThreadPoolExecutor(os.cpu_count()) as pool, threadpool_limits(1):
+        fitted = list(pool.map(lambda k: fit_both(regressor, StateClassifier(), data, fold != k), range(folds)))
+        for k, one in enumerate(fitted):
+            one["regressor"].predict(data.X[fold == k])
+            one["classifier"].predict_proba(data.X[fold == k])
+    return {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - used, 1),
+            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+
+
+def bench_boosting() -> list[dict]:
+    "Rows name, seconds, cpu_seconds, peak_gb, note: all members with stack and states, five folds; the recipe's four boosters, one fold."
+    cases = {"ours, 357 photos × 384": (357, 384), "ours, 112 photos × 10,000": (112, 10_000), "ours, 357 photos × 10,000": (357, 10_000),
+             "the recipe's four, 357 photos × 384": (357, 384, "recipe", 1)}
+    rows = []
+    for name, case in cases.items():
+        code = f"import json; from nbs_lib.boosting import time_boosting; print(json.dumps(time_boosting(*{case!r})))"
+        told = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+        rows.append({"name": name, **json.loads(told.splitlines()[-1]), "note": "one fold: five are five times as much" if "recipe" in case else "five folds"})
+    return rows

@@ -120,15 +120,35 @@ def test_the_outer_fold_is_not_seen(data):
     assert np.allclose(held_out(regressor, moved, y, site, fold, states, y[:, 4])[0][held][1:], clean[held][1:], atol=1e-6)
 
 
-def test_stack_keeps_up_with_its_best_member(data):
-    X, y, site = data
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_stack_keeps_up_with_its_best_member(seed):
+    X, y, site = paddock(d=[24, 200, 8][seed], seed=seed)
+    members = ("linear", "ridge", "cosine", "sum", "lightgbm") if seed == 0 else ("linear", "ridge", "cosine", "sum")
     fold = inner_folds(site, 5, 3)
 
     def score(members):
         return weighted_r2_score(y, held_out(PastureRegressor(members=members, rounds=0.05), X, y, site, fold)[0])
 
-    best = max(score((m,)) for m in ("linear", "sum", "lightgbm"))
-    assert score(("linear", "sum", "lightgbm")) >= best - 0.01
+    assert score(members) >= max(score((m,)) for m in members) - 0.01
+
+
+def test_ridge_keeps_what_sites_have_in_common():
+    r = np.random.default_rng(0)
+    site, own = np.repeat(np.arange(12), 10), r.normal(size=120)
+    common = r.normal(size=12)[site]  # told by one column, and all there is to learn
+    y = np.exp(0.5 * common + 0.1 * own)[:, None] * [20, 9, 4, 24, 33]
+    X, new = np.c_[common + 0.3 * r.normal(size=120), r.normal(size=(120, 3))], site >= 9
+    told = {m: weighted_r2_score(y[new], PastureRegressor(members=(m,)).fit(X[~new], y[~new], site[~new]).predict(X[new])) for m in ("linear", "ridge")}
+    assert told["ridge"] > told["linear"] and told["ridge"] > 0.5
+
+
+def test_grams_on_average_are_what_was_measured(data):
+    X, y, site = data
+    for transform in ("none", "sqrt", "log1p"):
+        member = PastureRegressor(members=("linear",), transform=transform).fit(X, y, site).members_[0]
+        off, before = (np.abs(grams.mean(0) / y.mean(0) - 1) for grams in (member.inner_, member.inner_ / member.ratio_))
+        assert (off <= before / 3).all(), transform  # all of it but for the prior of twenty photos
+    assert np.isclose(boosting.mass_ratio(y[:2], y[:2] / 2), 22 / 21).all() and boosting.mass_ratio(y * 0, y).tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("name", ["mint", "euclid", "no"])
@@ -179,6 +199,19 @@ def test_target_of_zeros_and_constant_columns(data):
     assert np.abs(fit.predict(X)[:, 2]).max() < 0.05  # though the others do not add up without it
     X[60:, -1] = 900  # constant in training, so it must not count
     assert np.allclose(fit.predict(X)[60:], fit.predict(np.where(X == 900, 7, X))[60:])
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_states_are_no_surer_than_they_should_be(told):
+    X, y, site = paddock(120, sites=16)
+    r, fold, names = np.random.default_rng(0), inner_folds(site, 4, 0), np.array(["NSW", "Tas", "Vic", "WA"])
+    state = names[r.permutation(np.arange(16) % 4)[[int(s[1:]) for s in site]]]  # that the photos do not tell
+    if told:
+        X[:, :4] += 1.5 * (state[:, None] == names)
+    proba = held_out(PastureRegressor(members=("ridge",)), X, y, site, fold, state)[1]
+    prior = np.stack([[(state[fold != k] == name).mean() for name in names] for k in fold])
+    loss, known = (boosting.log_loss(p, state, names) for p in (proba, prior))
+    assert loss < (known / 2 if told else known)
 
 
 def test_clusters_fewer_than_photos_allow():
@@ -372,6 +405,15 @@ def test_states_and_intervals(ran):
     assert set(told["radius"]) == set(TARGETS) and min(told["radius"].values()) > 0 and told["coverage"] == 0.9
     manifest = json.loads((run.artefacts / "stages" / "boosting.json").read_text())
     assert any("1 photos are not in train.csv" in w for w in manifest["warnings"]) and any("sites are too few" in w for w in manifest["warnings"])
+
+
+def test_fewer_photos_than_folds(tmp_path):
+    X, _ = competition(tmp_path / "in", 4)
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=["boosting.members=linear,looks,lightgbm", "boosting.rounds=0.02", "run.folds=5"])
+    np.savez(run.art("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(4)]), embedding=X)
+    assert np.isfinite(run_boosting(run)["grouped"]["r2"])
+    told = predict(run.artefacts, {"eyes": (["p"], X[:1], None)})[0]
+    assert told.shape == (1, 5) and told.min() >= 0 and imbalance(told).max() < 1e-6
 
 
 def test_a_second_run_has_nothing_to_do(ran, capsys):
