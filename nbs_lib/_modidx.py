@@ -685,6 +685,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'nbs_lib.model.find_weights': ('model.html#find_weights', 'nbs_lib/model.py'),
                                'nbs_lib.model.five': ('model.html#five', 'nbs_lib/model.py'),
                                'nbs_lib.model.grouped_splits': ('model.html#grouped_splits', 'nbs_lib/model.py'),
+                               'nbs_lib.model.halved': ('model.html#halved', 'nbs_lib/model.py'),
                                'nbs_lib.model.load_model': ('model.html#load_model', 'nbs_lib/model.py'),
                                'nbs_lib.model.load_weights': ('model.html#load_weights', 'nbs_lib/model.py'),
                                'nbs_lib.model.local_pool': ('model.html#local_pool', 'nbs_lib/model.py'),

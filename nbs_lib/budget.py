@@ -43,9 +43,10 @@ class Gpu:
     memory_gb: float  # that PyTorch can have
     tflops: float  # peak, dense float16 or bfloat16 on tensor cores
     share: float  # of it that a step reaches; assumed
+    half: str = "bfloat16"  # of autocast, as `pick_dtype` has it
 
 
-GPUS = {g.name: g for g in (Gpu("T4", 15.8, 65, 0.30), Gpu("L4", 23.6, 121, 0.30), Gpu("A100", 42.2, 312, 0.40), Gpu("H100", 84.9, 989, 0.35))}
+GPUS = {g.name: g for g in (Gpu("T4", 15.8, 65, 0.30, "float16"), Gpu("L4", 23.6, 121, 0.30), Gpu("A100", 42.2, 312, 0.40), Gpu("H100", 84.9, 989, 0.35))}
 CAUTION = 1.5  # on all hours
 CONTEXT_GB = 0.7  # of a process: CUDA, cuDNN and cuBLAS; assumed
 FRAGMENTS = 0.1  # of the activations: what the caching allocator cannot fill; assumed
@@ -278,13 +279,15 @@ def count_looks(s: TrainDinov3Settings, folds: int, photos: int) -> Looks:
     return Looks(math.ceil(trained * epochs), math.ceil(watched * epochs + out * len(s.views) + kept))
 
 # %% ../notebooks/80_budget.ipynb #0da13915
-def disk_gb(settings: Settings, total: int, trained: int, photos: int) -> dict[str, float]:
-    "GB (10⁹ bytes) in the output folder when the last fold is about to end, by what they are; parameters in numbers."
+def disk_gb(settings: Settings, total: int, trained: int, photos: int, half: str = "float16") -> dict[str, float]:
+    "GB (10⁹ bytes) in the output folder when the last folds are about to end, by what they are; parameters in numbers, `half`: precision of autocast."
     s = settings.train_dinov3
     folds = settings.run.folds * len(s.schemes)
     whole = s.unfreeze < 0 and not s.lora  # nothing is shared
-    weights = 4 * (total if whole else trained) * folds + (0 if whole else 4 * (total - trained))
-    state = s.parallel_folds * 2 * 4 * 5 * trained if s.unfreeze and s.epochs and s.head != "none" else 0
+    trains = s.unfreeze != 0 and s.epochs > 0 and s.head != "none"
+    shared = (total - trained) * (2 if trains and half == "float16" else 4)  # see `halve_frozen`
+    weights = 4 * (total if whole else trained) * folds + (0 if whole else shared)
+    state = s.parallel_folds * 2 * 4 * 5 * trained if trains else 0
     store = photos * sum(2 * 3 * h * w for h, w in wanted_shapes(settings))
     return {"fold weights": weights / 1e9, "state": state / 1e9, "photos": store / 1e9}
 
@@ -346,7 +349,7 @@ def forecast(settings: Settings, gpus: str = "T4x2", photos: int = 357, test_pho
         hours = gpu_hours + (fixed + each * (test_photos if name == "submit" else photos)) / 3600
         rows[name] = {"gb": sum(parts.get(name, {}).values()), "tflop": work.get(name, 0.0), "gpu_hours": gpu_hours, "hours": hours, "cautious_hours": CAUTION * hours}
     allowed = {"hours": settings.limits.hours, "working_gb": settings.limits.working_gb}
-    return Forecast(pd.DataFrame(rows).T, parts, disk_gb(settings, r["total"], r["trained"], photos), gpu, count, allowed)
+    return Forecast(pd.DataFrame(rows).T, parts, disk_gb(settings, r["total"], r["trained"], photos, gpu.half), gpu, count, allowed)
 
 # %% ../notebooks/80_budget.ipynb #c13bf983
 COLOURS = {"weights": "#4c6b8a", "gradients": "#b07a3f", "optimiser": "#8a5a83", "averages": "#a9a255", "activations": "#567d46", "fragments": "#b9c9b0", "context": "#999999", "model 1": "#7f9cb8"}

@@ -6,7 +6,7 @@
 __all__ = ['AUX', 'INTERVALS', 'TWIN', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_PARTS', 'ModelConfig', 'Backbone',
            'vit_twin_patch16_dinov3', 'read_weights', 'read_wheel', 'find_weights', 'load_weights', 'pool_map',
            'local_pool', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits', 'cross_fit', 'Probe',
-           'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five', 'save_model',
+           'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five', 'halved', 'save_model',
            'load_model']
 
 # %% ../notebooks/31_model.ipynb #e8c16dc3
@@ -499,6 +499,12 @@ def five(parts: Tensor) -> Tensor:
     return parts @ torch.as_tensor(PARTS_TO_FIVE.T, dtype=parts.dtype, device=parts.device)
 
 # %% ../notebooks/31_model.ipynb #2ad1cb0d
+def halved(t: Tensor) -> Tensor:
+    "`t` in half precision where that loses nothing, as of layers that a training on a T4 kept so; else as it is."
+    half = t.half()
+    return half if torch.equal(half.to(t.dtype), t) else t
+
+
 def save_model(net: BiomassNet, path: Path, common: Path | None = None, **extra) -> None:
     "Write the weights to `path` (.safetensors), config and `extra` beside it; what of the backbone needs no gradient goes to `common`, once."
     state = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
@@ -506,7 +512,7 @@ def save_model(net: BiomassNet, path: Path, common: Path | None = None, **extra)
     still = {k: v for k, v in state.items() if k.startswith("backbone.") and k not in trained} if common else {}
     if still and not common.exists():
         with atomic(common) as temporary:
-            save_file(still, temporary)
+            save_file({k: halved(v) for k, v in still.items()}, temporary)
     with atomic(path) as temporary:
         save_file({k: v for k, v in state.items() if k not in still}, temporary)
     whole = not any(k.startswith("backbone.") for k in trained)

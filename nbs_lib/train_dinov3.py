@@ -261,11 +261,13 @@ def share(index: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
 
 # %% ../notebooks/32_train_dinov3.ipynb #1bebaa1a
 def save_state(path: Path, **state) -> None:
-    "Write the state of a training, keeping the one before it as `<name>.before.pt`."
+    "Write the state of a training, keeping the one before it as `<name>.before.pt`; never are there three of them."
+    for halfway in path.parent.glob(f".{path.stem}.tmp-*"):  # of a training that was killed while it wrote
+        halfway.unlink()
+    if path.exists():
+        path.replace(path.with_suffix(".before.pt"))
     with atomic(path) as temporary:
         torch.save(state, temporary)
-        if path.exists():
-            path.replace(path.with_suffix(".before.pt"))
 
 
 def load_state(path: Path | None, key: str, warn: Callable = print) -> dict | None:

@@ -11,9 +11,9 @@ from conftest import ROOT
 
 from nbs_lib import budget
 from nbs_lib.core import InputError, load_settings
-from nbs_lib.model import build_model
+from nbs_lib.model import build_model, load_model, save_model
 from nbs_lib.photos import half_shape
-from nbs_lib.train_dinov3 import model_config
+from nbs_lib.train_dinov3 import Progress, accelerator, halve_frozen, load_state, model_config, parameter_groups, save_state, unfreeze
 
 TWIN = ("train_dinov3.weights=random", "train_dinov3.size=128", "train_dinov3.unfreeze=-1", "train_dinov3.accumulate=2")
 TWINS = {  # settings of a network, and whether it computes in half precision
@@ -107,6 +107,60 @@ def test_forecast_counts_folds_views_and_cards():
     both, single = (hours("train_dinov3", f"train_dinov3.parallel_folds={n}") for n in (2, 1))
     assert single == pytest.approx(2 * both) and hours("train_dinov3", "train_dinov3.parallel_folds=2", gpus="T4") == pytest.approx(single)
     assert hours("train_dinov3", "train_dinov3.schemes=grouped", "train_dinov3.parallel_folds=1") == pytest.approx(single / 2)
+
+
+@pytest.mark.parametrize("card", ["T4", "L4"])
+def test_disk_is_what_the_files_say(card, tmp_path, monkeypatch):
+    """Fold weights and states as a training writes them, counted at their worst: while a state is written. What is saved is what was."""
+    settings = load_settings("kaggle", overrides=[*TWIN, "train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.unfreeze=4", "run.folds=2", "train_dinov3.schemes=grouped", "train_dinov3.parallel_folds=1"])
+    s, most = settings.train_dinov3, 0
+    net = build_model(model_config(s, 4))
+    unfreeze(net, s.unfreeze)
+    if card == "T4":  # computes in float16
+        halve_frozen(net, torch.float16)
+        net.backbone.float()
+    optimiser = torch.optim.AdamW(parameter_groups(net, s))
+    for p in (q for g in optimiser.param_groups for q in g["params"]):
+        p.grad = torch.ones_like(p)
+    optimiser.step()
+    for k in range(2):
+        save_model(net, tmp_path / f"fold{k}.safetensors", tmp_path / "backbone.safetensors")
+    progress, write = Progress(net, optimiser, accelerator(torch.device("cpu")), s), torch.save
+    progress.best["weights"] = {n: t.clone() for n, t in progress.ema.mean.items()}
+
+    def size():
+        return sum(p.stat().st_size for p in tmp_path.iterdir()) / 1e9
+
+    def weighed(state, path):
+        nonlocal most
+        write(state, path)
+        most = max(most, size())
+
+    monkeypatch.setattr(torch, "save", weighed)
+    for _ in range(4):
+        save_state(tmp_path / "state.pt", key="k", **progress.plain())
+    said = budget.disk_gb(settings, sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.parameters() if p.requires_grad), 0, budget.GPUS[card].half)
+    assert said["photos"] == 0 and 0.95 < sum(said.values()) / most < 1.05
+    again = load_model(tmp_path / "fold1.safetensors").state_dict()
+    assert all(torch.equal(v, again[k]) and v.dtype == again[k].dtype for k, v in net.state_dict().items())
+
+
+def test_a_kill_while_a_state_is_written_leaves_the_one_before(tmp_path):
+    path = tmp_path / "state.pt"
+    save_state(path, key="k", step=1)
+
+    def killed(state, place):
+        place.write_bytes(b"half")
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        torch.save = killed
+        save_state(path, key="k", step=2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not path.exists() and len(list(tmp_path.iterdir())) == 2
+    assert load_state(path, "k")["step"] == 1
+    save_state(path, key="k", step=3)
+    assert load_state(path, "k")["step"] == 3 and {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.before.pt"}
 
 
 def test_what_does_not_fit_is_said():
