@@ -66,7 +66,7 @@ test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's
 	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
 	$(IMAGE)/tests/bin/python -m pip install --quiet pytest hypothesis jupytext kaggle
-	PYTHONPATH=$(CURDIR) $(IMAGE)/tests/bin/python -m pytest --deselect tests/test_house.py::test_library_and_notebooks_agree $(TESTS)
+	PYTHONPATH=$(CURDIR) JUPYTER_PATH=$(abspath $(IMAGE))/share/jupyter $(IMAGE)/tests/bin/python -m pytest --deselect tests/test_house.py::test_library_and_notebooks_agree $(TESTS)
 
 push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
 	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
