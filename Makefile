@@ -62,11 +62,14 @@ $(IMAGE_READY):
 wheelhouse: $(READY) $(IMAGE_READY)  ## wheels for a kernel without a network -> wheelhouse/, proven in Kaggle's image
 	$(KAGGLE) wheelhouse --image $(IMAGE) $(ARGS)
 
+NO_NBDEV := tests/test_house.py::test_library_and_notebooks_agree tests/test_readme.py::test_another_stage_and_another_head \
+	tests/test_readme.py::test_command_can_be_typed[nbdev-clean] tests/test_readme.py::test_command_can_be_typed[nbdev-export]  # the overlay goes without nbdev
+
 test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's image; TESTS=tests/test_model.py for some
 	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
 	$(IMAGE)/tests/bin/python -m pip install --quiet pytest hypothesis jupytext kaggle
-	PYTHONPATH=$(CURDIR) JUPYTER_PATH=$(abspath $(IMAGE))/share/jupyter $(IMAGE)/tests/bin/python -m pytest --deselect tests/test_house.py::test_library_and_notebooks_agree $(TESTS)
+	PYTHONPATH=$(CURDIR) JUPYTER_PATH=$(abspath $(IMAGE))/share/jupyter $(IMAGE)/tests/bin/python -m pytest $(NO_NBDEV:%=--deselect=%) $(TESTS)
 
 push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
 	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
