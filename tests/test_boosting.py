@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 
 from nbs_lib import boosting
+from nbs_lib.balance import reconcile
 from nbs_lib.boosting import (
     CompactFeatures,
     Labelled,
@@ -30,7 +31,6 @@ from nbs_lib.boosting import (
     run_boosting,
     stack_weights,
 )
-from nbs_lib.balance import reconcile
 from nbs_lib.core import InputError, load_settings, open_run
 from nbs_lib.data import read_oof
 from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, weighted_r2_score

@@ -13,7 +13,16 @@ from nbs_lib import budget
 from nbs_lib.core import InputError, load_settings
 from nbs_lib.model import build_model, load_model, save_model
 from nbs_lib.photos import half_shape
-from nbs_lib.train_dinov3 import Progress, accelerator, halve_frozen, load_state, model_config, parameter_groups, save_state, unfreeze
+from nbs_lib.train_dinov3 import (
+    Progress,
+    accelerator,
+    halve_frozen,
+    load_state,
+    model_config,
+    parameter_groups,
+    save_state,
+    unfreeze,
+)
 
 TWIN = ("train_dinov3.weights=random", "train_dinov3.size=128", "train_dinov3.unfreeze=-1", "train_dinov3.accumulate=2")
 TWINS = {  # settings of a network, and whether it computes in half precision

@@ -7,9 +7,9 @@ import re
 import nbformat
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-from conftest import ROOT
 from notebooks import RUN, execute, notebooks
 
 EXACT = ("01_targets", "02_data", "50_balance")  # arithmetic alone: the same text and the same pixels wherever the pins are the same
