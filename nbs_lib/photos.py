@@ -39,7 +39,8 @@ from torch.utils.data import Dataset
 
 from . import inpaint
 from .core import InputError, PhotosSettings, Run, Settings, atomic, open_run, progress, stage, write_json
-from .inpaint import clean_photo, composites, decode_photo, draw_lamps, draw_stamp, orange_rule, read_bytes, split_halves
+from .inpaint import clean_photo, decode_photo, nets_file, orange_rule, read_bytes, split_halves
+from .stamps import composites, draw_lamps, draw_stamp
 
 # %% ../notebooks/21_photos.ipynb #384ee9bf
 Shape = tuple[int, int]  # height and width of one half, pixels
@@ -259,9 +260,9 @@ def check_room(folders: dict[Path, Shape], photos: int) -> None:
 # %% ../notebooks/21_photos.ipynb #eb0551e5
 @functools.cache
 def code_key() -> str:
-    "Of the code that decides what a cleaned half looks like."
+    "Of the code and the fitted networks that decide what a cleaned half looks like."
     here = Path(inpaint.__file__).parent
-    return hashlib.sha256(b"".join((here / name).read_bytes() for name in ("inpaint.py", "photos.py"))).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (here / "inpaint.py", here / "photos.py", nets_file()))).hexdigest()
 
 
 def photo_key(content: bytes, settings: Settings) -> bytes:
@@ -311,7 +312,8 @@ def build_stores(
     keep_memory()
     writers = [StoreWriter(place, ids, shape) for place, shape in folders.items()]
     one = functools.partial(_build_one, writers=writers, settings=run.settings, strict=strict)
-    with ThreadPoolExecutor(run.settings.photos.workers or run.settings.run.workers or os.cpu_count()) as pool:
+    workers = run.settings.photos.workers or run.settings.run.workers or os.cpu_count()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a photo a core; the networks must not share each out again
         try:
             for warning in progress(pool.map(one, range(len(paths)), paths), len(paths), f"{split} photos"):
                 if warning:
@@ -560,9 +562,9 @@ def recipe_chain(content: bytes, side: int = 512) -> np.ndarray:
 def textured_files(folder: Path, count: int = 24) -> list[Path]:
     "`count` JPEG photos 2000 x 1000 of textures in a camera's quality; one in eight carries a stamp."
     paths = []
-    for k, (empty, stamped, _) in enumerate(composites(count, seed=7)):
+    for k, one in enumerate(composites(count, seed=7)):
         paths.append(folder / f"ID{k}.jpg")
-        cv2.imwrite(str(paths[-1]), (stamped if k % 8 == 0 else empty)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
+        cv2.imwrite(str(paths[-1]), (one.stamped if k % 8 == 0 else one.empty)[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])
     return paths
 
 
@@ -578,8 +580,9 @@ def seconds_each(way: Callable, things: Sequence, times: int = 3) -> np.ndarray:
 
 def bench_photos(photos: str | Path = "", many: int = 800) -> list[dict]:
     "Rows way, photos_a_second, ms, times_decode, times_recipe, note, on one core: the ways to a pair at 512 (seconds of the processor), and `many` photos stored and read (of the clock, with start-up). `photos`: a folder of JPEGs; empty: textures."
-    threads = cv2.getNumThreads()
+    threads = cv2.getNumThreads(), torch.get_num_threads()
     cv2.setNumThreads(1)
+    torch.set_num_threads(1)
     keep_memory()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -587,7 +590,8 @@ def bench_photos(photos: str | Path = "", many: int = 800) -> list[dict]:
             paths = sorted(Path(photos).glob("*.jpg"))[:24] if photos else textured_files(Path(folder, "in"))
             return [*_measure_ways(paths, Path(folder)), _measure_many(paths, Path(folder), many)]
     finally:
-        cv2.setNumThreads(threads)
+        cv2.setNumThreads(threads[0])
+        torch.set_num_threads(threads[1])
 
 
 def _measure_ways(paths: list[Path], folder: Path) -> list[dict]:
