@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'MAYBE', 'KEPT', 'SMALLEST', 'TALLEST',
            'ENOUGH', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo', 'check_size', 'to_rgb', 'orange_rule',
-           'Along', 'Finder', 'level', 'halve', 'Reader', 'nets_file', 'load_nets', 'find_places', 'Window',
+           'Along', 'Finder', 'level', 'shrink', 'Reader', 'nets_file', 'load_nets', 'find_places', 'Window',
            'cut_window', 'look_at', 'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps', 'overlap', 'line_mask',
            'stamp_mask', 'box_of', 'judge', 'sum_up', 'main', 'draw_piece', 'finder_targets', 'line_loss',
            'finder_loss', 'draw_windows', 'reader_targets', 'reader_loss', 'fit_net', 'fit_nets', 'inpaint_stamp',
@@ -136,10 +136,10 @@ def level(picture: np.ndarray) -> Tensor:
     return torch.from_numpy(picture).movedim(-1, -3).float().sub_(102).div_(64).contiguous(memory_format=torch.channels_last)
 
 
-def halve(photo: np.ndarray) -> np.ndarray:
-    "Half as wide and high, by area means."
-    h, w = photo.shape[0] // 2, photo.shape[1] // 2
-    return cv2.resize(photo[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
+def shrink(photo: np.ndarray, many: int = 2) -> np.ndarray:
+    "By a whole number, by area means."
+    h, w = photo.shape[0] // many, photo.shape[1] // many
+    return cv2.resize(photo[: many * h, : many * w], (w, h), interpolation=cv2.INTER_AREA)
 
 # %% ../notebooks/20_inpaint.ipynb #6c05dfa9
 GLYPH, WINDOW = 20, 48  # height of a glyph and of the window around it, pixels of the window
@@ -184,8 +184,10 @@ MAYBE, KEPT = -2.0, 6  # log odds from which a cell is looked at again, and how 
 
 def find_places(photo: np.ndarray, net: Finder | None = None) -> list[tuple[float, Box]]:
     "Where the finder sees lines of writing in an (H, W, 3) uint8 photo: mean log odds of the three surest cells, and box; the surest first."
+    many = max(2, round(photo.shape[1] / 1000))  # a photo much wider than 2000 pixels is seen as if it were that wide
+    cell = CELL * many / 2
     with torch.inference_mode():
-        odds, down, size = (net or load_nets()[0])(level(halve(photo)[None]))[0].numpy()
+        odds, down, size = (net or load_nets()[0])(level(shrink(photo, many)[None]))[0].numpy()
     h, w = odds.shape
     odds[round(FRAME * h) : h - round(FRAME * h), round(SIDE * w) : w - round(SIDE * w)] = -99
     count, place, stats, _ = cv2.connectedComponentsWithStats((odds > MAYBE).astype(np.uint8), connectivity=8)
@@ -198,9 +200,9 @@ def find_places(photo: np.ndarray, net: Finder | None = None) -> list[tuple[floa
         own = odds[rows, columns]
         share = 1 / (1 + np.exp(-own))
         share /= share.sum()
-        middle, height = CELL * (share @ (rows + down[rows, columns])), max(6.0, 25 * np.exp(share @ size[rows, columns]))
+        middle, height = cell * (share @ (rows + down[rows, columns])), max(6.0, 25 * many / 2 * np.exp(share @ size[rows, columns]))
         strong = columns[own > min(0, own.max() - 1)]
-        box = CELL * strong.min() - CELL / 2, middle - height / 2, CELL * strong.max() + CELL / 2, middle + height / 2
+        box = cell * (strong.min() - 0.5), middle - height / 2, cell * (strong.max() + 0.5), middle + height / 2
         found.append((float(np.sort(own)[-3:].sum() / 3) - (3 - min(3, len(own))) / 3, box))
     return sorted(found, reverse=True)[:KEPT]
 
@@ -276,7 +278,7 @@ def _between(amount: np.ndarray, share: float = 0.012) -> tuple[int, int]:
     return int(np.searchsorted(part, share)), int(np.searchsorted(part, 1 - share)) + 1
 
 # %% ../notebooks/20_inpaint.ipynb #95935b7b
-SMALLEST, TALLEST = 5, 90  # height of a stamp's glyphs, pixels of the photo
+SMALLEST, TALLEST = 5, 0.045  # height of a stamp's glyphs: pixels of the photo; share of its longer side, 90 pixels at least
 
 
 @dataclass(frozen=True)
@@ -295,7 +297,7 @@ def read_line(photo: np.ndarray, box: Box, net: Reader | None = None) -> Line | 
         if found is None:
             return None
         found = tuple(np.clip(found, 0, np.tile(photo.shape[1::-1], 2)).tolist())  # beyond its edge the photo is mirrored
-        if not SMALLEST <= found[3] - found[1] <= TALLEST or found[2] - found[0] < found[3] - found[1]:
+        if not SMALLEST <= found[3] - found[1] <= max(90, TALLEST * max(photo.shape)) or found[2] - found[0] < found[3] - found[1]:
             return None
         moved, box = np.abs(np.subtract(found, box)).max(), found
         if moved < 0.15 * window.height:
@@ -419,7 +421,7 @@ def draw_piece(ground: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
         piece, box = wide[y : y + H, x : x + W], box_of(truth[y : y + H, x : x + W])
     elif chance < 0.82:
         piece = draw_lamps(piece, rng) if chance < 0.67 else draw_confusion(piece, rng)
-    return halve(through_jpeg(np.ascontiguousarray(piece), int(rng.integers(70, 96)))), box
+    return shrink(through_jpeg(np.ascontiguousarray(piece), int(rng.integers(70, 96)))), box
 
 
 def finder_targets(boxes: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:

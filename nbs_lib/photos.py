@@ -313,6 +313,7 @@ def build_stores(
     writers = [StoreWriter(place, ids, shape) for place, shape in folders.items()]
     one = functools.partial(_build_one, writers=writers, settings=run.settings, strict=strict)
     workers = run.settings.photos.workers or run.settings.run.workers or os.cpu_count()
+    threads = torch.get_num_threads()
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a photo a core; the networks must not share each out again
         try:
             for warning in progress(pool.map(one, range(len(paths)), paths), len(paths), f"{split} photos"):
@@ -321,6 +322,7 @@ def build_stores(
             return [w.finish() for w in writers]
         finally:
             pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # what a worker sets, torch keeps for all that comes later
             for writer in writers:
                 writer.close()
 
