@@ -6,13 +6,12 @@
 __all__ = ['Shape', 'FULL', 'QUALITY', 'RULE', 'ROW', 'BOUNDS', 'half_shape', 'wanted_shapes', 'store_bytes', 'resize_half',
            'photo_quality', 'sharpness', 'dark_edge', 'pale_at_edge', 'photo_weights', 'PhotoStore', 'store_folder',
            'open_store', 'StoreWriter', 'has_form', 'check_room', 'code_key', 'photo_key', 'clean_halves',
-           'keep_memory', 'build_stores', 'build_store', 'stand_in', 'join', 'split', 'tta_views', 'augment',
-           'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor', 'HalvesDataset',
-           'describe_store', 'listed_photos', 'readable_photos', 'run_inpaint', 'write_table', 'recipe_chain',
-           'textured_files', 'seconds_each', 'bench_photos']
+           'build_stores', 'build_store', 'stand_in', 'join', 'split', 'tta_views', 'augment', 'check_augmentation',
+           'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor', 'HalvesDataset', 'describe_store',
+           'listed_photos', 'readable_photos', 'run_inpaint', 'write_table', 'recipe_chain', 'textured_files',
+           'seconds_each', 'bench_photos']
 
 # %% ../notebooks/21_photos.ipynb #432a96c9
-import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -38,7 +37,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from . import inpaint
-from .core import InputError, PhotosSettings, Run, Settings, atomic, open_run, progress, stage, write_json
+from .core import InputError, PhotosSettings, Run, Settings, atomic, keep_memory, open_run, progress, stage, write_json
 from .inpaint import clean_photo, decode_photo, nets_file, orange_rule, read_bytes, split_halves
 from .stamps import composites, draw_lamps, draw_stamp
 
@@ -285,18 +284,6 @@ def clean_halves(content: bytes, name: str, settings: Settings) -> tuple[tuple[n
     return split_halves(clean), record
 
 # %% ../notebooks/21_photos.ipynb #17d43900
-@functools.cache
-def keep_memory(megabytes: int = 256) -> None:
-    """Let the C library keep so much freed memory for the next picture (mallopt of glibc; elsewhere nothing changes).
-
-    By default it gives a freed picture back to the kernel, which hands out zeroed pages anew for the next one: that took 4 of the 10 ms of a decode.
-    """
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
-        library.mallopt(trim_threshold, megabytes << 20)
-        library.mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
-
-
 def build_stores(
     run: Run,
     split: str,  # train or test

@@ -15,9 +15,10 @@ from nbclient import NotebookClient
 
 HERE = Path(__file__).resolve().parent.parent / "notebooks"
 RUN = re.compile(r"^#\|\s*run\s*$", re.M)
-# One thread a kernel gives the same sums on every machine, so that re-executing repeats the committed pictures.
+# No network, no bars, no remarks: what a kernel says is committed. The lessons whose sums depend on threads ask for one themselves.
 QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-         "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found", "NBS_LESSON": "1"}
+         "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found", "NBS_LESSON": "1",
+         "GOMP_SPINCOUNT": "300"}  # as `nbs_lib.core` says it; a lesson may load torch before it
 
 
 def notebooks() -> list[Path]:
