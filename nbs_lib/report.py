@@ -808,7 +808,7 @@ th, td { padding: .32rem .8rem .32rem 0; border-bottom: 1px solid var(--line); t
 td.word, tbody th { white-space: normal; min-width: 5.5rem; } thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; } tbody th { font-weight: 500; } .card table { font-size: .8rem; width: 100%; } .card th, .card td { padding-right: .4rem; min-width: 0; } details { margin: 1rem 0; } summary { color: var(--leaf); }
 .lines { padding-left: 1.2rem; } .lines li { margin: .2rem 0; } summary { cursor: pointer; } footer { border-top: 1px solid var(--line); padding-block: 1rem 3rem; margin-top: 3rem; }
 @media (max-width: 40rem) { table { font-size: .8rem; } th, td { padding-right: .5rem; } td.word, tbody th { min-width: 4.5rem; } .card table { font-size: .74rem; } .card th, .card td { padding-right: .25rem; } }
-@media print { :root { --paper: #fff; --card: #fff; } nav, .skip { display: none; } body { font-size: 10pt; } .card, figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .scroll { overflow: visible; background: none; } details::details-content { content-visibility: visible; height: auto; } }
+@media print { :root { --paper: #fff; --card: #fff; } nav, .skip { display: none; } body { font-size: 10pt; } .card, figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .scroll { overflow: visible; background: none; } section { margin: 1.25rem 0; } .cards { grid-template-columns: repeat(3, 1fr); } .grid.wide:has(> .card) { grid-template-columns: 1fr 1fr; } footer { margin-top: 1rem; padding-bottom: 0; } details::details-content { content-visibility: visible; height: auto; } }
 """
 
 # %% ../notebooks/82_report.ipynb #0e2345b8
