@@ -548,7 +548,8 @@ def watched(folder: Path, end: float | None = None, number: int = signal.SIGKILL
     start = time.time()
     while process.is_alive():
         if end is not None and time.time() - start >= end:
-            os.kill(process.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(process.pid, number)
             process.join(10)
             break
         if path.exists():
