@@ -71,7 +71,10 @@ def measured(group: pd.DataFrame) -> str:
 
 def label(row: pd.Series) -> str:
     "The words of a row that tell it from the others of its bench."
-    return " · ".join(str(v) for k, v in row.items() if isinstance(v, str) and k not in ("bench", "note", "kind", "failed", "machine")) or str(row.name)
+    words = {k: v for k, v in row.items() if isinstance(v, str) and k not in ("bench", "note", "kind", "failed", "machine")}
+    if pd.notna(length := row.get("length")):
+        words["length"] = f"{length:,.0f} long"
+    return " · ".join(words.values()) or str(row.name)
 
 
 def plot_bench(table: pd.DataFrame):
@@ -87,9 +90,10 @@ def plot_bench(table: pd.DataFrame):
     for ax, (name, group, column) in zip(figure.subplots(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0], groups, strict=True):
         group = group[group[column].notna()]
         values = group[column].astype(float)
-        ax.bar_label(ax.barh(range(len(group)), values, color="#567d46"), fmt="%.3g", padding=3, fontsize=7)  # rows may share a label: places are numbers
+        ax.bar_label(ax.barh(range(len(group)), values, color="#567d46"), fmt=lambda v: f"{v:,.0f}" if v >= 1000 else f"{v:.3g}", padding=3, fontsize=7)  # rows may share a label: places are numbers
         ax.set_yticks(range(len(group)), [label(row) for _, row in group.iterrows()], fontsize=7)
-        ax.set(xscale="log", title=name, xlabel=column, xlim=(values.min() / 10, values.max() * 2))  # a logarithm has no zero: the shortest bar is a decade
+        ax.set(xscale="log", title=name, xlabel=column, xlim=(values.min() / 10, values.max() * 3))  # a logarithm has no zero: the shortest bar is a decade
+        ax.xaxis.set_minor_formatter("")  # a panel of less than a decade would write them one over the other
         ax.invert_yaxis()
     return figure
 

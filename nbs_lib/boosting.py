@@ -42,7 +42,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from .balance import as_weighting, make_weighting, reconcile
-from .core import InputError, Run, atomic, hash_file, load_settings, package_folder, progress, read_json, stage, version, write_json
+from .core import InputError, Run, atomic, hash_file, load_settings, package_folder, peak_memory, progress, read_json, stage, version, write_json
 from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
 
@@ -998,8 +998,6 @@ def made_up(photos: int, width: int, sites: int = 30, seed: int = 0) -> Labelled
 
 def time_boosting(photos: int, width: int, preset: str = "", folds: int = 5) -> dict:
     "Seconds, CPU seconds and peak memory of this process, for `folds` of five folds with the profile kaggle."
-    import resource  # not on Windows
-
     settings, data = load_settings("kaggle", preset), made_up(photos, width)
     regressor = new_regressor(SimpleNamespace(settings=settings, warn=print), (("made_up", width),))
     fold, start, used = inner_folds(data.group, 5, 0), time.perf_counter(), time.process_time()
@@ -1009,7 +1007,7 @@ def time_boosting(photos: int, width: int, preset: str = "", folds: int = 5) -> 
             one["regressor"].predict(data.X[fold == k])
             one["classifier"].predict_proba(data.X[fold == k])
     return {"seconds": round(time.perf_counter() - start, 1), "cpu_seconds": round(time.process_time() - used, 1),
-            "peak_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+            "peak_gb": round(peak_memory() / 2**30, 2)}
 
 
 def bench_boosting() -> list[dict]:

@@ -8,9 +8,9 @@ __all__ = ['SECTIONS', 'WRITERS', 'FULL', 'InputError', 'atomic', 'write_json', 
            'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings', 'SubmitSettings',
            'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file', 'read_ini',
            'parse_overrides', 'load_settings', 'kaggle_input', 'mount_candidates', 'resolve_mount', 'find_attached',
-           'keep_memory', 'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file', 'rooms_behind',
-           'hash_code', 'Run', 'check_output', 'open_run', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh',
-           'stage', 'check_reads']
+           'keep_memory', 'peak_memory', 'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file',
+           'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run', 'hash_inputs', 'describe', 'manifest_path',
+           'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -479,6 +479,19 @@ def keep_memory(megabytes: int = 1024) -> None:
         library.mallopt(trim_threshold, megabytes << 20)
         if not library.mallopt(mmap_threshold, megabytes << 20):
             library.mallopt(mmap_threshold, 32 << 20)  # the most that an older glibc takes
+
+
+def peak_memory() -> int:
+    """Most bytes of memory that this process has held at a time; not on Windows.
+
+    Of Linux's two numbers the one that is of the program alone: `ru_maxrss` begins with what the process held that started it.
+    """
+    status = Path("/proc/self/status")
+    if found := status.is_file() and re.search(r"VmHWM:\s+(\d+)", status.read_text()):
+        return 1024 * int(found[1])
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 # %% ../notebooks/00_core.ipynb #a8165b8b
 def seed_everything(seed: int) -> None:

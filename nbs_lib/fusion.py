@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .core import peak_memory
+
 # %% ../notebooks/30_fusion.ipynb #0b9a61cc
 def panorama_order(
     left: Tensor,   # (B, H, W, D) tokens of the left half
@@ -427,21 +429,14 @@ def _timed_call(scan: Callable, args: list[Tensor], backward: bool) -> float:
     return time.perf_counter() - begin
 
 
-def _peak_mb() -> float:
-    "The largest resident memory of this process so far; not on Windows."
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def _measure_scan(name: str, length: int, batch: int, inner: int, state: int, backward: bool, repeats: int, seconds: float) -> dict:
     "Best of some calls, and by how many MB the first one raised the peak of this (fresh) process."
     torch.manual_seed(0)
     kind, make = SCAN_RIVALS[name]
     scan = make(inner, state)
     _timed_call(scan, _scan_arguments(kind, 4, batch, inner, state), backward)    # what is loaded once is loaded now
-    args, before = _scan_arguments(kind, length, batch, inner, state), _peak_mb()
-    times, raised = [_timed_call(scan, args, backward)], _peak_mb() - before
+    args, before = _scan_arguments(kind, length, batch, inner, state), peak_memory()
+    times, raised = [_timed_call(scan, args, backward)], round((peak_memory() - before) / 2**20, 1)
     while len(times) < repeats and sum(times) < seconds:
         times.append(_timed_call(scan, args, backward))
     return {"threads": torch.get_num_threads(), "seconds": min(times), "peak_mb": raised, "calls": len(times)}

@@ -59,17 +59,18 @@ def test_memory_is_what_the_system_says():
     """A twin big enough for resident memory to mean something, in a process of its own, whose C library gives back what is freed."""
     words = ["backbone=vit_small_patch16_dinov3", "size=256", "checkpointing=no"]
     code = f"""
-import json, resource, sys
+import json, sys
 import psutil, torch
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from test_budget import twin
 from nbs_lib.budget import train_really
+from nbs_lib.core import peak_memory
 torch.set_num_threads(1)
 train_really(*twin(["backbone=vit_twin_patch16_dinov3", "size=32"]), steps=1)  # what libraries load at their first use
 before = psutil.Process().memory_info().rss
 s, shape = twin({words!r})
 train_really(s, shape)
-print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 1e9))
+print(json.dumps((peak_memory() - before) / 1e9))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -192,16 +192,17 @@ def test_backward_under_autocast_is_float32_too():
 def test_the_scan_fits_in_the_memory_of_a_chunk():
     """Forward and backward add less to a fresh process than one (B, D, L, N) tensor, of which the plain way keeps several."""
     code = """
-import resource, torch
+import torch
+from nbs_lib.core import peak_memory
 from nbs_lib.fusion import selective_scan
 torch.set_num_threads(1)
 def go(length):
     a = [torch.rand(1, 256, length), torch.rand(1, 256, length), -torch.rand(256, 16), torch.rand(1, 16, length), torch.rand(1, 16, length)]
     selective_scan(*(t.requires_grad_() for t in a)).sum().backward()
 go(8)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_memory()
 go(8192)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, 8192 * 256 * 16 * 4)
+print(peak_memory() - before, 8192 * 256 * 16 * 4)
 """
     used, whole = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
     assert used < whole, f"{used / 1e6:.0f} MB against {whole / 1e6:.0f} MB"
