@@ -159,13 +159,15 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
 
 
-def check_links(text: str) -> None:
+def check_links(text: str, folder: Path = ROOT) -> None:
+    "What `text` of a page in `folder` leads to is there: files, and headings of this page and of other Markdown."
     prose = re.sub(r"^```(?!mermaid).*?^```", "", text, flags=re.M | re.S)
     for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose):
         target, _, anchor = "".join(link).partition("#")
         if not re.match(r"\w+:", target):
-            assert (ROOT / target).exists(), f"there is no {target}"
-            assert not anchor or target or anchor in anchors(text), f"there is no heading #{anchor}"
+            assert (folder / target).exists(), f"there is no {target}"
+            if anchor and (not target or target.endswith(".md")):
+                assert anchor in anchors((folder / target).read_text() if target else text), f"there is no heading #{anchor} in {target or 'this page'}"
     for name in re.findall(r"\b(?:notebooks/\d\d_\w+\.ipynb|tests/\w+\.\w+|nbs_lib/\w+\.py|datasets-metadata/[\w./-]*\w)", prose):
         assert (ROOT / name).exists(), f"there is no {name}"
 
@@ -176,6 +178,11 @@ def test_settings_that_are_named_exist():
 
 def test_links_lead_somewhere():
     check_links(README.read_text())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_links_of_a_notebook_lead_somewhere(path):
+    check_links("\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"), path.parent)
 
 
 # ---- tables and pictures
