@@ -465,9 +465,6 @@ def find_attached(
     return str(folder if inside else folder / wanted)
 
 # %% ../notebooks/00_core.ipynb #7d1f3a53
-os.environ.setdefault("GOMP_SPINCOUNT", "300")
-
-
 @functools.cache
 def keep_memory(megabytes: int = 1024) -> None:
     """Let the C library keep so much freed memory for the next picture (mallopt of glibc; elsewhere nothing changes).

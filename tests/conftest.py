@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # as `nbs_lib.core` does; a test may load torch before it
+os.environ.setdefault("GOMP_SPINCOUNT", "300")  # as `nbs_lib` does; a test may load torch before it
 ROOT = Path(__file__).resolve().parent.parent
 # The chain with the least work that still runs every stage for real.
 SMALL = ["--set", "run.folds=2"]

@@ -1,5 +1,6 @@
 """The house is in order: notebooks and library agree, imports run one way, nothing names a machine."""
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -130,3 +131,11 @@ def test_settings_explain_their_keys():
     for block in re.findall(r'class \w+Settings:\n    ".*?"\n((?:    .*\n|\n)+)', source):
         for key, comment in re.findall(r"^    (\w+): [^#\n]+?# *(.+)$", block, re.M):
             assert f"# {key}: {comment.strip()}\n" in text, f"{key}: {comment}"
+
+
+@pytest.mark.parametrize(("given", "kept"), [({}, "300"), ({"GOMP_SPINCOUNT": "7"}, "7")])
+def test_threads_are_told_to_sleep_before_torch_is_loaded(given, kept):
+    "OpenMP reads the word once, when torch is loaded; whoever has set it is obeyed."
+    code = "import os, sys; import nbs_lib; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
+    env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env).stdout.split() == ["False", kept]
