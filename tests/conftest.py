@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # as `nbs_lib` does; a test may load torch before it
+import nbs_lib  # noqa: F401 - before any test loads torch: it tells torch's threads how to wait
+
 ROOT = Path(__file__).resolve().parent.parent
 # The chain with the least work that still runs every stage for real.
 SMALL = ["--set", "run.folds=2"]

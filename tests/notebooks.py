@@ -13,12 +13,13 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+import nbs_lib  # noqa: F401 - it tells torch's threads how to wait, and the kernels inherit it: a lesson may load torch first
+
 HERE = Path(__file__).resolve().parent.parent / "notebooks"
 RUN = re.compile(r"^#\|\s*run\s*$", re.M)
 # No network, no bars, no remarks: what a kernel says is committed. The lessons whose sums depend on threads ask for one themselves.
 QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-         "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found", "NBS_LESSON": "1",
-         "GOMP_SPINCOUNT": "300"}  # as `nbs_lib` says it; a lesson may load torch before it
+         "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found", "NBS_LESSON": "1"}
 
 
 def notebooks() -> list[Path]:
