@@ -19,7 +19,7 @@ import torch
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from torch import Tensor
 
-from .core import FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, stage
+from .core import BUILDING, FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, stage
 from .model import Backbone, find_weights, load_weights, pixel_stats
 from .photos import FULL, PhotoStore, Shape, join, open_store, resize_half
 from .siglip import STORE, Features, at_full, write_features
@@ -84,8 +84,9 @@ def check_settings(settings: FrozenSettings) -> None:
 def load_backbone(settings: FrozenSettings, device: torch.device | None = None) -> Backbone:
     "The backbone of the settings with its weights, for reading only; raise `InputError` when they do not fit."
     check_settings(settings)
-    backbone = Backbone(settings.backbone, settings.depths)
-    load_weights(backbone, settings.weights)
+    with BUILDING:
+        backbone = Backbone(settings.backbone, settings.depths)
+        load_weights(backbone, settings.weights)
     return backbone.eval().requires_grad_(False).to(device or pick_device())
 
 

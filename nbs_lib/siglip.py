@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .core import InputError, Run, SiglipSettings, atomic, find_attached, pick_device, pick_dtype, progress, stage
+from .core import BUILDING, InputError, Run, SiglipSettings, atomic, find_attached, pick_device, pick_dtype, progress, stage
 from .photos import FULL, PhotoStore, join, open_store, resize_half
 
 # %% ../notebooks/40_siglip.ipynb #0498165a
@@ -168,7 +168,7 @@ def load_siglip(folder: str | Path, device: torch.device | None = None) -> Sigli
     "SigLIP from a local folder; raise `InputError` that says what is missing or broken in it."
     folder, device = check_folder(folder), device or pick_device()
     try:
-        with quiet_transformers():
+        with BUILDING, quiet_transformers():
             model, tokenizer, processor = read_parts(folder)
     except InputError:
         raise

@@ -295,7 +295,7 @@ def alarm(clock: Clock) -> Iterator[None]:
         raise DeadlinePassed
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(clock.left(), 0.01), 5)  # again, should the first ring be lost in a finaliser
+    signal.setitimer(signal.ITIMER_REAL, max(clock.left(), 0.01), 0.2)  # again and again: a ring inside a finaliser or a callback of the garbage collector is lost
     try:
         yield
     finally:

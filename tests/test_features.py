@@ -2,7 +2,9 @@
 import dataclasses
 import json
 import shutil
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import cv2
@@ -116,6 +118,32 @@ def test_a_missing_tensor_is_not_replaced_by_noise(tiny, tmp_path):
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match="post_layernorm"):
         siglip.load_siglip(folder, CPU)
+
+
+def test_threads_build_one_network_at_a_time(tiny, eye, settings, monkeypatch):
+    "Two GPUs of a kernel load side by side; what transformers does to torch meanwhile would make noise of the other's weights."
+    inside, seen = [], []
+
+    def watched(real):
+        def build(*args):
+            inside.append(real)
+            seen.append(len(inside))
+            time.sleep(0.05)
+            try:
+                return real(*args)
+            finally:
+                inside.remove(real)
+
+        return build
+
+    monkeypatch.setattr(siglip, "read_parts", watched(siglip.read_parts))
+    monkeypatch.setattr(frozen, "load_weights", watched(frozen.load_weights))
+    jobs = [lambda: siglip.load_siglip(tiny, CPU).model, lambda: frozen.load_backbone(settings.frozen, CPU)] * 3
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        built = [future.result().state_dict() for future in [pool.submit(job) for job in jobs]]
+    assert seen == [1] * len(jobs)
+    for state in built[::2]:
+        assert all(torch.equal(state[key], value) for key, value in eye.model.state_dict().items())
 
 
 def test_another_kind_of_model_is_refused(tiny, tmp_path):

@@ -520,6 +520,21 @@ def test_a_stall_is_broken_off(trained, tmp_path, monkeypatch):
     assert any("the deadline came" in w for w in read_json(run.artefacts / "stages" / "submit.json")["warnings"])
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_lost_ring_is_followed_by_another():
+    "What an alarm raises inside a finaliser is printed and forgotten."
+    class Slow:
+        def __del__(self):
+            time.sleep(0.4)
+
+    start = time.time()
+    with pytest.raises(submit.DeadlinePassed), submit.alarm(submit.Clock(start + 0.2)):
+        slow = Slow()
+        del slow
+        time.sleep(30)
+    assert 0.4 <= time.time() - start < 5
+
+
 def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trained, tmp_path, monkeypatch):
     run = copy_run(trained, tmp_path)
     run_submit(run)
