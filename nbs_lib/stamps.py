@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEGMENTS', 'ENDS', 'MARKS', 'DOTS', 'FONTS', 'FIT_FONTS', 'HELD_FONTS', 'MONTHS', 'TINTS', 'FIT_GROUNDS',
            'HELD_GROUNDS', 'draw_segments', 'draw_dots', 'draw_face', 'draw_text', 'stamp_text', 'place', 'burn',
-           'draw_stamp', 'draw_ground', 'draw_texture', 'draw_picture', 'draw_litter', 'draw_paddock', 'draw_lamps',
-           'draw_confusion', 'through_jpeg', 'Composite', 'composites']
+           'draw_stamp', 'draw_ground', 'draw_grain', 'draw_texture', 'draw_picture', 'draw_litter', 'draw_paddock',
+           'draw_lamps', 'draw_confusion', 'through_jpeg', 'Composite', 'composites']
 
 # %% ../notebooks/15_stamps.ipynb #5a000002
 from collections.abc import Iterator
@@ -61,15 +61,24 @@ def draw_face(text: str, big: int, face: str = "") -> np.ndarray:
 FONTS = {  # the first are drawn for the fit, the others are kept for the score
     "segments": draw_segments, "thin segments": partial(draw_segments, gap=0.06, thick=0.1), "dots": draw_dots, "sans": partial(draw_face, face="DejaVuSans"),
     "bold": partial(draw_face, face="DejaVuSans-Bold"), "serif": partial(draw_face, face="STIXGeneral"), "typewriter": partial(draw_face, face="cmtt10"),
+    "roman": partial(draw_face, face="cmr10"), "italic": partial(draw_face, face="DejaVuSerif-Italic"),
     "leaning segments": partial(draw_segments, slant=0.08, gap=0.03, thick=0.12), "square dots": partial(draw_dots, dot=0), "pillow": draw_face,
     "bold mono": partial(draw_face, face="DejaVuSansMono-Bold"), "computer sans": partial(draw_face, face="cmss10"), "heavy serif": partial(draw_face, face="DejaVuSerif-Bold"),
 }
-FIT_FONTS, HELD_FONTS = tuple(FONTS)[:7], tuple(FONTS)[7:]
+FIT_FONTS, HELD_FONTS = tuple(FONTS)[:9], tuple(FONTS)[9:]
 
 
-def draw_text(text: str, height: int, font: str) -> np.ndarray:
-    "(h, w) float32, 0 to 1: `text` with glyphs `height` pixels high in one of `FONTS`; drawn large, then reduced."
+def draw_text(text: str, height: int, font: str, weight: float = 0, apart: float = 0) -> np.ndarray:
+    """(h, w) float32, 0 to 1: `text` with glyphs `height` pixels high in one of `FONTS`; drawn large, then reduced.
+
+    Strokes are `weight` of a height bolder on each side, thinner when below 0; `apart` of a height is put between glyphs.
+    """
     canvas = FONTS[font](text, 5 * height)
+    tall = cv2.boundingRect(canvas)[3]
+    glyph = cv2.morphologyEx(canvas.max(0)[None], cv2.MORPH_CLOSE, np.ones((1, max(1, round(0.06 * tall))), np.uint8))[0] > 0
+    canvas = np.repeat(canvas, 1 + round(apart * tall) * np.r_[False, glyph[:-1] & ~glyph[1:]], axis=1)
+    r = round(abs(weight) * tall)
+    canvas = (cv2.dilate if weight > 0 else cv2.erode)(canvas, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2))
     x, y, w, h = cv2.boundingRect(canvas)
     return cv2.resize(canvas[y : y + h, x : x + w], (max(1, round(w * height / h)), height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
@@ -84,7 +93,8 @@ def stamp_text(rng: np.random.Generator) -> str:
     days = (f"{d:02}/{m:02}/{y}", f"{y}/{m:02}/{d:02}", f"{y}-{m:02}-{d:02}", f"{d:02}.{m:02}.{y}", f"'{y % 100:02} {m} {d}", f"{m:02} {d:02} {y % 100:02}", f"{d} {MONTHS[m - 1]} {y}")
     times = (f"{hour:02}:{minute:02}", f"{hour % 12 or 12}:{minute:02} {'AP'[hour // 12]}M")
     day, time = str(rng.choice(days)), str(rng.choice(times))
-    return [day, time, f"{day} {time}"][rng.choice(3, p=[0.45, 0.1, 0.45])]
+    text = [day, time, f"{day} {time}"][rng.choice(3, p=[0.45, 0.1, 0.45])]
+    return text.replace(" ", " " * rng.choice(3, p=[0.6, 0.25, 0.15]) + " ")
 
 
 def place(rng: np.random.Generator, size: tuple[int, int], glyphs: tuple[int, int]) -> tuple[int, int]:
@@ -104,7 +114,8 @@ def burn(photo: np.ndarray, rng: np.random.Generator, fonts: tuple[str, ...], he
     """
     (H, W), glyphs, font = photo.shape[:2], None, str(rng.choice(fonts))
     while glyphs is None or glyphs.shape[1] > 0.8 * W or len(glyphs) > 0.8 * H:
-        glyphs = draw_text(stamp_text(rng), int(np.exp(rng.uniform(*np.log(heights)))), font)
+        weight, apart = rng.choice([0, rng.uniform(-0.02, 0.05)]), rng.choice([0, rng.uniform(0, 0.35)])
+        glyphs = draw_text(stamp_text(rng), int(np.exp(rng.uniform(*np.log(heights)))), font, weight, apart)
         heights = min(heights[0], max(5, heights[1] - 3)), max(6, heights[1] - 2)  # a small photo needs a small stamp
     (h, w), (x, y) = glyphs.shape, place(rng, (H, W), glyphs.shape)
     near, ink = np.s_[max(0, y - h) : y + 2 * h, max(0, x - h) : x + w + h], np.zeros((H, W), np.float32)
@@ -145,7 +156,15 @@ def draw_ground(rng: np.random.Generator, kind: str) -> np.ndarray:
         cv2.fillPoly(photo, [np.array([(0, 930), (2000, 930 + int(rng.integers(-40, 40))), (2000, 1000), (0, 1000)])], (240, 235, 220))
     if rng.random() < 0.15:
         cv2.rectangle(photo, (0, 0), (1999, 999), (35, 33, 30), int(rng.integers(10, 60)))
-    return photo
+    return draw_grain(photo, rng) if rng.random() < 0.6 else photo
+
+
+def draw_grain(photo: np.ndarray, rng: np.random.Generator, most: float = 14) -> np.ndarray:
+    "A copy with the grain of a sensor: independent from pixel to pixel, up to `most` grey values in brightness and a third of it in colour."
+    h, w = photo.shape[:2]
+    light, colour = rng.uniform(0, most), rng.uniform(0, most / 3)
+    grain = light * rng.standard_normal((h, w, 1), np.float32) + colour * rng.standard_normal((h, w, 3), np.float32)
+    return (photo + grain).clip(0, 255).astype(np.uint8)
 
 
 def draw_texture(rng: np.random.Generator, name: str, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -167,7 +186,7 @@ def draw_picture(rng: np.random.Generator) -> np.ndarray:
     picture, zoom = load_sample_image(name) if "." in name else getattr(data, name)(), rng.uniform(0.8, 3)
     picture = cv2.resize(np.rot90(picture, rng.integers(4)), None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
     picture = np.concatenate([picture, picture[::-1]])
-    picture = np.tile(np.concatenate([picture, picture[:, ::-1]], 1), (3, 4, 1))
+    picture = np.tile(np.concatenate([picture, picture[:, ::-1]], 1), (3, 5, 1))
     y, x = (int(rng.integers(0, n - span + 1)) for n, span in zip(picture.shape, (1000, 2000)))
     light = np.array([rng.uniform(1, 1.4), rng.uniform(0.9, 1.1), rng.uniform(0.5, 1)]) * rng.uniform(0.6, 1.15)
     return (picture[y : y + 1000, x : x + 2000] * light).clip(0, 255).astype(np.uint8)
