@@ -17,7 +17,7 @@ IMAGE := .venv-kaggle
 IMAGE_READY := $(IMAGE)/ready-$(shell cksum < constraints-kaggle.txt | cut -d' ' -f1)
 LOCK := datasets-metadata/wheels/wheelhouse.lock
 KAGGLE := $(BIN)/python -m nbs_lib.kaggle
-SENDING := $(if $(SEND),--send)
+SENDING := $(if $(filter 1 yes,$(SEND)),--send)
 
 .PHONY: demo test run bench results budget wheelhouse test-kaggle push submit data notebooks clean help
 
@@ -69,7 +69,7 @@ test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's
 	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
 	$(IMAGE)/tests/bin/python -m pip install --quiet pytest hypothesis jupytext kaggle
-	PYTHONPATH=$(CURDIR) JUPYTER_PATH=$(abspath $(IMAGE))/share/jupyter $(IMAGE)/tests/bin/python -m pytest $(NO_NBDEV:%=--deselect=%) $(TESTS)
+	PYTHONPATH="$(CURDIR)" JUPYTER_PATH="$(CURDIR)/$(IMAGE)/share/jupyter" $(IMAGE)/tests/bin/python -m pytest $(NO_NBDEV:%=--deselect=%) $(TESTS)
 
 push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
 	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }

@@ -24,7 +24,7 @@ def find_benches(only: Iterable[str] = ()) -> dict[str, Callable[[], list[dict]]
     "The functions `bench_…` of the library as {'room.bench_name': function}; `only` names rooms or functions. Raises `InputError` for a name that is neither."
     found = {}
     for path in sorted(package_folder().glob("[a-z]*.py")):
-        if path.stem != "bench" and "\ndef bench_" in path.read_text():
+        if path.stem != "bench" and "\ndef bench_" in path.read_text(encoding="utf-8"):
             module = importlib.import_module(f"nbs_lib.{path.stem}")
             found |= {f"{path.stem}.{n}": f for n, f in inspect.getmembers(module, inspect.isfunction) if n.startswith("bench_") and f.__module__ == module.__name__}
     for name in only:
@@ -42,7 +42,7 @@ def machine() -> dict:
 
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def name_machine(m: dict) -> str:

@@ -16,6 +16,7 @@ __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'NOISE_STEPS', 'TRANSFO
            'write_intervals', 'save_labels', 'show_boosting', 'made_up', 'time_boosting', 'bench_boosting']
 
 # %% ../notebooks/42_boosting.ipynb #45faceb1
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -745,7 +746,11 @@ def versions(members: Iterable[str]) -> dict[str, str]:
     "Of the library and of what the pickles of these members hold."
     used = [p for p, names in PACKAGES.items() if not names or set(names) & {m.partition("/")[0] for m in members}]
     code = hash_file(package_folder() / "boosting.py")[:8]  # of the classes that the pickles hold
-    return {"nbs_lib": f"{version} (code {code})", **{p: importlib.metadata.version(p) for p in used}}
+    found = {"nbs_lib": f"{version} (code {code})"}
+    for package in used:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # then the pickle cannot be opened, and its member is left out
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]:

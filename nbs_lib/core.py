@@ -7,10 +7,10 @@ __all__ = ['SECTIONS', 'BUILDING', 'WRITERS', 'FULL', 'InputError', 'atomic', 'w
            'KaggleSettings', 'LimitsSettings', 'DemoSettings', 'PhotosSettings', 'InpaintSettings',
            'TrainDinov3Settings', 'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings',
            'SubmitSettings', 'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file',
-           'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'mount_candidates', 'resolve_mount',
-           'find_attached', 'keep_memory', 'peak_memory', 'seed_everything', 'pick_device', 'pick_dtype', 'progress',
-           'hash_file', 'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run', 'hash_inputs', 'describe',
-           'manifest_path', 'is_fresh', 'stage', 'check_reads']
+           'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'on_kaggle', 'mount_candidates',
+           'resolve_mount', 'find_attached', 'keep_memory', 'peak_memory', 'seed_everything', 'pick_device',
+           'pick_dtype', 'progress', 'hash_file', 'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run',
+           'is_litter', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -76,13 +76,13 @@ def _plain(value):
 def write_json(path: str | Path, value) -> None:
     "Write `value` as JSON, atomically; numpy scalars and arrays, paths and dataclasses become plain."
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n")
+        temporary.write_text(json.dumps(value, indent=1, default=_plain) + "\n", encoding="utf-8")
 
 
 def read_json(path: str | Path):
     "Read a JSON file; raise `InputError` naming it when it is missing or broken."
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise InputError(f"{path}: there is no such file") from e
     except (ValueError, OSError) as e:
@@ -344,7 +344,7 @@ def settings_file(path: str | Path | None = None) -> Path:
             return Path(named)
     here = Path.cwd()
     for folder in (here, *here.parents):
-        if (folder / "settings.ini").is_file() and "[overlays]" in (folder / "settings.ini").read_text():
+        if (folder / "settings.ini").is_file() and "[overlays]" in (folder / "settings.ini").read_text(encoding="utf-8"):
             return folder / "settings.ini"
     if shipped("settings.ini").is_file():
         return shipped("settings.ini")
@@ -355,7 +355,7 @@ def read_ini(path: str | Path) -> configparser.ConfigParser:
     "The settings file, every section and key of it known; raise `InputError` for one that is not."
     ini = configparser.ConfigParser(interpolation=None)
     try:
-        ini.read_string(Path(path).read_text(), source=Path(path).name)
+        ini.read_string(Path(path).read_text(encoding="utf-8"), source=Path(path).name)
     except (configparser.Error, UnicodeDecodeError) as e:
         raise InputError(f"{path}: {e}") from e
     if "overlays" not in ini:
@@ -416,6 +416,11 @@ def load_settings(
 def kaggle_input() -> Path:
     "Where a Kaggle kernel finds what is attached to it: /kaggle/input, or $NBS_KAGGLE_INPUT for a rehearsal at home."
     return Path(os.environ.get("NBS_KAGGLE_INPUT") or "/kaggle/input")
+
+
+def on_kaggle() -> bool:
+    "Whether this is a Kaggle session, whose hours count from its start."
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
 
 
 def mount_candidates(
@@ -488,7 +493,7 @@ def peak_memory() -> int:
     Of Linux's two numbers the one that is of the program alone: `ru_maxrss` begins with what the process held that started it.
     """
     status = Path("/proc/self/status")
-    if found := status.is_file() and re.search(r"VmHWM:\s+(\d+)", status.read_text()):
+    if found := status.is_file() and re.search(r"VmHWM:\s+(\d+)", status.read_text(encoding="utf-8")):
         return 1024 * int(found[1])
     import resource
 
@@ -524,7 +529,7 @@ def progress(items: Iterable, total: int | None = None, label: str = "", every: 
     total = len(items) if total is None and hasattr(items, "__len__") else total
     if os.environ.get("NBS_LESSON"):
         yield from items
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and threading.current_thread() is threading.main_thread():  # there is one bar: two GPUs at work print lines
         from rich.progress import track
 
         yield from track(items, description=label, total=total)
@@ -557,7 +562,7 @@ def rooms_behind(room: str) -> dict[str, str]:
     while todo:
         name = todo.pop()
         if name not in seen and (package_folder() / f"{name}.py").is_file():
-            seen[name] = (package_folder() / f"{name}.py").read_text()
+            seen[name] = (package_folder() / f"{name}.py").read_text(encoding="utf-8")
             todo += re.findall(r"^\s*from (?:nbs_lib)?\.(\w+) import", seen[name], re.M)
             for names in re.findall(r"^\s*from (?:nbs_lib|\.) import ([\w, ]+)", seen[name], re.M):
                 todo += re.findall(r"\w+", names)
@@ -585,6 +590,7 @@ class Run:
     provenance: dict = field(default_factory=dict)  # of the stage that is running
     warnings: list[str] = field(default_factory=list)
     written: list[Path] = field(default_factory=list)
+    unfinished: list[str] = field(default_factory=list)  # what the stage had no time for: it is done again next time
 
     @property
     def artefacts(self) -> Path:
@@ -641,11 +647,17 @@ def open_run(
     return Run(input, output, settings)
 
 # %% ../notebooks/00_core.ipynb #2f7e7bcc
+def is_litter(path: str | Path) -> bool:
+    "Whether a file was left by a file manager (.DS_Store, Thumbs.db, a folder @eaDir, whatever is hidden): nobody reads it, and it comes and goes."
+    path = Path(path)
+    return path.name.startswith(".") or path.name in ("Thumbs.db", "desktop.ini") or "@eaDir" in path.parts
+
+
 def _expand(run: Run, pattern: str) -> list[Path]:
     "The files of `input/…` or `artefacts/…`, sorted; no wildcard: that one file, or none."
     where, _, rest = pattern.partition("/")
     base = {"input": run.input, "artefacts": run.artefacts}[where]
-    return sorted(p for p in base.glob(rest) if p.is_file() and ".tmp-" not in p.name)
+    return sorted(p for p in base.glob(rest) if p.is_file() and ".tmp-" not in p.name and not is_litter(p))
 
 
 def hash_inputs(run: Run, reads: Iterable[str]) -> dict[str, dict]:
@@ -677,7 +689,7 @@ def is_fresh(run: Run, name: str) -> bool:
     try:
         old = read_json(path)
         now = describe(run, name, old["room"], old["inputs"], old["settings"])
-        return all(old[k] == now[k] for k in now) and all((run.output / f).is_file() and (run.output / f).stat().st_size == size for f, size in old["outputs"].items())
+        return not old["unfinished"] and all(old[k] == now[k] for k in now) and all((run.output / f).is_file() and (run.output / f).stat().st_size == size for f, size in old["outputs"].items())
     except (InputError, KeyError, TypeError, AttributeError):
         return False  # written by another version: do the stage again
 
@@ -702,13 +714,13 @@ def stage(
                 return read_json(manifest_path(run, name))["summary"]
             check_reads(run, name, reads)
             manifest_path(run, name).unlink(missing_ok=True)
-            run = dataclasses.replace(run, provenance=describe(run, name, room, reads, sections), warnings=[], written=[])
+            run = dataclasses.replace(run, provenance=describe(run, name, room, reads, sections), warnings=[], written=[], unfinished=[])
             keep_memory()
             start = time.monotonic()
             try:
                 summary = function(run)
                 outputs = {str(p.relative_to(run.output)): p.stat().st_size for p in run.written}
-                write_json(manifest_path(run, name), {**run.provenance, "outputs": outputs, "warnings": run.warnings,
+                write_json(manifest_path(run, name), {**run.provenance, "outputs": outputs, "warnings": run.warnings, "unfinished": run.unfinished,
                                                       "summary": summary, "seconds": round(time.monotonic() - start, 2)})
             except OSError as e:
                 ours = not (e.filename and Path(os.fsdecode(e.filename)).resolve().is_relative_to(run.input.resolve()))

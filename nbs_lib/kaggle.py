@@ -174,7 +174,7 @@ def stale_metadata(s: Settings, folder: Path) -> list[str]:
     "Files of `folder` that differ from what the settings say, that are missing, or that nobody writes."
     wanted = metadata_files(s)
     there = {str(p.relative_to(folder)) for p in folder.rglob("*.json")}
-    return sorted({n for n, text in wanted.items() if not (folder / n).is_file() or (folder / n).read_text() != text} | (there - wanted.keys()))
+    return sorted({n for n, text in wanted.items() if not (folder / n).is_file() or (folder / n).read_text(encoding="utf-8") != text} | (there - wanted.keys()))
 
 
 def write_metadata(s: Settings, folder: Path) -> list[str]:
@@ -182,7 +182,7 @@ def write_metadata(s: Settings, folder: Path) -> list[str]:
     names = [n for n in stale_metadata(s, folder) if n in metadata_files(s)]
     for name in names:
         with atomic(folder / name) as temporary:
-            temporary.write_text(metadata_files(s)[name])
+            temporary.write_text(metadata_files(s)[name], encoding="utf-8")
     return names
 
 # %% ../notebooks/81_kaggle.ipynb #6f385304
@@ -307,8 +307,8 @@ def package(line: str) -> str:
 
 def image_lacks(checkout: Path) -> list[str]:
     "Dependencies of the library that constraints-kaggle.txt does not list."
-    image = {package(line) for line in (checkout / "constraints-kaggle.txt").read_text().splitlines()}
-    wanted = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]["dependencies"]
+    image = {package(line) for line in (checkout / "constraints-kaggle.txt").read_text(encoding="utf-8").splitlines()}
+    wanted = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     return [w for w in wanted if package(w) not in image]
 
 
@@ -351,7 +351,7 @@ def make_wheelhouse(checkout: Path, to: Path, relock: bool = False) -> list[str]
     pip("download", *ENOUGH, "--dest", str(folders[1]), *(image_lacks(checkout) if relock else ["--require-hashes", "-r", str(lock)]))
     for path in (*(f / "wheelhouse.lock" for f in folders), *([lock] if relock else [])):
         with atomic(path) as temporary:
-            temporary.write_text("\n".join(lock_lines(folders[0] if path.parent == folders[0] else folders[1])) + "\n")
+            temporary.write_text("\n".join(lock_lines(folders[0] if path.parent == folders[0] else folders[1])) + "\n", encoding="utf-8")
     return [f"{p.stat().st_size / 1e6:8.2f} MB  {p.relative_to(to)}" for f in folders for p in sorted(f.iterdir())]
 
 # %% ../notebooks/81_kaggle.ipynb #e764aa42
@@ -360,7 +360,7 @@ def make_overlay(image: Path, folder: Path) -> Path:
     subprocess.run([image / "bin" / "python", "-m", "venv", "--clear", "--without-pip", folder], check=True)  # the image's pip installs here
     ask = "import sys; print('\\n'.join(p for p in sys.path if p.endswith('site-packages')))"  # of an overlay, those of its image too
     theirs = subprocess.run([image / "bin" / "python", "-c", ask], check=True, capture_output=True, text=True).stdout
-    (next(folder.glob("lib/python3*/site-packages")) / "image.pth").write_text(theirs)
+    (next(folder.glob("lib/python3*/site-packages")) / "image.pth").write_text(theirs, encoding="utf-8")
     return folder / "bin" / "python"
 
 

@@ -298,7 +298,7 @@ def kaggle_state(root: str | Path | None = None, etc: str | Path = "/etc") -> di
     root, levels = Path(root or kaggle_input()), {"competitions": 1, "datasets": 2, "models": 5, "notebooks": 2}
     mounts = [p.relative_to(root).as_posix() for kind, n in levels.items() for p in sorted((root / kind).glob("/".join("*" * n))) if p.is_dir()]
     mounts += [p.name for p in sorted(root.glob("*")) if p.is_dir() and p.name not in levels]
-    image = os.environ.get("KAGGLE_DOCKER_IMAGE") or "-".join(p.read_text().strip() for p in (Path(etc, "git_commit"), Path(etc, "build_date")) if p.is_file())
+    image = os.environ.get("KAGGLE_DOCKER_IMAGE") or "-".join(p.read_text(encoding="utf-8").strip() for p in (Path(etc, "git_commit"), Path(etc, "build_date")) if p.is_file())
     return {k: v for k, v in {"mounts": mounts, "docker": image, "run_type": os.environ.get("KAGGLE_KERNEL_RUN_TYPE")}.items() if v}
 
 # %% ../notebooks/70_ledger.ipynb #6797e14c
@@ -418,11 +418,21 @@ def add_run(
     run: str | Path,  # the run's OUT folder, or a ledger
     input: str | Path = "",  # the competition's folder, should the run have no line yet
 ) -> str:
-    "Copy the lines of a run (or of another ledger); a run without a line gets one. Returns the id of the newest entry. Raises `InputError`."
+    "Copy the lines of a run (or of another ledger); a run without a line gets one. Returns the id of the entry of the run's submission.csv, without one that of the newest. Raises `InputError`."
     run = Path(run)
-    if run.is_dir() and not (run / "ledger.jsonl").exists():
+    if not run.is_dir():
+        return merge(path, run)[-1]
+    own, file = run / "ledger.jsonl", run / "submission.csv"
+    sent = file_facts(file)["sha256"] if file.is_file() else None
+    if not own.exists() or (sent and not _entries_of(own, sent)):
         record(reopen(run, input))
-    return merge(path, run / "ledger.jsonl" if run.is_dir() else run)[-1]
+    ids = merge(path, own)
+    return (_entries_of(own, sent) or ids)[-1]
+
+
+def _entries_of(ledger: Path, sha256: str | None) -> list[str]:
+    "The ids of the entries whose file this is, the oldest first."
+    return [entry for entry, told in read_ledger(ledger).entries.items() if told.own.get("sha256") == sha256]
 
 
 def record_sent(

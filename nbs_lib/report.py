@@ -897,14 +897,14 @@ def write_pages(run: Run) -> list[str]:
     for path in notebooks:
         made_of = hashlib.blake2b(path.read_bytes() + STYLE.encode() + NOTEBOOK_STYLE.encode(), digest_size=12).hexdigest()
         page, mark = path.with_suffix(".html"), f"<!-- made of {made_of} -->"
-        if not (page.is_file() and page.read_text().endswith(mark)):
+        if not (page.is_file() and page.read_text(encoding="utf-8").endswith(mark)):
             try:
                 text = notebook_page(path, [p.stem for p in notebooks])
             except Exception as e:  # whatever nbformat finds in a file that a killed run left
                 run.warn(f"report: {path.name} cannot be shown ({type(e).__name__})")
                 continue
             with atomic(page) as temporary:
-                temporary.write_text(text + mark)
+                temporary.write_text(text + mark, encoding="utf-8")
         names.append(path.stem)
     return names
 
@@ -916,7 +916,7 @@ def write_report(run: Run, record: dict) -> Path:
     write_json(run.output / "scores.json", scores)
     page = render(found, scores, write_pages(run))
     with atomic(run.output / "report.html") as temporary:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
     return run.output / "report.html"
 
 # %% ../notebooks/82_report.ipynb #e1a50002

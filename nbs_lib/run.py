@@ -11,9 +11,9 @@ __all__ = ['STAGES', 'PHOTO_STAGES', 'CLONE_NEWNS', 'CLONE_NEWUSER', 'CLONE_NEWN
            'choose_sandbox', 'enter_sandbox', 'is_run_cell', 'papermill_engine', 'notebook_path', 'execute_stage',
            'die_with_parent', 'keep_last_words', 'last_cell', 'tree', 'rss_gb', 'pss_gb', 'Memory', 'LimitPassed',
            'Limits', 'folder_gb', 'end_all', 'nobody_left', 'adopt_orphans', 'check_limits', 'watch', 'keep_notebook',
-           'run_stage', 'snapshot', 'tell_changes', 'versions', 'describe_run', 'run_chain', 'tell_left', 'tell_limits',
-           'find_input', 'open_here', 'make_call', 'parse_call', 'shorten', 'run_call', 'try_report', 'print_scores',
-           'main', 'bench_run']
+           'run_stage', 'snapshot', 'tell_changes', 'versions', 'describe_run', 'alone_in', 'run_chain',
+           'tell_unfinished', 'tell_left', 'tell_limits', 'find_input', 'open_here', 'make_call', 'parse_call',
+           'shorten', 'run_call', 'try_report', 'print_scores', 'main', 'bench_run']
 
 # %% ../notebooks/90_run.ipynb #2a221625
 import argparse
@@ -37,14 +37,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from nbs_lib.core import (
-    FULL, InputError, LimitsSettings, Run, atomic, hash_inputs, is_fresh, load_settings, manifest_path, open_run, read_json, resolve_mount, shipped, version, write_json,
+    FULL, InputError, LimitsSettings, Run, atomic, hash_inputs, is_fresh, is_litter, load_settings, manifest_path, on_kaggle, open_run, read_json, resolve_mount, shipped, version, write_json,
 )
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
@@ -82,9 +82,9 @@ def enter_namespaces(flags: int) -> None:
     uid, gid = os.getuid(), os.getgid()
     if libc.unshare(flags) != 0:
         _called(libc.unshare(CLONE_NEWUSER | flags), "unshare")
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="utf-8")
 
 
 def raise_loopback() -> None:
@@ -178,7 +178,7 @@ def guard_environment(place: Path, network: bool = True, folder: Path | None = N
     "Environment variables that put the guards into every Python started with them; their file is written to `place`."
     calls = {guard_sockets: "guard_sockets()"} if network else {}
     calls |= {guard_folder: f"guard_folder({str(folder.resolve())!r})"} if folder else {}
-    (place / "sitecustomize.py").write_text("\n\n".join(f"{inspect.getsource(guard)}\n\n{call}\n" for guard, call in calls.items()))
+    (place / "sitecustomize.py").write_text("\n\n".join(f"{inspect.getsource(guard)}\n\n{call}\n" for guard, call in calls.items()), encoding="utf-8")
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(place), os.environ.get("PYTHONPATH", "")]))}
 
 
@@ -290,7 +290,7 @@ def papermill_engine(place: Path):
                 write_ipynb(type(nb_man.nb)({**nb_man.nb, "cells": cls.whole}), str(place / "next.ipynb"))
                 (place / "next.ipynb").replace(place / "notebook.ipynb")
                 first = next((line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")), "")
-                (place / "next.json").write_text(json.dumps({"cell": cell_index + 1, "source": first[:80]}))
+                (place / "next.json").write_text(json.dumps({"cell": cell_index + 1, "source": first[:80]}), encoding="utf-8")
                 (place / "next.json").replace(place / "cell.json")
 
             nb_man.cell_start = cell_start
@@ -336,11 +336,11 @@ def die_with_parent() -> None:
 
 def keep_last_words(place: Path) -> None:
     "What the kernel and C libraries say on stderr goes to `place`/stderr.txt; this process speaks as before, until it is ended from outside."
-    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
     os.dup2(os.open(place / "stderr.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
 
     def end(*_):
-        sys.stderr = open(os.devnull, "w")  # why it ends is told by who ended it
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # why it ends is told by who ended it
         sys.exit(143)
 
     signal.signal(signal.SIGTERM, end)
@@ -374,7 +374,7 @@ def pss_gb(processes: list[psutil.Process]) -> float:
     total = 0.0
     for p in processes:
         try:
-            text = Path(f"/proc/{p.pid}/smaps_rollup").read_text()
+            text = Path(f"/proc/{p.pid}/smaps_rollup").read_text(encoding="utf-8")
             total += int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) / 2**20
         except (OSError, TypeError):
             total += rss_gb([p])
@@ -406,7 +406,7 @@ class Limits:
     stage_hours: float = 0.0
     memory_gb: float = 0.0
     working_gb: float = 0.0
-    started: float = 0.0  # seconds since 1970: from here submit counts its hours, unless $NBS_STARTED says when the session began
+    started: float = 0.0  # seconds since 1970: from here submit counts its hours, unless $NBS_STARTED says when the session began; zero: from its own start
 
 
 def folder_gb(folder: Path) -> float:
@@ -492,7 +492,7 @@ def run_stage(run: Run, entry: dict, call: dict, sandbox: Sandbox, limits: Limit
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         place = Path(folder)
         job = json.dumps({"name": name, "call": call, "sandbox": dataclasses.asdict(sandbox), "place": folder})
-        process = subprocess.Popen([sys.executable, "-m", "nbs_lib.run", "--worker", job], start_new_session=True, env={"NBS_STARTED": str(limits.started), **os.environ})
+        process = subprocess.Popen([sys.executable, "-m", "nbs_lib.run", "--worker", job], start_new_session=True, env={**({"NBS_STARTED": str(limits.started)} if limits.started else {}), **os.environ})
         try:
             watch(process, name, run.output, limits, memory, place)
             happened = read_json(place / "told.json") if (place / "told.json").is_file() else {"ename": "Killed", "evalue": f"its worker ended with {process.returncode}", **last_cell(place)}
@@ -505,20 +505,20 @@ def run_stage(run: Run, entry: dict, call: dict, sandbox: Sandbox, limits: Limit
             entry |= last_cell(place) if entry["status"] == "stopped" else {}
             keep_notebook(place, run.output / "notebooks" / f"{STAGES[name]}.ipynb")
             manifest = read_json(manifest_path(run, name)) if manifest_path(run, name).is_file() else {}
-            entry |= {"written_mb": round(max(0.0, folder_gb(run.output) - before) * 1024, 1), "warnings": manifest.get("warnings", [])}
+            entry |= {"written_mb": round(max(0.0, folder_gb(run.output) - before) * 1024, 1), "warnings": manifest.get("warnings", []), "unfinished": manifest.get("unfinished", [])}
 
 # %% ../notebooks/90_run.ipynb #bcf4a602
 def snapshot(folder: Path) -> dict[str, tuple]:
-    "Names below `folder` with size, time of change and inode of the files; linked folders at its top are looked into."
+    "Names below `folder` with size and time of change of the files, but for litter; linked folders at its top are looked into."
     out = {}
     for top in (folder, *(p for p in folder.iterdir() if p.is_symlink() and p.is_dir())):
         for where, folders, files in os.walk(top):
-            names = {os.path.relpath(os.path.join(where, n), folder): os.path.join(where, n) for n in files}
+            names = {os.path.relpath(path, folder): path for n in files if not is_litter(path := os.path.join(where, n))}
             for name, path in names.items():
                 with contextlib.suppress(FileNotFoundError):  # a link to nothing
                     seen = os.stat(path)
-                    out[name] = (seen.st_size, seen.st_mtime_ns, seen.st_ino)
-            out |= {os.path.relpath(os.path.join(where, n), folder) + os.sep: () for n in folders}
+                    out[name] = (seen.st_size, seen.st_mtime_ns)
+            out |= {os.path.relpath(path, folder) + os.sep: () for n in folders if not is_litter(path := os.path.join(where, n))}
     return out
 
 
@@ -549,13 +549,31 @@ def describe_run(run: Run, call: dict, sandbox: Sandbox) -> dict:
             "inputs": hash_inputs(run, ("input/*.csv", "input/train/*", "input/test/*")), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "stages": []}
 
 
+@contextlib.contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    "Keep other runs out of `output` inside the block; raises `InputError` where one is at work. A run that is killed lets go."
+    with open(output / ".lock", "a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f"output {output}: another run is at work there; wait for its end, or choose another --output") from e
+        except OSError as e:
+            print(f"warning: {output} knows no locks ({e.strerror}); see to it that no other run writes there", file=sys.stderr)
+        yield
+
+
 def run_chain(run: Run, names: list[str], call: dict, sandbox: str = "auto", hours: float = 0.0) -> dict:
     "Run stages in order; returns the record that `run.json` holds. Raises `LimitPassed`, `InputError`, or RuntimeError for a failed stage."
+    with alone_in(run.output):
+        return _run_chain(run, names, call, sandbox, hours)
+
+
+def _run_chain(run: Run, names: list[str], call: dict, sandbox: str, hours: float) -> dict:
     protections, bounds = choose_sandbox(sandbox, run.input, run.output, run.settings.limits.cpus), run.settings.limits
     record, path = describe_run(run, call, protections), run.output / "run.json"
     earlier, input = {s["name"]: s for s in (read_json(path)["stages"] if path.is_file() else [])}, snapshot(run.input)
     start = time.monotonic()
-    limits = Limits(start + 3600 * hours if hours else 0.0, bounds.stage_hours, bounds.memory_gb, bounds.working_gb, time.time())
+    limits = Limits(start + 3600 * hours if hours else 0.0, bounds.stage_hours, bounds.memory_gb, bounds.working_gb, time.time() if hours or on_kaggle() else 0.0)
     print(f"sandbox: {protections.told()}; {tell_limits(bounds, hours)}", flush=True)
     try:
         for number, name in enumerate(names, 1):
@@ -569,7 +587,7 @@ def run_chain(run: Run, names: list[str], call: dict, sandbox: str = "auto", hou
                 print(f"{title} … {tell_left(names[number - 1 :], earlier)}".rstrip(), flush=True)
                 write_json(path, record)
                 run_stage(run, entry, call, protections, limits, input)
-                print(f"{title}: {entry['status']} in {entry['seconds']} s, {entry['peak_rss_gb']} GB", flush=True)
+                print(f"{title}: {entry['status']} in {entry['seconds']} s, {entry['peak_rss_gb']} GB" + tell_unfinished(entry), flush=True)
             if entry["status"] == "failed":
                 _raise_failure(run, entry)
         record["status"] = "done"
@@ -582,6 +600,12 @@ def run_chain(run: Run, names: list[str], call: dict, sandbox: str = "auto", hou
         record["stages"].sort(key=lambda s: list(STAGES).index(s["name"]))
         write_json(path, record)
     return record
+
+
+def tell_unfinished(entry: dict) -> str:
+    "What a stage had no time for, in words; empty when it did all."
+    left = entry["unfinished"]
+    return f"; no time for {left[0]}{f' (and {len(left) - 1} more)' if left[1:] else ''}: the same command does it when there is" if left else ""
 
 
 def tell_left(names: list[str], earlier: dict[str, dict]) -> str:
@@ -723,6 +747,11 @@ def print_scores(run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     "The command line; returns the exit code."
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks to go on
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal of another encoding: a mark is lost, not the run
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
     try:
         args = parse_call(sys.argv[1:] if argv is None else argv)
@@ -758,7 +787,7 @@ if __name__ == "__main__" and not hasattr(sys, "ps1") and "ipykernel" not in sys
 BARE = """
 import io, json, sys
 names = json.loads(sys.argv[2])
-for cell in json.load(open(sys.argv[1]))["cells"]:
+for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
     if "".join(cell["source"]).startswith("#| run"):
         exec("".join(cell["source"]), names)
 if plt := sys.modules.get("matplotlib.pyplot"):

@@ -38,7 +38,7 @@ from PIL import Image
 
 from . import boosting, frozen, siglip
 from .balance import reconcile
-from .core import InputError, Run, load_settings, read_json, shipped, stage
+from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage
 from .data import long_form, read_test, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
 from .inpaint import read_bytes
@@ -264,8 +264,11 @@ class Clock:
 
 
 def open_clock(run: Run) -> Clock:
-    "The clock of this submission: limits.hours after the start of the process, less submit.margin_minutes."
-    started = float(os.environ.get("NBS_STARTED") or psutil.Process().create_time())
+    """The clock of this submission: it ends limits.hours, less submit.margin_minutes, after the session began.
+
+    That is $NBS_STARTED, seconds since 1970; else, on Kaggle, the start of this process; elsewhere now: at home nobody counts the hours of training.
+    """
+    started = float(os.environ.get("NBS_STARTED") or (psutil.Process().create_time() if on_kaggle() else time.time()))
     return Clock(started + 3600 * run.settings.limits.hours - 60 * run.settings.submit.margin_minutes)
 
 
@@ -453,6 +456,7 @@ class Job:
         "Say and keep what there was no time for."
         if photos:
             self.dropped.append(f"{what} for {photos} of {len(self.task.ids)} photos")
+            self.run.unfinished.append(self.dropped[-1])
             self.run.warn(f"submit: no time for {self.dropped[-1]}")
 
 
@@ -465,14 +469,17 @@ class Model1:
 
     def __init__(self, job: Job):
         self.job, self.tally, self.spoiled = job, Tally(len(job.task.ids)), 0
-        self.plans = plan_teams(job.run.artefacts)
+        plans = plan_teams(job.run.artefacts)
         self.views = job.run.settings.train_dinov3.views
         self.teams: dict[tuple[int, ...], Team | None] = {}
         self.met: set[tuple[int, ...]] = set()
         self.shelf = job.reader.shelves[model_shapes(job.run)["dinov3"]]
-        there, wanted = {k for plan in self.plans for k in plan}, set(range(count_folds(job.run)))
+        there, wanted = {k for plan in plans for k in plan}, set(range(count_folds(job.run)))
+        self.plans = [kept for plan in plans if (kept := tuple(k for k in plan if k in wanted))]
+        if there - wanted:
+            job.run.warn(f"submit: fold {', '.join(map(str, sorted(there - wanted)))} of model 1 is of an earlier division into {len(there)} folds, and is left out")
         if wanted - there:
-            job.run.warn(f"submit: fold {', '.join(map(str, sorted(wanted - there)))} of model 1 is missing; " + ("the others answer" if there else "what else is known answers"))
+            job.run.warn(f"submit: fold {', '.join(map(str, sorted(wanted - there)))} of model 1 is missing; " + ("the others answer" if self.plans else "what else is known answers"))
 
     def team(self, folds: tuple[int, ...]) -> Team | None:
         "The team of `folds`; of several only the last is kept in memory, and what is wrong with one is told once."
@@ -688,6 +695,7 @@ def predict_test(run: Run) -> dict:
             attempt(run.warn, "what was not done yet", lambda: run_models(job))
     except DeadlinePassed:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        run.unfinished.append("what was running when the deadline came")
         run.warn("submit: the deadline came while something was running; the file is what was reached until then")
         for folds, view in job.ahead:
             job.drop(name_part(folds, view), int(reader.readable.sum()))

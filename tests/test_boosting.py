@@ -427,6 +427,27 @@ def read_summary(run):
     return json.loads((run.artefacts / "stages" / "boosting.json").read_text())["summary"]
 
 
+def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, monkeypatch):
+    "A model fitted with catboost, where catboost is not installed: fitted anew without it."
+    run, _, X, _ = ran
+    shutil.copytree(run.artefacts, tmp_path / "artefacts")
+    beside = tmp_path / "artefacts" / "boosting" / "model.json"
+    told = json.loads(beside.read_text())
+    told["members"] = told["params"]["members"] = [*told["members"], "catboost"]
+    told["versions"]["catboost"] = "1.2"
+    beside.write_text(json.dumps(told))
+    real, warnings = boosting.importlib.metadata.version, []
+
+    def version(package):
+        if package == "catboost":
+            raise boosting.importlib.metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(boosting.importlib.metadata, "version", version)
+    y, _, _ = predict(tmp_path / "artefacts", {"eyes": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
+    assert np.isfinite(y).all() and "catboost 1.2 (here none)" in warnings[0] and "catboost is left out" in warnings[1]
+
+
 def test_other_versions_are_refused_or_fitted_anew(ran, tmp_path):
     run, _, X, _ = ran
     shutil.copytree(run.artefacts, tmp_path / "artefacts")

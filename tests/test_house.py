@@ -81,6 +81,14 @@ def test_library_and_notebooks_agree(tmp_path):
     assert not drifted, f"run nbdev-export and nbdev-clean, and commit: {drifted}"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_texts_are_utf8_wherever_it_runs(name):
+    "A machine whose own encoding is another reads and writes the same files."
+    for node in ast.walk(ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
+            assert "encoding" in {k.arg for k in node.keywords}, f"{name}.py:{node.lineno}: {ast.unparse(node.func)} without an encoding"
+
+
 def snapshot(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for d in ("notebooks", "nbs_lib") for p in sorted((root / d).glob("*.[ip][py]*")) if p.is_file()}
 

@@ -383,3 +383,9 @@ def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
     assert (root.working / "submission.csv").read_bytes() == answer
     assert {p.name for p in tmp_path.iterdir()} == {"new", "old", "venv", *(f"left-{name}" for name in left)}
     assert {p.name for p in (tmp_path / "old").iterdir()} == {"input", "working", "home", "suite.ipynb"}
+
+
+@pytest.mark.parametrize("asked, sends", [("1", True), ("yes", True), ("0", False), ("", False), ("no", False)])
+def test_make_sends_only_when_told_to(asked, sends):
+    done = subprocess.run(["make", "-n", "push", "STAGE=train", f"SEND={asked}"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ("--send" in done.stdout) == sends

@@ -1,10 +1,12 @@
 """The ledger under kills, two writers, damage, Kaggle's output in all its forms; and the choice where the answer is known."""
 import csv
+import dataclasses
 import errno
 import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,6 +314,22 @@ def test_a_run_without_a_line_gets_one_from_its_run_json(blended, tmp_path):
     assert read_ledger(tmp_path / "book.jsonl").entries[entry].get("oof")["grouped"]["photos"] == 24
     with pytest.raises(InputError, match="run.json"):
         add_run(tmp_path / "book.jsonl", tmp_path)
+
+
+def test_what_was_sent_is_the_file_that_lies_there(blended, tmp_path):
+    "Settings A, then B, then A again: the newest line is B's, the file is A's, and so is Kaggle's number."
+    run, _ = blended
+    out = tmp_path / "out"
+    shutil.copytree(run.output, out, ignore=shutil.ignore_patterns("ledger.jsonl"))
+    rows = pd.read_csv(out / "submission.csv")
+    lines = {}
+    for name, grams in (("A", 1.5), ("B", 2.5), ("A", 1.5)):
+        rows.assign(target=grams).to_csv(out / "submission.csv", index=False)
+        lines[name] = record(dataclasses.replace(run, output=out))
+    assert list(read_ledger(out / "ledger.jsonl").entries) == [lines["A"], lines["B"]]
+    assert record_sent(tmp_path / "book.jsonl", out, "third", reference=7) == lines["A"]
+    book = read_ledger(tmp_path / "book.jsonl").entries
+    assert book[lines["A"]].get("reference") == "7" and book[lines["B"]].get("reference") is None
 
 
 def test_a_submission_never_fails_for_its_book(blended, monkeypatch, capsys):

@@ -353,6 +353,14 @@ def test_a_test_photo_that_cannot_be_read_is_left_out(folder):
     assert len(run.warnings) == 2 and "ID1.jpg" in run.warnings[0] and "ID3.jpg" in run.warnings[1]
 
 
+def test_a_test_photo_under_another_ending_is_stored(folder):
+    paths = write_photos(folder, 1)
+    moved = paths[0].rename(paths[0].with_suffix(".JPEG"))
+    (folder / "in/test.csv").write_text("sample_id,image_path,target_name\nID0__Dry_Dead_g,ID0.jpg,Dry_Dead_g\n")
+    run = run_in(folder)
+    assert photos.readable_photos(run) == [moved] and not run.warnings
+
+
 def test_workers_may_pickle_a_store(folder):
     import pickle
 
@@ -478,7 +486,7 @@ def test_the_bench_measures_each_way(folder):
 
     assert list(find_benches(["photos"])) == ["photos.bench_photos"]
     write_photos(folder, 2)
-    rows = {row["way"]: row for row in photos.bench_photos(folder / "in", many=3)}
+    rows = {row["way"].partition(", files")[0]: row for row in photos.bench_photos(folder / "in", many=3)}
     assert len(rows) == 7 and all(row["ms"] > 0 for row in rows.values())
     assert rows["decode alone"]["times_decode"] == 1 and rows["the recipe, each epoch"]["times_recipe"] == 1
     assert "0.00 GB on disk" in rows["ours, 3 photos built at 512 and read"]["note"]

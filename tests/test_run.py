@@ -223,7 +223,7 @@ def test_time_budget_ends_the_run_with_3(paddock, tmp_path):
     assert read_json(tmp_path / "out/run.json")["status"].startswith("LimitPassed")
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_stopped_run_leaves_no_orphan(how, paddock, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), *SMALL],
@@ -249,7 +249,7 @@ from pathlib import Path
 saved = Path(output) / "artefacts" / "saved.txt"
 saved.parent.mkdir(parents=True, exist_ok=True)
 saved.write_text("saved")
-print("one cell is done; the run began at", os.environ["NBS_STARTED"])"""
+print("one cell is done; the run began at", os.environ.get("NBS_STARTED", "no matter when"))"""
 BEGIN = 'began = saved.parent / "began.txt"\nbegan.write_text(str(time.time()))\n'
 # How fast a system hands out pages is not the runner's doing: its time counts from the last moment at which the hog held less than 0.85 GB.
 HOG = """
@@ -336,6 +336,40 @@ def test_a_limit_ends_the_stage_in_seconds(fault, fakes, field, quiet, tmp_path)
 def test_the_start_and_a_short_budget_reach_the_stages(quiet):
     assert quiet["late"] > -0.1 and quiet["early"] > -0.1, "the run did not begin between the command and its stage"
     assert quiet["overrides"] == ["limits.hours=1.8", "submit.margin_minutes=4"]
+
+
+def test_at_home_nobody_counts_the_hours_before_submit(fakes, field, tmp_path):
+    "Without a budget, and away from Kaggle, submit is not told when the run began; in a Kaggle session it is."
+    for env, told in ((fakes, "the run began at no matter when"), ({**fakes, "KAGGLE_KERNEL_RUN_TYPE": "Batch"}, "the run began at 1")):
+        assert submit_only(field, tmp_path, env).returncode == 0
+        assert told in ended(tmp_path)[1]
+
+
+def test_one_run_at_a_time_in_an_output(fakes, field, tmp_path):
+    import fcntl
+
+    with open(tmp_path / ".lock", "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        kept_out = submit_only(field, tmp_path, fakes)
+        assert kept_out.returncode == 2 and kept_out.stderr == f"error: output {tmp_path}: another run is at work there; wait for its end, or choose another --output\n"
+        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock"], "the other run's files were touched"
+    assert submit_only(field, tmp_path, fakes).returncode == 0
+
+
+def test_a_terminal_that_knows_no_utf8(fakes, field, tmp_path):
+    "Dots and dashes may be lost there, the run may not; and what it writes is UTF-8 all the same."
+    plain = {**fakes, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
+    done = command("--profile", "demo", "--input", field, "--output", tmp_path, "--from", "submit", env={**plain, "NBS_FAULT": "1 / 0"})
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "Encode" not in done.stderr + done.stdout, done.stderr
+    assert "ZeroDivisionError" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_litter_of_a_file_manager_is_no_change(fakes, tmp_path):
+    source = tiny.competition(tmp_path / "csiro-biomass", n_train=4, n_test=1)
+    (source / "train" / ".DS_Store").write_bytes(b"before")
+    litter = "(Path(input) / 'train' / '.DS_Store').write_bytes(b'after'); (Path(input) / 'Thumbs.db').write_bytes(b'new')"
+    done = submit_only(source, tmp_path / "out", fakes, "--sandbox", "none", fault=litter)
+    assert done.returncode == 0 and (source / "Thumbs.db").is_file(), done.stderr
 
 
 LEAVING = """

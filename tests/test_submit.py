@@ -24,7 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nbs_lib import submit
-from nbs_lib.core import InputError, read_json
+from nbs_lib.core import InputError, is_fresh, read_json
 from nbs_lib.data import read_competition, read_oof
 from nbs_lib.model import load_model, save_model
 from nbs_lib.submit import run_submit
@@ -506,6 +506,39 @@ def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
     assert summary["models"]["dinov3"] == 6, "every photo had a look"
     warnings = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     assert any("no time for" in w for w in warnings)
+
+
+def test_what_there_was_no_time_for_is_done_next_time(trained, untouched, tmp_path, monkeypatch):
+    "The hours ran out before submit began: the means, and not for good."
+    run = copy_run(trained, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setenv("NBS_STARTED", str(time.time() - 9 * 3600))
+        assert not any(run_submit(run)["models"].values())
+    told = read_json(run.artefacts / "stages" / "submit.json")
+    assert told["unfinished"] == ["what was running when the deadline came"] and not is_fresh(run, "submit")
+    assert run_submit(run)["models"] == untouched[1]["models"] and is_fresh(run, "submit")
+    assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
+
+
+def test_where_the_hours_count_from(trained, tmp_path, monkeypatch):
+    run = copy_run(trained, tmp_path, ["limits.hours=2", "submit.margin_minutes=30"])
+    monkeypatch.delenv("NBS_STARTED", raising=False)
+    monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+    monkeypatch.setattr(submit.psutil.Process, "create_time", lambda self: time.time() - 3600)
+    assert submit.open_clock(run).left() == pytest.approx(1.5 * 3600, abs=5), "at home from the stage's start"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert submit.open_clock(run).left() == pytest.approx(0.5 * 3600, abs=5), "on Kaggle from the session's"
+    monkeypatch.setenv("NBS_STARTED", str(time.time() - 2 * 3600))
+    assert submit.open_clock(run).left() == pytest.approx(-0.5 * 3600, abs=5)
+
+
+def test_folds_of_an_earlier_division_do_not_answer(trained, untouched, tmp_path, capsys):
+    run = copy_run(trained, tmp_path)
+    for ending in (".json", ".safetensors"):
+        shutil.copy(run.artefacts / "dinov3" / f"fold1{ending}", run.artefacts / "dinov3" / f"fold3{ending}")
+    run_submit(run)
+    assert "fold 3 of model 1 is of an earlier division into 4 folds, and is left out" in capsys.readouterr().out
+    assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
 
 
 def test_a_stall_is_broken_off(trained, tmp_path, monkeypatch):
