@@ -468,6 +468,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nbs_lib.inpaint.finder_targets': ('inpaint.html#finder_targets', 'nbs_lib/inpaint.py'),
                                  'nbs_lib.inpaint.fit_net': ('inpaint.html#fit_net', 'nbs_lib/inpaint.py'),
                                  'nbs_lib.inpaint.fit_nets': ('inpaint.html#fit_nets', 'nbs_lib/inpaint.py'),
+                                 'nbs_lib.inpaint.glance': ('inpaint.html#glance', 'nbs_lib/inpaint.py'),
                                  'nbs_lib.inpaint.ink_box': ('inpaint.html#ink_box', 'nbs_lib/inpaint.py'),
                                  'nbs_lib.inpaint.inpaint_stamp': ('inpaint.html#inpaint_stamp', 'nbs_lib/inpaint.py'),
                                  'nbs_lib.inpaint.judge': ('inpaint.html#judge', 'nbs_lib/inpaint.py'),
