@@ -1,0 +1,199 @@
+"""What a training does at its limits: numbers too large for float16, time and disk that run out, files of other settings."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from test_train import CNN, VIT, eight, net_on, opened, settings, trained
+
+from nbs_lib import train_dinov3 as room
+from nbs_lib.core import InputError
+from nbs_lib.train_dinov3 import Fit, Kept, load_state, predict, train
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def half_precision(monkeypatch):
+    "A CPU that computes in float16, as a T4 does."
+    monkeypatch.setattr(room, "pick_dtype", lambda device: torch.float16)
+
+
+def too_large():
+    "A network whose patches are embedded beyond float16's 65504, its frozen layers in half precision as in a training on a T4; and photographs."
+    net = net_on(VIT, head="pooled")
+    room.unfreeze(net, 2)
+    with torch.no_grad():
+        net.backbone.net.patch_embed.proj.weight *= 1e6
+    for part in net.head.parts:
+        torch.nn.init.normal_(part[-1].weight)
+    return net, np.random.default_rng(0).integers(0, 255, (2, 2, 64, 64, 3), dtype=np.uint8)
+
+
+def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkeypatch):
+    net, pairs = too_large()
+    room.halve_frozen(net, torch.float16)
+    kinds = {n: p.dtype for n, p in net.named_parameters()}
+    numbers = {n: p.detach().clone() for n, p in net.named_parameters()}
+    answers = predict(net, pairs)
+    assert np.isfinite(answers).all() and {n: p.dtype for n, p in net.named_parameters()} == kinds and torch.float16 in kinds.values()
+    assert all(torch.equal(p, numbers[n]) for n, p in net.named_parameters())
+    assert np.isfinite(room.maps_of(net_on(VIT, head="density"), pairs, [0])).all()
+    monkeypatch.undo()
+    net.backbone.float()
+    np.testing.assert_allclose(answers, predict(net, pairs), rtol=0.02)  # maps are handed on in half precision
+
+
+def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
+    net, calls = net_on(VIT, head="pooled"), []
+    real = net.encode
+    monkeypatch.setattr(net, "encode", lambda x: (calls.append(1), real(x))[1])
+    assert np.isfinite(predict(net, np.zeros((1, 2, 64, 64, 3), dtype=np.uint8))).all() and len(calls) == 1
+
+
+def failing_on(monkeypatch, bad: int, calls=()):
+    "`predict` has no answer for photograph `bad`; in all its calls, or those counted from 0."
+    real, count = room.predict, iter(range(10**6))
+
+    def broken(net, store, *args, **kw):
+        y = real(net, store, *args, **kw)
+        index = kw.get("index", args[3] if len(args) > 3 else None)
+        if not calls or next(count) in calls:
+            y[np.asarray(index) == bad] = np.nan
+        return y
+
+    monkeypatch.setattr(room, "predict", broken)
+
+
+def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.select=outer", "train_dinov3.epochs=3")
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    failing_on(monkeypatch, out[0], calls=(0, 2))
+    said = []
+    _, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    assert [h["score"] is None for h in notes["history"]] == [True, False, True]
+    assert len(said) == 2 and "after epoch 0 " in said[0] and "after epoch 2 " in said[1] and json.loads(json.dumps(notes["history"], allow_nan=False))
+
+
+def test_inner_epochs_that_overflow_are_not_judged(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.epochs=3")
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    failing_on(monkeypatch, index[0], calls=(2, 6))  # of each inner fold's calls: the probe, then three epochs
+    said = []
+    _, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    assert len(notes["verdict"]["scores"]) == 2 and np.isfinite(notes["verdict"]["gain"]) and "after epoch 1 " in said[0]
+
+
+def test_a_fold_without_finite_answers_is_not_finished(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.select=last")
+    ids, numbers = room.gather(run)[1:]
+    bad = np.flatnonzero(numbers["grouped"] == 0)[1]
+    with monkeypatch.context() as patched:
+        failing_on(patched, bad)
+        with pytest.raises(InputError, match=rf"fold 0 \(grouped\) has no finite answer for {ids[bad]}; look at"):
+            room.run_train_dinov3(run)
+    assert not list((run.artefacts / "dinov3").glob("fold0.*"))
+    assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
+
+
+def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=held_out")
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    failing_on(monkeypatch, out[0])
+    with pytest.raises(InputError, match=f"teacher of round 1 has no finite answer for {ids[out[0]]};"):
+        room.fit_fold(m, run.settings.train_dinov3, index, out, 0)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    "Trainings with a scaler of gradients, as float16 on a GPU has one."
+    real, made = room.accelerator, []
+
+    def with_scaler(device):
+        acc = real(device)
+        acc.scaler = torch.amp.GradScaler("cpu")
+        made.append(acc.scaler)
+        return acc
+
+    monkeypatch.setattr(room, "accelerator", with_scaler)
+    return made
+
+
+class Overflowing(Kept):
+    "Photographs whose first `times` batches are too large for any gradient."
+
+    def __init__(self, encoded, times):
+        super().__init__(encoded)
+        self.times = times
+
+    def batch(self, index, draw):
+        self.times -= 1
+        encoded = super().batch(index, draw)
+        return encoded._replace(grid=encoded.grid * math.inf) if self.times >= 0 else encoded
+
+
+def one_by_one(times: int, epochs: int = 4, **more):
+    encoded, y = eight(CNN, 320)
+    net = net_on(CNN, head="pooled")
+    net.start_from(y)
+    return net, Fit(Overflowing(encoded, times), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs, names=[f"ID{i:03d}" for i in range(8)], **more)
+
+
+def test_a_scaler_that_skips_without_end_is_told(scaled):
+    with pytest.raises(InputError, match=r"not finite 20 steps in a row, last on ID00\d \(epoch 2\); look at these photos and labels, or lower lr"):
+        train(*one_by_one(10**6))
+    assert scaled[-1].get_scale() == 65536 / 2**20
+
+
+def test_what_a_scaler_skips_is_neither_averaged_nor_counted(scaled, monkeypatch):
+    updates, real = [], room.EMA.update
+    monkeypatch.setattr(room.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
+    history = train(*one_by_one(19))
+    assert len(updates) == 4 * 8 - 19
+    assert [h["loss"] is None for h in history] == [True, True, False, False] and all(np.isfinite(h["loss"]) for h in history[2:])
+
+
+def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, monkeypatch):
+    "The scale alone may overflow them, with nothing wrong in the loss."
+    updates, real = [], room.EMA.update
+    monkeypatch.setattr(room.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
+    step = room.train_step
+
+    def overflowing(model, fit, micro, draw, acc):
+        loss = step(model, fit, micro, draw, acc)
+        if len(updates) == 0 and acc.scaler.get_scale() > 16384:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(room, "train_step", overflowing)
+    train(*one_by_one(0, epochs=1))
+    assert len(updates) == 8 - 2 and scaled[-1].get_scale() == 16384
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
+    "A training that began on a CPU may go on with a GPU, and the other way round."
+    real, with_scaler = room.accelerator, [first]
+
+    def either(device):
+        acc = real(device)
+        acc.scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if with_scaler[0] else None
+        return acc
+
+    monkeypatch.setattr(room, "accelerator", either)
+    state = {"state": tmp_path / "s.pt", "key": "k"}
+    killed = one_by_one(0, **state)
+    killed[1].watch = lambda epoch, net: (_ for _ in ()).throw(KeyboardInterrupt) if epoch == 2 else 0.1 * epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(*killed)
+    assert bool(load_state(state["state"], "k")["scaler"]) == first
+    with_scaler[0] = not first
+    net, fit = one_by_one(0, **state)
+    assert [h["epoch"] for h in train(net, fit)] == [0, 1, 2, 3] and all(torch.isfinite(p).all() for p in trained(net).values())
