@@ -10,10 +10,11 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'SKIPPED_STEPS', 'MIXED', 'SURE', 'SELECT', 'FU
            'Progress', 'accelerator', 'take_step', 'run_epoch', 'out_of_time', 'keep_state', 'train', 'gain_by_group',
            'set_start', 'honest_answers', 'score_epoch', 'try_inside', 'Material', 'check_settings', 'model_config',
            'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined', 'add_unlabelled', 'unlabelled', 'unknown',
-           'pseudo_round', 'fold_path', 'load_fold', 'gather', 'digest', 'checked', 'finished', 'fold_key', 'run_fold',
-           'probe_alone', 'score_scheme', 'run_train_dinov3', 'gpus', 'unfinished', 'train_some', 'save_kept',
-           'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds',
-           'maps_of', 'density_maps', 'write_maps', 'show_train']
+           'pseudo_round', 'fold_path', 'load_fold', 'open_stores', 'gather', 'digest', 'checked', 'finished',
+           'weights_key', 'fold_key', 'backbone_path', 'run_fold', 'probe_alone', 'score_scheme', 'tidy',
+           'run_train_dinov3', 'is_first', 'gpus', 'unfinished', 'train_some', 'save_kept', 'load_kept', 'train_apart',
+           'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds', 'maps_of', 'density_maps',
+           'write_maps', 'show_train']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -47,8 +48,8 @@ from torch import Tensor, nn
 from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage
 from .data import oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, find_weights, five, grouped_splits, load_model, pixel_stats,
-                           save_model)
-from .photos import augment, half_shape, open_store, to_tensor, tta_views
+                           save_model, weights_file)
+from .photos import PhotoStore, augment, half_shape, open_store, store_folder, to_tensor, tta_views
 from .targets import CLOVER, TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/32_train_dinov3.ipynb #85276f11
@@ -721,19 +722,26 @@ def load_fold(artefacts: Path, k: int, scheme: str = "grouped") -> BiomassNet:
     return load_model(fold_path(artefacts, k, scheme))
 
 
+def open_stores(run: Run) -> dict[str, PhotoStore]:
+    "The photographs by split; no `test` where inpaint found none that it could read."
+    shape = half_shape(run.settings.train_dinov3.size, run.settings.train_dinov3.squeeze)
+    splits = [split for split in ("train", "test") if split == "train" or (store_folder(run, split, shape) / "store.json").is_file()]
+    return {split: open_store(run, split, shape) for split in splits}
+
+
 def gather(run: Run, kept: dict[str, Encoded] | None = None) -> tuple[Material, np.ndarray, dict[str, np.ndarray]]:
     "What the folds share, the image_ids (n,), and the fold numbers (n,) by scheme; `kept`: what the frozen backbone said, if it was asked before."
     s, comp = run.settings.train_dinov3, read_competition(run.input)
     ids, folds = comp.train["image_id"].to_numpy(), read_folds(run, comp.train)
-    shape = half_shape(s.size, s.squeeze)
-    store = open_store(run, "train", shape)
+    stores = open_stores(run)
+    store = stores["train"]
     if list(store.ids) != list(ids):
         raise InputError("artefacts/photos: the store is of other photos than train.csv; run stage inpaint again (--from inpaint)")
     meta = known_meta(comp.train)
     net = build_model(model_config(s, int(meta["state"].max()) + 1), s.weights)
     m = Material(net, store, comp.y, comp.groups, kept, run.settings.photos, meta, ids, read_weights(run, ids))
-    if s.pseudo_rounds and "test" in s.pseudo_from:
-        m = add_unlabelled(m, open_store(run, "test", shape))
+    if s.pseudo_rounds and "test" in s.pseudo_from and "test" in stores:
+        m = add_unlabelled(m, stores["test"])
     if kept is None and (s.unfreeze == 0 or s.probe):
         m.kept = encode_store(net, m.store, s.views if s.unfreeze == 0 else ("id",), s.batch)
     return m, ids, {c: folds[f"fold_{c}"].to_numpy() for c in s.schemes}
@@ -760,11 +768,26 @@ def finished(path: Path, key: str) -> np.ndarray | None:
     return np.array(meta["held_out"]) if meta.get("key") == key else None
 
 
+def weights_key(weights: str) -> str:
+    "A hash of the file of pretrained weights, or the word that stands for them: a file may be replaced under its name, or move."
+    file = weights_file(weights)
+    return weights if file is None else hash_file(file)
+
+
 def fold_key(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int) -> str:
     "All that the result of fold `k` depends on, in a word."
     s = run.settings.train_dinov3
-    weights = hash_file(s.weights) if Path(s.weights).is_file() else s.weights
-    return digest(dataclasses.replace(s, parallel_folds=1, maps=0), run.settings.photos, run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys(), weights)
+    s = dataclasses.replace(s, parallel_folds=1, maps=0, weights=weights_key(s.weights))
+    return digest(s, run.settings.photos, run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys())
+
+
+def backbone_path(run: Run) -> Path | None:
+    "Where the part of the backbone that is not trained is kept for all folds; None where each fold has all of its own."
+    s = run.settings.train_dinov3
+    if s.unfreeze < 0 and not s.lora:
+        return None
+    drawn = run.settings.run.seed if s.weights == "random" else None
+    return run.art("dinov3", f"backbone_{digest(s.backbone, weights_key(s.weights), drawn, s.unfreeze, s.lora)}.safetensors")
 
 
 def run_fold(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int, scheme: str) -> tuple[np.ndarray, dict]:
@@ -783,8 +806,7 @@ def run_fold(run: Run, m: Material, ids: np.ndarray, numbers: np.ndarray, k: int
     held_out = checked(predict(net, m.store, s.views, s.batch, index=out, kept=kept), ids[out], f"fold {k} ({scheme})")
     if "history" in notes and m.kept is not None and s.unfreeze == 0 and s.probe:
         notes["probe alone"] = predict(probe_alone(net), m.store, s.views, s.batch, index=out, kept=kept).tolist()
-    common = path.with_name(f"backbone_{digest(s.backbone, s.weights, s.unfreeze)}.safetensors") if s.unfreeze >= 0 or s.lora else None
-    save_model(net, path, common, **run.provenance, key=key, scheme=scheme, fold=k, views=s.views, notes=notes, held_out=held_out.tolist())
+    save_model(net, path, backbone_path(run), **run.provenance, key=key, scheme=scheme, fold=k, views=s.views, notes=notes, held_out=held_out.tolist())
     for leftover in itertools.chain(state.parent.glob(path.stem + ".*"), state.parent.glob(path.stem + "_round*")):
         leftover.unlink(missing_ok=True)  # several processes tidy up together
     return held_out, notes
@@ -805,6 +827,20 @@ def score_scheme(truth: np.ndarray, y: np.ndarray, numbers: np.ndarray, notes: l
         constant[numbers == k] = truth[numbers != k].mean(0)
     scores = {name: round(weighted_r2_score(truth, p), 4) for name, p in (("r2w", y), ("probe alone", probe), ("constant", constant))}
     return scores | {"by target": per_target_r2_score(truth, y).round(3).tolist(), "heads kept": sum("history" in n for n in notes), "folds": len(notes)}
+
+
+def tidy(run: Run, schemes: dict[str, np.ndarray]) -> None:
+    "Remove what no fold of `schemes` refers to: folds, backbones, states and answers of settings that were changed since."
+    current = [fold_path(run.artefacts, k, scheme) for scheme, numbers in schemes.items() for k in np.unique(numbers).tolist()]
+    told = [read_json(path.with_suffix(".json")) for path in current]
+    shared = {run.artefacts / "dinov3" / name for meta in told for name in (meta["shared"], meta["frozen"]) if name}
+    for path in shared:
+        run.wrote(path)
+    kept = {*current, *(path.with_suffix(".json") for path in current), *shared}
+    answers = {oof_path(run, "dinov3", scheme) for scheme in {"grouped", "stratified"} - set(schemes)}
+    there = [path for form in ("fold*.*", "stratified_fold*.*", "backbone_*.safetensors", "state/*") for path in (run.artefacts / "dinov3").glob(form)]
+    for path in {*there, *answers, *(path.with_suffix(".json") for path in answers)} - kept:
+        path.unlink(missing_ok=True)
 
 
 @stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/train_*/store.json", "artefacts/photos/train_*/rows.npy",
@@ -828,9 +864,16 @@ def run_train_dinov3(run: Run) -> dict:
             notes.append(note)
         write_oof(run, "dinov3", ids, numbers, y, scheme)
         summary[scheme] = score_scheme(truth, y, numbers, notes) | {"seconds": round(sum(n["seconds"] for n in notes), 1)}
-        if scheme == "grouped" and os.environ.get("RANK", "0") == "0":
+        if scheme == "grouped" and is_first():
             write_maps(run, ids, y)
+    if is_first():
+        tidy(run, schemes)
     return summary
+
+
+def is_first() -> bool:
+    "Whether this is the only process, or the first of several that `accelerate launch` started."
+    return os.environ.get("RANK", "0") == "0"
 
 # %% ../notebooks/32_train_dinov3.ipynb #4f10afcd
 def gpus(s: TrainDinov3Settings) -> list[str]:
@@ -958,7 +1001,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if a.train:
             summary = run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set))
-            if os.environ.get("RANK", "0") == "0":  # of several processes, one tells
+            if is_first():
                 print(json.dumps(summary, indent=1))
         else:
             print(sum_up(ablate(open_run(*a.ablate, a.profile, a.preset, a.set), seeds=range(a.seeds))).to_string())
@@ -1009,9 +1052,9 @@ def density_maps(run: Run, ids: Sequence[str]) -> np.ndarray:
     A training photograph is mapped by the fold that has not seen it, one of the test by the mean of all folds; an h × w grid of
     tokens a half. Raises `InputError` for an unknown id, and where a head makes no map (head = pooled).
     """
-    s, comp = run.settings.train_dinov3, read_competition(run.input)
-    stores = [open_store(run, split, half_shape(s.size, s.squeeze)) for split in ("train", "test")]
-    where = {str(name): (split, i) for split, store in enumerate(stores) for i, name in enumerate(store.ids)}
+    comp = read_competition(run.input)
+    stores = open_stores(run)
+    where = {str(name): (split, i) for split, store in stores.items() for i, name in enumerate(store.ids)}
     if missing := set(ids) - where.keys():
         raise InputError(f"density_maps: no photo {min(missing)} in the store of this run")
     fold_of = dict(zip(comp.train["image_id"], read_folds(run, comp.train)["fold_grouped"], strict=True))
@@ -1032,7 +1075,8 @@ def write_maps(run: Run, ids: np.ndarray, y: np.ndarray) -> None:
         path.unlink(missing_ok=True)
         return
     most = ids[np.argsort(-y[:, CLOVER], kind="stable")[: s.maps]]
-    shown = [str(name) for name in (*most, *open_store(run, "test", half_shape(s.size, s.squeeze)).ids[:1])]
+    test = open_stores(run).get("test")
+    shown = [str(name) for name in (*most, *(test.ids[:1] if test else ()))]
     with atomic(path) as temporary:
         np.savez(temporary, image_id=np.array(shown, dtype=str), density=density_maps(run, shown).astype(np.float16))
     run.beside(path)

@@ -197,3 +197,87 @@ def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
     with_scaler[0] = not first
     net, fit = one_by_one(0, **state)
     assert [h["epoch"] for h in train(net, fit)] == [0, 1, 2, 3] and all(torch.isfinite(p).all() for p in trained(net).values())
+
+
+def names(run, folder: str = "dinov3") -> set[str]:
+    return {p.name for p in (run.artefacts / folder).iterdir() if p.is_file()}
+
+
+QUICK = ("train_dinov3.select=last", "train_dinov3.epochs=1")
+
+
+def test_files_that_no_fold_refers_to_are_removed(tmp_path):
+    before = opened(tmp_path, *QUICK, "run.folds=3", "train_dinov3.schemes=grouped, stratified")
+    room.run_train_dinov3(before)
+    assert {"fold2.safetensors", "fold2.json", "stratified_fold2.json"} <= names(before) and {"dinov3_stratified.parquet", "dinov3_stratified.json"} <= names(before, "oof")
+    (before.artefacts / "dinov3/state").mkdir(exist_ok=True)
+    (before.artefacts / "dinov3/state/fold2.pt").write_bytes(b"of a fold that is no more")
+    (before.artefacts / "dinov3/backbone_0123456789ab.safetensors").write_bytes(b"of a backbone that is no more")
+    (before.artefacts / "folds.csv").unlink()  # as stage eda makes them anew
+    fewer = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped, stratified")
+    room.run_train_dinov3(fewer)
+    forms = {f"{scheme}fold{k}.{ending}" for scheme in ("", "stratified_") for k in (0, 1) for ending in ("json", "safetensors")}
+    backbones = {name for name in names(fewer) if name.startswith("backbone_")}
+    assert len(backbones) == 1 and names(fewer) - {"density.npz", "density.json"} == forms | backbones and not list((fewer.artefacts / "dinov3/state").iterdir())
+    grouped = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped")
+    room.run_train_dinov3(grouped)
+    assert not [name for name in names(grouped) | names(grouped, "oof") if "stratified" in name]
+    assert {"dinov3.parquet", "dinov3.json"} <= names(grouped, "oof") and {"fold0.safetensors", "fold1.safetensors", *backbones} <= names(grouped)
+
+
+def test_a_backbone_that_is_gone_makes_the_stage_stale(tmp_path):
+    from nbs_lib.core import is_fresh
+
+    run = opened(tmp_path, *QUICK)
+    for _ in range(2):  # the first one finds no folds.csv, and makes it
+        room.run_train_dinov3(run)
+    assert is_fresh(run, "train_dinov3")
+    next((run.artefacts / "dinov3").glob("backbone_*")).unlink()
+    assert not is_fresh(run, "train_dinov3")
+
+
+def fits(run) -> bool:
+    "Whether what was written out of fold is what the saved weights, backbone and all, say of the photographs."
+    from nbs_lib.data import read_oof
+
+    m, ids, schemes = room.gather(run)
+    oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
+    said = np.zeros_like(oof)
+    for k in (0, 1):
+        out = np.flatnonzero(schemes["grouped"] == k)
+        said[out] = predict(room.load_fold(run.artefacts, k), m.store, index=out)
+    return np.allclose(said, oof, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("unfreeze", [0, 2])
+def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreeze, tmp_path):
+    from safetensors.torch import save_file
+
+    weights, runs = tmp_path / "weights.safetensors", []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file(room.build_model(room.ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
+        runs.append(opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", f"train_dinov3.weights={weights}", f"train_dinov3.unfreeze={unfreeze}"))
+        room.run_train_dinov3(runs[-1], force=True)
+        assert fits(runs[-1])
+    assert sum(name.startswith("backbone_") for name in names(runs[-1])) == 1
+
+
+def test_adapters_that_are_switched_on_bring_their_own_backbone(tmp_path):
+    for lora in (0, 2, 0):
+        run = opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=2", f"train_dinov3.lora={lora}")
+        room.run_train_dinov3(run)
+        assert fits(run) and sum(name.startswith("backbone_") for name in names(run)) == 1
+
+
+@pytest.mark.parametrize("more", [("train_dinov3.maps=3",), ("train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=test")])
+def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
+    import tiny
+
+    for photo in (tiny.competition(tmp_path / "in", n_train=12, n_test=2) / "test").iterdir():
+        photo.write_bytes(b"not a photo")
+    run = opened(tmp_path, *QUICK, "train_dinov3.head=density", *more)
+    assert not list((run.artefacts / "photos").glob("test_*/store.json"))
+    assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
+    if "maps" in more[0]:
+        assert len(np.load(run.artefacts / "dinov3/density.npz")["image_id"]) == 3
