@@ -1096,6 +1096,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'nbs_lib.train_dinov3.digest': ('train_dinov3.html#digest', 'nbs_lib/train_dinov3.py'),
                                       'nbs_lib.train_dinov3.encode_chunk': ('train_dinov3.html#encode_chunk', 'nbs_lib/train_dinov3.py'),
                                       'nbs_lib.train_dinov3.encode_store': ('train_dinov3.html#encode_store', 'nbs_lib/train_dinov3.py'),
+                                      'nbs_lib.train_dinov3.end_on': ('train_dinov3.html#end_on', 'nbs_lib/train_dinov3.py'),
                                       'nbs_lib.train_dinov3.environment': ('train_dinov3.html#environment', 'nbs_lib/train_dinov3.py'),
                                       'nbs_lib.train_dinov3.finished': ('train_dinov3.html#finished', 'nbs_lib/train_dinov3.py'),
                                       'nbs_lib.train_dinov3.fit_fold': ('train_dinov3.html#fit_fold', 'nbs_lib/train_dinov3.py'),

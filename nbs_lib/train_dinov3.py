@@ -12,9 +12,9 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'SKIPPED_STEPS', 'MIXED', 'SURE', 'SELECT', 'FU
            'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined', 'add_unlabelled', 'unlabelled', 'unknown',
            'pseudo_round', 'fold_path', 'load_fold', 'open_stores', 'gather', 'digest', 'checked', 'finished',
            'weights_key', 'fold_key', 'backbone_path', 'run_fold', 'probe_alone', 'score_scheme', 'tidy',
-           'run_train_dinov3', 'is_first', 'gpus', 'unfinished', 'train_some', 'save_kept', 'load_kept', 'train_apart',
-           'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds', 'maps_of', 'density_maps',
-           'write_maps', 'show_train']
+           'run_train_dinov3', 'is_first', 'gpus', 'unfinished', 'end_on', 'train_some', 'save_kept', 'load_kept',
+           'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds', 'maps_of',
+           'density_maps', 'write_maps', 'show_train']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -30,8 +30,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Protocol
@@ -891,9 +892,14 @@ def unfinished(run: Run, m: Material, ids: np.ndarray, schemes: dict[str, np.nda
     return [(scheme, k) for scheme, k in folds if finished(fold_path(run.artefacts, k, scheme), fold_key(run, m, ids, schemes[scheme], k)) is None]
 
 
+def end_on(stop: Event) -> None:
+    "In a process of its own: end at once when `stop` is set, or with the process that started it."
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=lambda: (stop.wait(), os._exit(1)), daemon=True).start()
+
+
 def train_some(run: Run, kept_at: Path | None, jobs: list[tuple[str, int]], threads: int) -> tuple[list[str], list[Path]]:
     "In a process of its own: train the folds `jobs`; the warnings, and what was written."
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()  # no orphan goes on
     torch.set_num_threads(threads)
     seed_everything(run.settings.run.seed)
     m, ids, schemes = gather(run, load_kept(kept_at) if kept_at else None)
@@ -913,24 +919,30 @@ def load_kept(path: Path) -> dict[str, Encoded]:
 
 
 def train_apart(run: Run, m: Material, jobs: list[tuple[str, int]], seen: list[str]) -> None:
-    "Train the folds `jobs` (scheme, k), shared out among processes that see the GPUs `seen`, one each."
+    "Train the folds `jobs` (scheme, k), shared out among processes that see the GPUs `seen`, one each; the first failure ends all, and is raised."
     kept_at = run.art("dinov3", "state", "kept.pt") if m.kept is not None else None
     if kept_at:
         save_kept(m.kept, kept_at)
     m.net.cpu()
     torch.cuda.empty_cache()
     bare = dataclasses.replace(run, warnings=[], written=[])
-    threads = max(1, torch.get_num_threads() // len(seen))
+    threads, context = max(1, torch.get_num_threads() // len(seen)), get_context("spawn")
+    stop, tasks = context.Event(), []
     with contextlib.ExitStack() as pools:
-        tasks = []
         for i, gpu in enumerate(seen):
-            pool = pools.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+            pool = pools.enter_context(ProcessPoolExecutor(1, context, end_on, (stop,)))
             with environment(CUDA_VISIBLE_DEVICES=gpu) if gpu else contextlib.nullcontext():
                 tasks.append(pool.submit(train_some, bare, kept_at, jobs[i :: len(seen)], threads))
-        for task in tasks:
-            warnings, written = task.result()
-            run.warnings.extend(warnings)
-            run.written.extend(written)
+        try:
+            for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+                task.result()
+        except BaseException:
+            stop.set()  # what the others have trained is in their states
+            raise
+    for task in tasks:
+        warnings, written = task.result()
+        run.warnings.extend(warnings)
+        run.written.extend(written)
     if kept_at:
         kept_at.unlink(missing_ok=True)
 

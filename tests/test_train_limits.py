@@ -1,6 +1,9 @@
 """What a training does at its limits: numbers too large for float16, time and disk that run out, files of other settings."""
 import json
 import math
+import multiprocessing
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -281,3 +284,24 @@ def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
     assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
     if "maps" in more[0]:
         assert len(np.load(run.artefacts / "dinov3/density.npz")["image_id"]) == 3
+
+
+def fail_or_sleep(run, kept_at, jobs, threads):
+    "In place of `train_some`: fold 0 fails as soon as the other one has begun, which lasts for three minutes."
+    Path(run.output, f"began{jobs[0][1]}").touch()
+    start = time.monotonic()
+    while time.monotonic() < start + 180 and (jobs[0][1] or not Path(run.output, "began1").exists()):
+        time.sleep(0.05)
+    raise InputError("fold 0 cannot be trained")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch):
+    run = opened(tmp_path, *QUICK)
+    m, _, _ = room.gather(run)
+    monkeypatch.setattr(room, "train_some", fail_or_sleep)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="fold 0 cannot be trained"):
+        room.train_apart(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
+    assert time.monotonic() - start < 100 and Path(run.output, "began1").exists()
+    assert not [p for p in multiprocessing.active_children() if p.is_alive()]
