@@ -6,15 +6,15 @@
 __all__ = ['VIEWS', 'BAD_STEPS', 'SKIPPED_STEPS', 'MIXED', 'SURE', 'SELECT', 'FUSION_NAMES', 'biomass_loss', 'aux_targets',
            'aux_loss', 'unfreeze', 'parameter_groups', 'training_gigabytes', 'halve_frozen', 'schedule', 'EMA',
            'Batches', 'Pixels', 'Kept', 'telling_memory', 'in_float32', 'looked', 'stacked', 'encode_chunk',
-           'encode_store', 'predict', 'steps', 'share', 'save_state', 'load_state', 'Fit', 'weighed', 'train_step',
-           'Progress', 'accelerator', 'take_step', 'run_epoch', 'out_of_time', 'keep_state', 'train', 'gain_by_group',
-           'set_start', 'honest_answers', 'score_epoch', 'try_inside', 'Material', 'check_settings', 'model_config',
-           'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined', 'add_unlabelled', 'unlabelled', 'unknown',
-           'pseudo_round', 'fold_path', 'load_fold', 'open_stores', 'gather', 'digest', 'checked', 'finished',
-           'weights_key', 'fold_key', 'backbone_path', 'run_fold', 'probe_alone', 'score_scheme', 'tidy',
-           'run_train_dinov3', 'is_first', 'gpus', 'unfinished', 'end_on', 'train_some', 'save_kept', 'load_kept',
-           'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'main', 'predict_folds', 'maps_of',
-           'density_maps', 'write_maps', 'show_train']
+           'encode_store', 'predict', 'steps', 'share', 'save_state', 'load_state', 'Stopwatch', 'Fit', 'weighed',
+           'train_step', 'Progress', 'accelerator', 'take_step', 'run_epoch', 'keep_state', 'keep_end', 'go_on',
+           'train', 'cut_short', 'gain_by_group', 'set_start', 'honest_answers', 'score_epoch', 'checked', 'try_inside',
+           'Material', 'check_settings', 'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'Joined',
+           'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_rounds', 'pseudo_round', 'fold_path', 'load_fold',
+           'open_stores', 'gather', 'digest', 'finished', 'weights_key', 'fold_key', 'backbone_path', 'run_fold',
+           'probe_alone', 'score_scheme', 'tidy', 'run_train_dinov3', 'is_first', 'gpus', 'unfinished', 'end_on',
+           'train_some', 'save_kept', 'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up',
+           'main', 'predict_folds', 'maps_of', 'density_maps', 'write_maps', 'show_train']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -46,7 +46,7 @@ from scipy.stats import t as student_t
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage
+from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage, write_json
 from .data import oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, find_weights, five, grouped_splits, load_model, pixel_stats,
                            save_model, weights_file)
@@ -311,6 +311,32 @@ def load_state(path: Path | None, key: str, warn: Callable = print) -> dict | No
     return None
 
 # %% ../notebooks/32_train_dinov3.ipynb #1699c15c
+class Stopwatch:
+    "The seconds that the trainings of one fold took together, before a kill too; `minutes` is what they may take, 0: no limit."
+
+    def __init__(self, minutes: float = 0.0, path: Path | None = None, key: str = ""):
+        self.minutes, self.path, self.key, self.start = minutes, path, key, time.monotonic()
+        known = read_json(path) if path and path.is_file() else {}
+        self.before = known["seconds"] if known.get("key") == key else 0.0
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.start
+
+    def note(self) -> None:
+        "Keep them in `path`, to be carried on."
+        if self.path:
+            write_json(self.path, {"key": self.key, "seconds": round(self.seconds(), 2)})
+
+    def over(self, acc: Accelerator) -> bool:
+        "Whether the time is spent; all processes agree."
+        over = 0 < 60 * self.minutes < self.seconds()
+        if acc.num_processes > 1:
+            if over:
+                acc.set_trigger()
+            over = acc.check_trigger()
+        return over
+
+
 @dataclasses.dataclass
 class Fit:
     "What one training needs to know beside the network."
@@ -329,6 +355,15 @@ class Fit:
     device: torch.device | None = None
     names: Sequence[str] | None = None  # of all photographs, to name a bad batch
     weights: np.ndarray | None = None  # (n,) what each photograph counts in the loss; None: all the same
+    clock: Stopwatch | None = None  # of all trainings of a fold; None: this one is alone
+
+    def __post_init__(self):
+        self.clock = self.clock or Stopwatch(self.settings.budget_minutes)
+
+    @property
+    def last(self) -> int:
+        "Epochs after which the training has ended."
+        return self.epochs if self.stop is None else self.stop
 
 
 def weighed(loss: Tensor, weights: np.ndarray | None, index: np.ndarray) -> Tensor:
@@ -367,12 +402,12 @@ class Progress:
     def __init__(self, net: BiomassNet, optimiser, acc: Accelerator, s: TrainDinov3Settings):
         self.net, self.optimiser, self.acc, self.ema = net, optimiser, acc, EMA(net, s.ema)
         self.epoch, self.step, self.losses, self.history = 0, 0, [], []
-        self.best, self.spent, self.bad, self.stopped = {"score": -math.inf, "epoch": -1, "weights": None}, 0.0, 0, ""
+        self.best, self.bad, self.stopped = {"score": -math.inf, "epoch": -1, "weights": None}, 0, ""
 
     def plain(self) -> dict:
         trained = {n: p.detach() for n, p in self.net.named_parameters() if p.requires_grad}
         scaler = self.acc.scaler.state_dict() if self.acc.scaler else {}
-        same = {k: getattr(self, k) for k in ("epoch", "step", "losses", "history", "best", "spent", "stopped")}
+        same = {k: getattr(self, k) for k in ("epoch", "step", "losses", "history", "best", "stopped")}
         return {"net": trained, "optimiser": self.optimiser.state_dict(), "scaler": scaler, "ema": self.ema.mean, "ema_steps": self.ema.steps, **same}
 
     def restore(self, state: dict) -> None:
@@ -382,7 +417,7 @@ class Progress:
             self.acc.scaler.load_state_dict(state["scaler"])
         self.ema.mean = {n: t.to(self.acc.device) for n, t in state["ema"].items()}
         self.ema.steps = state["ema_steps"]
-        for k in ("epoch", "step", "losses", "history", "best", "spent", "stopped"):
+        for k in ("epoch", "step", "losses", "history", "best", "stopped"):
             setattr(self, k, state[k])
 
     def count(self, taken: bool, loss: float, micro: list[np.ndarray], fit: Fit) -> None:
@@ -421,7 +456,7 @@ def take_step(model: nn.Module, p: Progress, fit: Fit, micro: list[np.ndarray]) 
 
 def run_epoch(model: nn.Module, p: Progress, fit: Fit, rates: list[float]) -> None:
     "The rest of the epoch `p` stands in: steps, a look by `watch`, a row of history; the state is kept on the way."
-    s, start, saved, spent = fit.settings, time.monotonic(), time.monotonic(), p.spent
+    s, saved = fit.settings, time.monotonic()
     plan = steps(fit.index, s.batch, s.accumulate, np.random.default_rng([fit.seed, p.epoch]))
     p.net.train()
     p.net.still = p.epoch < s.freeze_epochs
@@ -430,38 +465,60 @@ def run_epoch(model: nn.Module, p: Progress, fit: Fit, rates: list[float]) -> No
         for g, rate in zip(p.optimiser.param_groups, rates, strict=True):
             g["lr"] = rate * factor
         take_step(model, p, fit, plan[p.step])
-        p.step, p.spent = p.step + 1, spent + time.monotonic() - start
-        p.stopped = "budget" if out_of_time(p, s) else ""
-        if fit.state and time.monotonic() - saved > 60 * s.save_minutes:
+        p.step += 1
+        p.stopped = "budget" if p.step < len(plan) and fit.clock.over(p.acc) else ""
+        if not p.stopped and time.monotonic() - saved > 60 * s.save_minutes:
             keep_state(p, fit)
             saved = time.monotonic()
     p.ema.swap(p.net)
-    score = fit.watch(p.epoch, p.net.eval()) if fit.watch else None
+    cut = p.stopped and p.best["weights"] is not None  # no time for a look at part of an epoch, when there is a best one
+    score = fit.watch(p.epoch, p.net.eval()) if fit.watch and not cut else None
     p.ema.swap(p.net)
     told = score if score is not None and math.isfinite(score) else None  # JSON knows no −∞
-    p.history.append({"epoch": p.epoch, "loss": float(np.mean(p.losses)) if p.losses else None, "score": told, "seconds": round(p.spent, 2)})
+    p.history.append({"epoch": p.epoch, "loss": float(np.mean(p.losses)) if p.losses else None, "score": told, "seconds": round(fit.clock.seconds(), 2)})
     if score is not None and score > p.best["score"]:
         p.best = {"score": score, "epoch": p.epoch, "weights": {n: t.detach().to("cpu", copy=True) for n, t in p.ema.mean.items()}}
     p.epoch, p.step, p.losses = p.epoch + 1, 0, []
+    spent = p.epoch < fit.last and fit.clock.over(p.acc)
     if not p.stopped and p.best["weights"] is not None and p.epoch - 1 - p.best["epoch"] >= s.patience:
         p.stopped = "patience"
-    keep_state(p, fit)
-
-
-def out_of_time(p: Progress, s: TrainDinov3Settings) -> bool:
-    "Whether the time budget of this training is spent; all processes agree."
-    over = s.budget_minutes > 0 and p.spent > 60 * s.budget_minutes
-    if p.acc.num_processes > 1:
-        if over:
-            p.acc.set_trigger()
-        over = p.acc.check_trigger()
-    return over
+    p.stopped = p.stopped or ("budget" if spent else "")
+    p.history[-1] |= {"stopped": p.stopped} if p.stopped else {}
+    if not p.stopped and p.epoch < fit.last:  # else what it ended with is kept next
+        keep_state(p, fit)
 
 
 def keep_state(p: Progress, fit: Fit) -> None:
-    "Write the state, if it is wanted, from the first process."
-    if fit.state and p.acc.is_main_process:
-        save_state(fit.state, key=fit.key, **p.plain())
+    "Write the state, if it is wanted, and the time, from the first process."
+    if p.acc.is_main_process:
+        if fit.state:
+            save_state(fit.state, key=fit.key, **p.plain())
+        fit.clock.note()
+
+
+def keep_end(ended: dict, fit: Fit) -> None:
+    "Put what a training ended with in place of its states, which hold five times as much, so that it need not be done again."
+    if fit.state:
+        save_state(fit.state, key=fit.key, **ended)
+        fit.state.with_suffix(".before.pt").unlink(missing_ok=True)
+    fit.clock.note()
+
+
+def go_on(net: BiomassNet, fit: Fit, acc: Accelerator, found: dict | None) -> dict:
+    "Train from the state `found`, or from the beginning; what it ended with: weights (of what is trained) and history."
+    groups = parameter_groups(net, fit.settings)
+    rates = [g["lr"] for g in groups]
+    optimiser = acc.prepare_optimizer(torch.optim.AdamW(groups))
+    model = acc.prepare_model(net) if acc.num_processes > 1 else net
+    p = Progress(net, optimiser, acc, fit.settings)
+    if found:
+        p.restore(found)
+    while p.epoch < fit.last and not p.stopped:
+        run_epoch(model, p, fit, rates)
+    ended = {"ended": p.best["weights"] or p.ema.mean, "history": p.history}
+    if acc.is_main_process:
+        keep_end(ended, fit)
+    return ended
 
 
 def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
@@ -472,22 +529,19 @@ def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
     net.backbone.net.set_grad_checkpointing(s.checkpointing and s.unfreeze != 0)
     if acc.mixed_precision == "fp16":
         halve_frozen(net, torch.float16)
-    groups = parameter_groups(net, s)
-    rates = [g["lr"] for g in groups]
-    optimiser = acc.prepare_optimizer(torch.optim.AdamW(groups))
-    model = acc.prepare_model(net) if acc.num_processes > 1 else net
-    p = Progress(net, optimiser, acc, s)
-    if found := load_state(fit.state, fit.key, warn):
-        p.restore(found)
-    last = fit.epochs if fit.stop is None else fit.stop
-    while p.epoch < last and not p.stopped:
-        run_epoch(model, p, fit, rates)
-    if p.stopped == "budget":
-        warn(f"train_dinov3: the time budget of {s.budget_minutes:g} minutes ended a training after {p.epoch} of {last} epochs; its best epoch is kept")
-    net.load_state_dict(p.best["weights"] or p.ema.mean, strict=False)
+    found = load_state(fit.state, fit.key, warn)
+    ended = found if found and "ended" in found else go_on(net, fit, acc, found)
+    net.load_state_dict(ended["ended"], strict=False)
     net.backbone.float()
     net.still = False
-    return p.history
+    if cut_short(ended["history"]):
+        warn(f"train_dinov3: the time budget of {s.budget_minutes:g} minutes ended a training after {len(ended['history'])} of {fit.last} epochs; its best epoch is kept")
+    return ended["history"]
+
+
+def cut_short(history: list[dict]) -> bool:
+    "Whether the time budget ended the training of this history."
+    return bool(history) and history[-1].get("stopped") == "budget"
 
 # %% ../notebooks/32_train_dinov3.ipynb #ca5befec
 def gain_by_group(y: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
@@ -526,6 +580,15 @@ def score_epoch(y: np.ndarray, answers: np.ndarray, epoch: int, warn: Callable =
     return -math.inf
 
 
+def checked(answers: np.ndarray, names: Sequence[str], what: str) -> np.ndarray:
+    "`answers` (n, 5) of photographs `names` as they are; raise `InputError` that names those that have none that is finite."
+    bad = [str(name) for name, row in zip(names, answers, strict=True) if not np.isfinite(row).all()]
+    if bad:
+        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
+        raise InputError(f"train_dinov3: {what} has no finite answer for {', '.join(bad[:8])}{more}; look at these photos, or lower lr and lr_backbone")
+    return answers
+
+
 def try_inside(make: Callable[[], BiomassNet], fit: Fit, groups: np.ndarray, pooled: np.ndarray, kept: dict, warn: Callable = print) -> dict:
     "Epochs at which training on top of the probe does best on inner folds, and whether that is worth it: keep, epochs, gain, error, scores."
     s, n, device = fit.settings, len(fit.index), fit.device or pick_device()
@@ -542,6 +605,9 @@ def try_inside(make: Callable[[], BiomassNet], fit: Fit, groups: np.ndarray, poo
             curve[epoch + 1][out] = predict(net, None, batch=32, device=device, index=asked, kept=kept)
 
         train(net, dataclasses.replace(fit, index=own, base=base, watch=watch, seed=fit.seed + 17 * (j + 1), state=None), warn)
+        if fit.clock.over(accelerator(device)):
+            warn(f"train_dinov3: the time budget of {s.budget_minutes:g} minutes was spent on inner folds; the probe answers alone")
+            return {"keep": False, "epochs": 0, "gain": 0.0, "luck": 0.0, "scores": []}
     y, places = fit.y[fit.index], groups[fit.index]
     if not (sound := np.isfinite(curve).all((1, 2))).all():
         curve = curve[: max(1, int(sound.argmin()))]
@@ -617,6 +683,7 @@ def fresh(m: Material, frozen: bool) -> BiomassNet:
 def begin(m: Material, s: TrainDinov3Settings, index: np.ndarray, seed: int, device: torch.device) -> tuple[BiomassNet, np.ndarray | None, dict]:
     "A fresh network that answers its base; the base (n, 3) to train on, held-out answers of the probe to photographs `index`; and notes."
     net, base, notes = fresh(m, s.unfreeze == 0).to(device), None, {}
+    torch.manual_seed(seed)  # what is drawn for a start depends on nothing that was trained, or loaded, before it
     set_start(net, s, m.y[index])
     unfreeze(net, s.unfreeze)
     if net.probe is not None:
@@ -634,7 +701,8 @@ def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
     net, base, notes = begin(m, s, index, seed, device)
     data = Kept(m.kept["id"]) if s.unfreeze == 0 else Pixels(m.store, net.config, m.augmentation)
     aux = aux_targets(m.y, m.meta, index) if net.config.aux else None
-    fit = Fit(data, m.y, index, s, seed, s.epochs, base=base, aux=aux, state=state, key=key, device=device, names=m.names, weights=m.weights)
+    clock = Stopwatch(s.budget_minutes, state and state.with_suffix(".clock.json"), key)
+    fit = Fit(data, m.y, index, s, seed, s.epochs, base=base, aux=aux, state=state, key=key, device=device, names=m.names, weights=m.weights, clock=clock)
     if net.config.head == "none" or s.epochs == 0:
         return net, notes
     if s.select == "inner":
@@ -650,10 +718,8 @@ def fit_fold(m: Material, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
         kept = m.kept if s.unfreeze == 0 else None
         fit.watch = lambda epoch, n: score_epoch(m.y[asked], predict(n, m.store, batch=s.batch, device=device, index=asked, kept=kept), epoch, warn)
     notes["history"] = train(net, fit, warn)
-    pool = unlabelled(m, s, index, out)
-    for number in range(1, s.pseudo_rounds + 1) if len(pool) else ():
-        net, history = pseudo_round(m, fit, net, index, pool, number, warn)
-        notes.setdefault("rounds", []).append(history)
+    if s.pseudo_rounds:
+        net, notes["rounds"] = pseudo_rounds(m, fit, net, index, unlabelled(m, s, index, out), warn)
     return net, notes
 
 # %% ../notebooks/32_train_dinov3.ipynb #0b59b0e6
@@ -696,20 +762,37 @@ def unknown(aux: dict[str, Tensor] | None, pool: np.ndarray) -> dict[str, Tensor
     return aux and {k: v.index_fill(0, torch.as_tensor(pool), math.nan if v.is_floating_point() else -1) for k, v in aux.items()}
 
 
-def pseudo_round(m: Material, fit: Fit, teacher: BiomassNet, index: np.ndarray, pool: np.ndarray, number: int, warn: Callable = print) -> tuple[BiomassNet, list[dict]]:
-    "A student, trained anew on what `fit` trains on and on the teacher's answers for photographs `pool`; and its history."
+def pseudo_rounds(m: Material, fit: Fit, net: BiomassNet, index: np.ndarray, pool: np.ndarray, warn: Callable = print) -> tuple[BiomassNet, list[list[dict]]]:
+    "The student of the last round that ended within the time budget, or `net` itself; and the histories of the rounds."
+    told, s, acc = [], fit.settings, accelerator(fit.device)
+    if not len(pool):
+        warn("train_dinov3: there is no photograph to make a pseudo-label for; pseudo_rounds is left out")
+    for number in range(1, s.pseudo_rounds + 1) if len(pool) else ():
+        own = dataclasses.replace(fit, seed=fit.seed + 1009 * number, state=fit.state and fit.state.with_name(f"{fit.state.stem}_round{number}.pt"), key=f"{fit.key} round {number}")
+        if fit.clock.over(acc) and "ended" not in (load_state(own.state, own.key, warn) or {}):
+            warn(f"train_dinov3: the time budget of {s.budget_minutes:g} minutes was spent before round {number} of pseudo-labels; it is left out")
+            break
+        student, history = pseudo_round(m, own, net, index, pool, fit.seed, warn)
+        told.append(history)
+        if cut_short(history):  # its beginning knows less than its teacher
+            warn(f"train_dinov3: round {number} of pseudo-labels did not end in time; the network before it is kept")
+            break
+        net = student
+    return net, told
+
+
+def pseudo_round(m: Material, fit: Fit, teacher: BiomassNet, index: np.ndarray, pool: np.ndarray, seed: int, warn: Callable = print) -> tuple[BiomassNet, list[dict]]:
+    "A student, begun anew with `seed` and trained on what `fit` trains on and on the teacher's answers for photographs `pool`; and its history."
     s, kept = fit.settings, m.kept if fit.settings.unfreeze == 0 else None
     y, weights = m.y.copy(), np.ones(len(m.y)) if m.weights is None else m.weights.copy()
     names = range(len(y)) if m.names is None else m.names
-    y[pool] = checked(predict(teacher, m.store, s.views, s.batch, fit.device, pool, kept), [names[i] for i in pool], f"the teacher of round {number}")
+    y[pool] = checked(predict(teacher, m.store, s.views, s.batch, fit.device, pool, kept), [names[i] for i in pool], "a teacher of pseudo-labels")
     weights[pool] = s.pseudo_weight
     teacher.cpu()  # room for the student
-    student, base, _ = begin(m, s, index, fit.seed, fit.device)
+    student, base, _ = begin(m, s, index, seed, fit.device)
     if base is not None:
         base[pool] = student.probe(kept["id"].pooled[pool].to(fit.device)).cpu().numpy()
-    state = fit.state and fit.state.with_name(f"{fit.state.stem}_round{number}.pt")
-    fit = dataclasses.replace(fit, y=y, weights=weights, base=base, aux=unknown(fit.aux, pool), index=np.r_[fit.index, pool],
-                              seed=fit.seed + 1009 * number, state=state, key=f"{fit.key} round {number}")
+    fit = dataclasses.replace(fit, y=y, weights=weights, base=base, aux=unknown(fit.aux, pool), index=np.r_[fit.index, pool])
     return student, train(student, fit, warn)
 
 # %% ../notebooks/32_train_dinov3.ipynb #34b8304f
@@ -752,15 +835,6 @@ def digest(*things) -> str:
     "Twelve letters that change when one of `things` (JSON-able, or arrays) does."
     text = json.dumps([t.tolist() if isinstance(t, np.ndarray) else dataclasses.asdict(t) if dataclasses.is_dataclass(t) else t for t in things])
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def checked(answers: np.ndarray, names: Sequence[str], what: str) -> np.ndarray:
-    "`answers` (n, 5) of photographs `names` as they are; raise `InputError` that names those that have none that is finite."
-    bad = [str(name) for name, row in zip(names, answers, strict=True) if not np.isfinite(row).all()]
-    if bad:
-        more = f" and {len(bad) - 8} more" if len(bad) > 8 else ""
-        raise InputError(f"train_dinov3: {what} has no finite answer for {', '.join(bad[:8])}{more}; look at these photos, or lower lr and lr_backbone")
-    return answers
 
 
 def finished(path: Path, key: str) -> np.ndarray | None:

@@ -110,7 +110,7 @@ def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
     m, ids, schemes = room.gather(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0])
-    with pytest.raises(InputError, match=f"teacher of round 1 has no finite answer for {ids[out[0]]};"):
+    with pytest.raises(InputError, match=f"a teacher of pseudo-labels has no finite answer for {ids[out[0]]};"):
         room.fit_fold(m, run.settings.train_dinov3, index, out, 0)
 
 
@@ -305,3 +305,176 @@ def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch)
         room.train_apart(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
     assert time.monotonic() - start < 100 and Path(run.output, "began1").exists()
     assert not [p for p in multiprocessing.active_children() if p.is_alive()]
+
+
+class Clock:
+    "Time that passes only when it is told to."
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(room, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def taking(self, seconds: float, work):
+        "`work`, after which so many seconds have passed."
+
+        def slow(*args, **kw):
+            answer = work(*args, **kw)
+            self.now += seconds
+            return answer
+
+        return slow
+
+
+def test_the_time_budget_counts_looks_and_saved_states(tmp_path, monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    net, fit = one_by_one(0, epochs=50)
+    fit.clock.minutes, fit.watch = 3, clock.taking(60, lambda epoch, net: -epoch)
+    assert len(train(net, fit, said.append)) == 4 and "budget of" in said[0] and "after 4 of 50 epochs" in said[0]
+    monkeypatch.setattr(room, "save_state", clock.taking(60, room.save_state))
+    net, fit = one_by_one(0, epochs=50, state=tmp_path / "s.pt", key="k")
+    fit.clock.minutes = 3
+    history = train(net, fit, said.append)
+    assert len(history) == 5 and history[-1]["stopped"] == "budget"  # four saved states, of a minute each, end the fifth epoch after its first step
+
+
+def test_part_of_an_epoch_is_not_looked_at_when_there_is_a_best_one(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
+    monkeypatch.setattr(room, "take_step", clock.taking(1, room.take_step))
+    net, fit = one_by_one(0, epochs=50)
+    fit.clock.minutes, fit.watch = 0.25, lambda epoch, net: seen.append(trained(net)) or 0.5  # 15 s: an epoch of 8, and 8 of the next
+    assert [h["score"] for h in train(net, fit)] == [0.5, 0.5]
+    net, fit = one_by_one(0, epochs=50)
+    fit.clock.minutes, fit.watch = 0.2, lambda epoch, net: seen.append(trained(net)) or 0.5
+    assert [h["score"] for h in train(net, fit)] == [0.5, None] and len(seen) == 3
+    assert all(torch.equal(p, seen[-1][n]) for n, p in trained(net).items())
+
+
+def test_an_end_on_time_is_not_cut_short(monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    net, fit = one_by_one(0, epochs=3)
+    fit.clock.minutes, fit.watch = 2.5, clock.taking(60, lambda epoch, net: epoch)
+    assert "stopped" not in train(net, fit, said.append)[-1] and not said
+
+
+POOL = [*QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=1", "train_dinov3.probe=no", "train_dinov3.batch=4", "train_dinov3.accumulate=1",
+        "train_dinov3.pseudo_rounds=2", "train_dinov3.pseudo_from=held_out", "train_dinov3.lr=3e-3"]
+
+
+def a_fold(run, **kw):
+    "Fold 0 of a run: its network, and notes."
+    room.seed_everything(3)
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    return room.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
+
+
+def stepping(monkeypatch, before=lambda done: None) -> list[str]:
+    "The key of the training, step by step; `before` is called with those that were taken, before each."
+    done, real = [], room.take_step
+
+    def step(model, p, fit, micro):
+        before(done)
+        real(model, p, fit, micro)
+        done.append(fit.key)
+
+    monkeypatch.setattr(room, "take_step", step)
+    return done
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(p, trained(b)[n]) for n, p in trained(a).items())
+
+
+@pytest.mark.parametrize("steps_of_two", [0, 1, 2])
+def test_a_kill_in_the_second_round_does_nothing_twice(steps_of_two, tmp_path, monkeypatch):
+    "Whether the second round had a state already or none; the heads are drawn anew for each training, as the recipe's are."
+    run = opened(tmp_path, *POOL, "train_dinov3.label_scale=no", "train_dinov3.save_minutes=0")
+    with monkeypatch.context() as patched:
+        all_steps = stepping(patched)
+        whole, _ = a_fold(run, state=tmp_path / "whole.pt", key="k")
+    at_two = all_steps.index("k round 2") + steps_of_two
+    assert at_two < len(all_steps)
+
+    def kill(done):
+        if len(done) == at_two:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        stepping(patched, kill)
+        with pytest.raises(KeyboardInterrupt):
+            a_fold(run, state=tmp_path / "killed.pt", key="k")
+    there = {p.name: p.stat().st_size for p in tmp_path.glob("killed*.pt")}
+    one, two = {"killed.pt", "killed_round1.pt"}, {"killed_round2.pt"} if steps_of_two else set()
+    assert one | two == {name for name in there if "before" not in name} and not any(f"{Path(name).stem}.before.pt" in there for name in one)
+    assert all(there[name] < 0.4 * there[other] for name in one for other in two)  # no moments, no average, no second copy of the weights
+    with monkeypatch.context() as patched:
+        again_steps = stepping(patched)
+        again, notes = a_fold(run, state=tmp_path / "killed.pt", key="k")
+    assert again_steps == ["k round 2"] * (len(all_steps) - at_two) and len(notes["rounds"]) == 2 and equal(whole, again)
+    with monkeypatch.context() as patched:
+        assert not stepping(patched) and equal(whole, a_fold(run, state=tmp_path / "killed.pt", key="k")[0]) and not stepping(patched)
+
+
+def test_one_time_budget_for_a_fold_and_its_rounds(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(room, "take_step", clock.taking(60, room.take_step))
+    plain, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=0"))
+    steps_of_base, clock.now = round(clock.now / 60), 0.0
+    first, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=1"))
+    steps_of_both = round(clock.now / 60)
+
+    def within(minutes: float, **kw):
+        clock.now, said = 0.0, []
+        net, notes = a_fold(opened(tmp_path, *POOL, f"train_dinov3.budget_minutes={minutes}"), warn=said.append, **kw)
+        return net, notes, said
+
+    net, notes, said = within(steps_of_base - 0.5)  # all steps, and a little too long
+    assert equal(net, plain) and notes["rounds"] == [] and len(said) == 1 and "before round 1" in said[0]
+    net, notes, said = within(steps_of_base + 0.5)
+    assert equal(net, plain) and len(notes["rounds"]) == 1 and "ended a training" in said[0] and "round 1 of pseudo-labels did not end in time" in said[1]
+    net, notes, said = within(steps_of_both + 0.5)
+    assert equal(net, first) and len(notes["rounds"]) == 2 and "round 2 of pseudo-labels did not end in time" in said[1]
+
+
+def test_time_that_was_spent_before_a_kill_is_carried_on(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    run = opened(tmp_path, *POOL, "train_dinov3.save_minutes=0", "train_dinov3.budget_minutes=100", "train_dinov3.epochs=9")
+    state = {"state": tmp_path / "s.pt", "key": "k"}
+
+    def kill(done):
+        clock.now += 60 * 15
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        stepping(patched, kill)
+        with pytest.raises(KeyboardInterrupt):
+            a_fold(run, **state)
+    clock.now, said = 0.0, []
+    done = stepping(monkeypatch, lambda done: setattr(clock, "now", clock.now + 60 * 15))
+    _, notes = a_fold(run, **state, warn=said.append)
+    assert len(done) == 2 and notes["history"][-1]["stopped"] == "budget" and notes["rounds"] == []  # 75 minutes, then two steps of 15
+    assert len(said) == 2 and "budget of 100 minutes ended" in said[0] and "before round 1" in said[1]
+    assert json.loads((tmp_path / "s.clock.json").read_text()) == {"key": "k", "seconds": 60 * 105}
+    assert room.Stopwatch(100, tmp_path / "s.clock.json", "other settings").seconds() == 0
+
+
+def test_a_round_that_ended_counts_though_the_time_is_over(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    run, state = opened(tmp_path, *POOL, "train_dinov3.budget_minutes=100"), {"state": tmp_path / "s.pt", "key": "k"}
+    whole, _ = a_fold(run, **state)
+    (tmp_path / "s.clock.json").write_text(json.dumps({"key": "k", "seconds": 60 * 101}))
+    done = stepping(monkeypatch)
+    again, notes = a_fold(run, **state)
+    assert equal(whole, again) and len(notes["rounds"]) == 2 and not done and clock.now == 0
+
+
+def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    monkeypatch.setattr(room, "take_step", clock.taking(60, room.take_step))
+    net, notes = a_fold(opened(tmp_path, "train_dinov3.budget_minutes=1.5"), warn=said.append)
+    assert net.config.head == "none" and not notes["verdict"]["keep"] and "history" not in notes
+    assert "spent on inner folds; the probe answers alone" in said[-1] and clock.now <= 180
