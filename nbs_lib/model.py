@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUX', 'INTERVALS', 'TWIN', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_PARTS', 'ModelConfig', 'Backbone',
-           'vit_twin_patch16_dinov3', 'weights_file', 'read_weights', 'read_wheel', 'find_weights', 'load_weights',
-           'pool_map', 'local_pool', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits', 'cross_fit',
-           'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five', 'halved',
-           'save_model', 'load_model']
+           'vit_twin_patch16_dinov3', 'weights_file', 'read_weights', 'read_wheel', 'find_weights', 'files_of',
+           'load_weights', 'pool_map', 'local_pool', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits',
+           'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five',
+           'halved', 'save_model', 'load_model']
 
 # %% ../notebooks/31_model.ipynb #e8c16dc3
 import dataclasses
@@ -168,6 +168,15 @@ def find_weights(weights: str, kaggle: KaggleSettings, root: str | Path = "") ->
     "`weights` as `load_weights` takes them: in a Kaggle kernel the name of a file is looked for in the attached dataset."
     named = weights in ("", "random") or weights.startswith("wheel:")
     return weights if named else find_attached(weights, f"{kaggle.username}/{kaggle.dinov3_dataset}", root=root)
+
+
+def files_of(weights: str, kaggle: KaggleSettings) -> list[Path]:
+    "The file that a stage reads for `weights`, for its manifest; where it is nowhere, the name as it stands."
+    try:
+        file = weights_file(find_weights(weights, kaggle))
+        return [file] if file else []
+    except InputError:  # the stage itself says what is missing
+        return [Path(weights)]
 
 
 def load_weights(backbone: Backbone, weights: str) -> None:

@@ -48,7 +48,7 @@ from torch import Tensor, nn
 
 from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage, write_json
 from .data import oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
-from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, find_weights, five, grouped_splits, load_model, pixel_stats,
+from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, files_of, find_weights, five, grouped_splits, load_model, pixel_stats,
                            save_model, weights_file)
 from .photos import PhotoStore, augment, half_shape, open_store, store_folder, to_tensor, tta_views
 from .targets import CLOVER, TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
@@ -919,7 +919,8 @@ def tidy(run: Run, schemes: dict[str, np.ndarray]) -> None:
 
 
 @stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/train_*/store.json", "artefacts/photos/train_*/rows.npy",
-                              "artefacts/photos/test_*/rows.npy", "artefacts/photos/photos*.csv"), sections=("photos", "inpaint", "run", "kaggle"))
+                              "artefacts/photos/test_*/rows.npy", "artefacts/photos/photos*.csv"), sections=("photos", "inpaint", "run", "kaggle"),
+       weights=lambda run: files_of(run.settings.train_dinov3.weights, run.settings.kaggle))
 def run_train_dinov3(run: Run) -> dict:
     "Train model 1 on every fold of every scheme; write weights, out-of-fold predictions, and return the scores."
     s = run.settings.train_dinov3

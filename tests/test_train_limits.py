@@ -261,7 +261,7 @@ def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreez
         torch.manual_seed(seed)
         save_file(room.build_model(room.ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
         runs.append(opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", f"train_dinov3.weights={weights}", f"train_dinov3.unfreeze={unfreeze}"))
-        room.run_train_dinov3(runs[-1], force=True)
+        room.run_train_dinov3(runs[-1])
         assert fits(runs[-1])
     assert sum(name.startswith("backbone_") for name in names(runs[-1])) == 1
 
