@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -95,9 +96,10 @@ def unfreeze(net: BiomassNet, blocks: int) -> None:
 
 
 def parameter_groups(net: BiomassNet, s: TrainDinov3Settings) -> list[dict]:
-    "AdamW groups, each with a `name` (backbone, rest), a learning rate and a weight decay; the backbone's fall off layer by layer."
+    "AdamW groups, each with a `name` (backbone, rest), a learning rate and a weight decay; the backbone's fall off layer by layer, but not those of adapters."
     body = [p for p in net.backbone.parameters() if p.requires_grad]
-    groups = param_groups_layer_decay(net.backbone.net, s.weight_decay, layer_decay=s.layer_decay) if body else []
+    fall = 1.0 if net.config.lora else s.layer_decay  # adapters begin at nothing: there is no pretrained weight in them to spare
+    groups = param_groups_layer_decay(net.backbone.net, s.weight_decay, layer_decay=fall) if body else []
     groups = [{**g, "name": "backbone", "lr": s.lr_backbone * g.pop("lr_scale")} for g in groups]
     rest = [p for n, p in net.named_parameters() if p.requires_grad and not n.startswith("backbone.")]
     for decay in (True, False):
@@ -531,6 +533,9 @@ def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
         halve_frozen(net, torch.float16)
     found = load_state(fit.state, fit.key, warn)
     ended = found if found and "ended" in found else go_on(net, fit, acc, found)
+    if acc.scaler:
+        acc.free_memory()
+        gc.collect()  # with a scaler, accelerate's optimiser refers to itself: its moments would stay on the GPU beside the next training
     net.load_state_dict(ended["ended"], strict=False)
     net.backbone.float()
     net.still = False

@@ -1,8 +1,10 @@
 """What a training does at its limits: numbers too large for float16, time and disk that run out, files of other settings."""
+import gc
 import json
 import math
 import multiprocessing
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -478,3 +480,32 @@ def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatc
     net, notes = a_fold(opened(tmp_path, "train_dinov3.budget_minutes=1.5"), warn=said.append)
     assert net.config.head == "none" and not notes["verdict"]["keep"] and "history" not in notes
     assert "spent on inner folds; the probe answers alone" in said[-1] and clock.now <= 180
+
+
+def test_the_moments_are_gone_when_a_training_is_over(scaled, monkeypatch):
+    "Not when the garbage collector happens to come: the next training wants their place on the GPU."
+    kept, real = [], room.Progress.__init__
+
+    def init(self, net, optimiser, acc, s):
+        real(self, net, optimiser, acc, s)
+        kept.extend(weakref.ref(thing) for thing in (self, optimiser, optimiser.optimizer))
+
+    monkeypatch.setattr(room.Progress, "__init__", init)
+    gc.disable()
+    try:
+        train(*one_by_one(0, epochs=1))
+        assert len(kept) == 3 and not any(ref() for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_adapters_of_all_blocks_learn_at_the_backbones_rate():
+    s = settings(layer_decay=0.5, lr_backbone=1e-4)
+    rates = {}
+    for lora in (0, 2):
+        net = net_on(VIT, head="pooled", lora=lora)
+        room.unfreeze(net, -1)
+        names = {id(p): n for n, p in net.named_parameters()}
+        rates[lora] = {names[id(p)]: g["lr"] for g in room.parameter_groups(net, s) if g["name"] == "backbone" for p in g["params"]}
+    assert len(rates[2]) == 96 and all("lora_" in n for n in rates[2]) and set(rates[2].values()) == {1e-4}
+    assert min(rates[0].values()) < 1e-7 < max(rates[0].values()) == 1e-4
