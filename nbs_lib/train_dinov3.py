@@ -14,7 +14,7 @@ __all__ = ['VIEWS', 'BAD_STEPS', 'SKIPPED_STEPS', 'MIXED', 'SURE', 'SELECT', 'FU
            'open_stores', 'gather', 'digest', 'finished', 'weights_key', 'fold_key', 'backbone_path', 'run_fold',
            'probe_alone', 'score_scheme', 'tidy', 'run_train_dinov3', 'is_first', 'gpus', 'unfinished', 'end_on',
            'train_some', 'save_kept', 'load_kept', 'train_apart', 'environment', 'out_of_fold', 'ablate', 'sum_up',
-           'main', 'predict_folds', 'maps_of', 'density_maps', 'write_maps', 'show_train']
+           'predict_folds', 'maps_of', 'density_maps', 'write_maps', 'show_train', 'main']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -1078,34 +1078,6 @@ def sum_up(table: pd.DataFrame) -> pd.DataFrame:
     long = table.groupby(["fusion", "head", "scheme"]).agg(mean=("r2w", "mean"), sd=("r2w", "std"), seconds=("seconds", "mean"))
     return long.round({"mean": 4, "sd": 4, "seconds": 0}).unstack("scheme").sort_values(("mean", "grouped"), ascending=False)
 
-# %% ../notebooks/32_train_dinov3.ipynb #7be436b2
-def main(argv: Sequence[str] | None = None) -> int:
-    "The command line of this room: train by itself (for `accelerate launch`), or the ablation table of a run's folder."
-    parser = argparse.ArgumentParser(prog="python -m nbs_lib.train_dinov3", description="Train model 1 alone, or measure fusion × head on a frozen backbone.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--train", nargs=2, metavar=("INPUT", "OUTPUT"))
-    what.add_argument("--ablate", nargs=2, metavar=("INPUT", "OUTPUT"))
-    parser.add_argument("--profile", default="demo")
-    parser.add_argument("--preset", default="")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
-    a = parser.parse_args(argv)
-    try:
-        if a.train:
-            summary = run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set))
-            if is_first():
-                print(json.dumps(summary, indent=1))
-        else:
-            print(sum_up(ablate(open_run(*a.ablate, a.profile, a.preset, a.set), seeds=range(a.seeds))).to_string())
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
-    sys.exit(main())
-
 # %% ../notebooks/32_train_dinov3.ipynb #5ca8d930
 def predict_folds(artefacts: Path, store, batch: int = 4, device=None, scheme: str = "grouped", chunk: int = 64) -> np.ndarray:
     "(n, 5) grams: the mean over the fold models in `artefacts`, each with the views it was trained to answer."
@@ -1186,3 +1158,31 @@ def show_train(run: Run):
         ax.axline((0, 0), slope=1, color="0.7")
         ax.set(xlabel="total, weighed (g)", ylabel="out of fold (g)", title=f"{scheme}: R²w {weighted_r2_score(comp.y, y):.3f}")
     return fig
+
+# %% ../notebooks/32_train_dinov3.ipynb #7be436b2
+def main(argv: Sequence[str] | None = None) -> int:
+    "The command line of this room: train by itself (for `accelerate launch`), or the ablation table of a run's folder."
+    parser = argparse.ArgumentParser(prog="python -m nbs_lib.train_dinov3", description="Train model 1 alone, or measure fusion × head on a frozen backbone.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--train", nargs=2, metavar=("INPUT", "OUTPUT"))
+    what.add_argument("--ablate", nargs=2, metavar=("INPUT", "OUTPUT"))
+    parser.add_argument("--profile", default="demo")
+    parser.add_argument("--preset", default="")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
+    a = parser.parse_args(argv)
+    try:
+        if a.train:
+            summary = run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set))
+            if is_first():
+                print(json.dumps(summary, indent=1))
+        else:
+            print(sum_up(ablate(open_run(*a.ablate, a.profile, a.preset, a.set), seeds=range(a.seeds))).to_string())
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__" and "ipykernel" not in sys.modules:
+    sys.exit(main())

@@ -3,6 +3,10 @@ import gc
 import json
 import math
 import multiprocessing
+import os
+import socket
+import subprocess
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -10,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import CNN, VIT, eight, net_on, opened, settings, trained
+from conftest import ROOT
+from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
 
 from nbs_lib import train_dinov3 as room
 from nbs_lib.core import InputError
@@ -509,3 +514,22 @@ def test_adapters_of_all_blocks_learn_at_the_backbones_rate():
         rates[lora] = {names[id(p)]: g["lr"] for g in room.parameter_groups(net, s) if g["name"] == "backbone" for p in g["params"]}
     assert len(rates[2]) == 96 and all("lora_" in n for n in rates[2]) and set(rates[2].values()) == {1e-4}
     assert min(rates[0].values()) < 1e-7 < max(rates[0].values()) == 1e-4
+
+
+@pytest.mark.parametrize("budget", [0, 0.02])
+def test_two_processes_under_accelerate_go_through_the_whole_stage(budget, tmp_path):
+    "From the command line, with rounds and maps; what is left over from other settings is removed, by the first process alone."
+    words = [*SMALL, *POOL, "train_dinov3.head=density", "train_dinov3.maps=2", f"train_dinov3.budget_minutes={budget}", "train_dinov3.epochs=2"]
+    run = opened(tmp_path, *words)
+    run.art("dinov3", "fold7.safetensors").write_bytes(b"of a fold that is no more")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, "-m", "nbs_lib.train_dinov3", "--train", str(run.input), str(run.output), "--profile", "demo", *(w for word in words for w in ("--set", word))]
+    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(2)]
+    told = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and '"r2w"' in told[0] and '"r2w"' not in told[1]
+    assert ("the time budget of 0.02 minutes" in told[0]) == ("the time budget of 0.02 minutes" in told[1]) == (budget > 0)
+    folds = {f"fold{k}.{ending}" for k in (0, 1) for ending in ("json", "safetensors")}
+    assert {name for name in names(run) if not name.startswith("backbone_")} == folds | {"density.npz", "density.json"} and not list((run.artefacts / "dinov3/state").iterdir())
