@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTS', 'WEEK_HOURS', 'SESSION_HOURS', 'BLOCK', 'FLOPS', 'SO400M', 'WORDS',
-           'CPU_SECONDS', 'COLOURS', 'Gpu', 'parse_gpus', 'Meter', 'ghosts', 'ghost', 'Rehearsal', 'summed',
-           'rehearse_step', 'fill_state', 'train_really', 'allocated_gb', 'rehearse_look', 'rehearse_frozen',
-           'rehearse_siglip', 'Looks', 'count_looks', 'disk_gb', 'Forecast', 'rehearse', 'describe_card', 'forecast',
-           'plot_forecast', 'write_forecast', 'measured_hours', 'main', 'tell']
+           'CPU_SECONDS', 'STATE_BYTES', 'WRITE_GB_S', 'COLOURS', 'Gpu', 'parse_gpus', 'Meter', 'ghosts', 'ghost',
+           'Rehearsal', 'summed', 'rehearse_step', 'fill_state', 'train_really', 'allocated_gb', 'rehearse_look',
+           'rehearse_frozen', 'rehearse_siglip', 'Looks', 'count_looks', 'saving_hours', 'disk_gb', 'Forecast',
+           'rehearse', 'describe_card', 'forecast', 'plot_forecast', 'write_forecast', 'measured_hours', 'main', 'tell']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
@@ -279,6 +279,20 @@ def count_looks(s: TrainDinov3Settings, folds: int, photos: int) -> Looks:
     return Looks(math.ceil(trained * epochs), math.ceil(watched * epochs + out * len(s.views) + kept))
 
 # %% ../notebooks/80_budget.ipynb #0da13915
+STATE_BYTES = 20  # of a saved state, for each trained number: itself, AdamW's two moments, the average, the best epoch's
+WRITE_GB_S = 0.15  # to the disk of a session; assumed, see above
+
+
+def saving_hours(s: TrainDinov3Settings, folds: int, photos: int, trained: int, gpu_hours: float) -> float:
+    "Hours in which the folds wait for their states, one an epoch and one every `save_minutes` of the `gpu_hours` that they train; all folds together."
+    epochs = s.epochs * (1 + s.pseudo_rounds) * folds * len(s.schemes)
+    if s.unfreeze == 0 or s.head == "none" or not epochs:
+        return 0.0
+    steps = math.ceil(photos * (1 - 1 / folds) / (s.batch * s.accumulate))
+    inside = min(steps, math.floor(60 * gpu_hours / epochs / max(s.save_minutes, 1e-9)))
+    return epochs * (1 + inside) * STATE_BYTES * trained / 1e9 / WRITE_GB_S / 3600
+
+
 def disk_gb(settings: Settings, total: int, trained: int, photos: int, half: str = "float16") -> dict[str, float]:
     "GB (10⁹ bytes) in the output folder when the last folds are about to end, by what they are; parameters in numbers, `half`: precision of autocast."
     s = settings.train_dinov3
@@ -287,7 +301,8 @@ def disk_gb(settings: Settings, total: int, trained: int, photos: int, half: str
     trains = s.unfreeze != 0 and s.epochs > 0 and s.head != "none"
     shared = (total - trained) * (2 if trains and half == "float16" else 4)  # see `halve_frozen`
     weights = 4 * (total if whole else trained) * folds + (0 if whole else shared)
-    state = s.parallel_folds * 2 * 4 * 5 * trained if trains else 0
+    ended = 4 * trained * s.pseudo_rounds  # of each training of a fold before its last one, the weights
+    state = s.parallel_folds * (2 * STATE_BYTES * trained + ended) if trains else 0
     store = photos * sum(2 * 3 * h * w for h, w in wanted_shapes(settings))
     return {"fold weights": weights / 1e9, "state": state / 1e9, "photos": store / 1e9}
 
@@ -347,6 +362,8 @@ def forecast(settings: Settings, gpus: str = "T4x2", photos: int = 357, test_pho
     for name, (fixed, each) in CPU_SECONDS.items():
         gpu_hours = work.get(name, 0.0) / (gpu.tflops * gpu.share * at_once.get(name, 1)) / 3600
         hours = gpu_hours + (fixed + each * (test_photos if name == "submit" else photos)) / 3600
+        if name == "train_dinov3":
+            hours += saving_hours(s, folds, photos, r["trained"], gpu_hours * at_once[name]) / at_once[name]
         rows[name] = {"gb": sum(parts.get(name, {}).values()), "tflop": work.get(name, 0.0), "gpu_hours": gpu_hours, "hours": hours, "cautious_hours": CAUTION * hours}
     allowed = {"hours": settings.limits.hours, "working_gb": settings.limits.working_gb}
     return Forecast(pd.DataFrame(rows).T, parts, disk_gb(settings, r["total"], r["trained"], photos, gpu.half), gpu, count, allowed)
@@ -427,7 +444,7 @@ def tell(f: Forecast, measured: dict[str, float]) -> None:
     "The forecast as text."
     table = f.stages.assign(**({"measured_hours": pd.Series(measured)} if measured else {}))
     print(table.to_string(float_format=lambda v: f"{v:,.2f}", na_rep=""))
-    print(f"\nhours on {f.gpu.name} x{f.gpus}: {f.gpu.tflops * f.gpu.share:.0f} TFLOP/s a card are assumed ({f.gpu.share:.0%} of its peak); cautious: {CAUTION:g} times as long")
+    print(f"\nhours on {f.gpu.name} x{f.gpus}: {f.gpu.tflops * f.gpu.share:.0f} TFLOP/s a card are assumed ({f.gpu.share:.0%} of its peak), and states saved at {WRITE_GB_S:g} GB/s; cautious: {CAUTION:g} times as long")
     for v in f.verdicts():
         print(f"{'fits' if v['fits'] else 'TOO MUCH':9} {v['what']}: {v['needed']:g} of {v['allowed']:g} {v['unit']}")
 

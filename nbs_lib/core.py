@@ -10,7 +10,7 @@ __all__ = ['SECTIONS', 'BUILDING', 'WRITERS', 'FULL', 'InputError', 'atomic', 'w
            'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'on_kaggle', 'mount_candidates',
            'resolve_mount', 'find_attached', 'keep_memory', 'peak_memory', 'seed_everything', 'pick_device',
            'pick_dtype', 'progress', 'hash_file', 'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run',
-           'is_litter', 'hash_inputs', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
+           'is_litter', 'hash_inputs', 'hash_weights', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -670,11 +670,20 @@ def hash_inputs(run: Run, reads: Iterable[str]) -> dict[str, dict]:
     return out
 
 
-def describe(run: Run, name: str, room: str, reads: Iterable[str], sections: Iterable[str]) -> dict:
-    "All that decides what stage `name`, a function of module `room`, writes, as plain JSON."
+def hash_weights(files: Iterable[str | Path]) -> dict[str, dict | None]:
+    """For each file of pretrained weights its size and a hash of its bytes, None when it is not there.
+
+    All bytes, for a copy has another time and another network's weights may have the same size: some seconds for 3.4 GB, once a process.
+    """
+    paths = [Path(f).absolute() for f in files]
+    return {str(p): {"bytes": p.stat().st_size, "blake2b": hash_file(p)} if p.is_file() else None for p in paths}
+
+
+def describe(run: Run, name: str, room: str, reads: Iterable[str], sections: Iterable[str], weights: Iterable[str | Path] = ()) -> dict:
+    "All that decides what stage `name`, a function of module `room`, writes, as plain JSON; `weights`: files from outside the run."
     chosen = {s: dataclasses.asdict(getattr(run.settings, s)) for s in dict.fromkeys((name, "run", *sections)) if s in SECTIONS}
     return json.loads(json.dumps({"stage": name, "room": room, "settings": chosen, "seed": run.settings.run.seed, "library": version,
-                                  "code": hash_code(room), "inputs": hash_inputs(run, reads)}, default=_plain))
+                                  "code": hash_code(room), "inputs": hash_inputs(run, reads), "weights": hash_weights(weights)}, default=_plain))
 
 # %% ../notebooks/00_core.ipynb #497eca1b
 def manifest_path(run: Run, name: str) -> Path:
@@ -682,14 +691,15 @@ def manifest_path(run: Run, name: str) -> Path:
 
 
 def is_fresh(run: Run, name: str) -> bool:
-    "Whether stage `name` was finished with the same inputs, settings and code, and its files still stand."
+    "Whether stage `name` was finished with the same inputs, weights, settings and code, and its files still stand."
     path = manifest_path(run, name)
     if not path.is_file():
         return False
     try:
         old = read_json(path)
-        now = describe(run, name, old["room"], old["inputs"], old["settings"])
-        return not old["unfinished"] and all(old[k] == now[k] for k in now) and all((run.output / f).is_file() and (run.output / f).stat().st_size == size for f, size in old["outputs"].items())
+        now = describe(run, name, old["room"], old["inputs"], old["settings"], old["weights"])
+        same = not old["unfinished"] and all(old[k] == now[k] for k in now) and None not in now["weights"].values()
+        return same and all((run.output / f).is_file() and (run.output / f).stat().st_size == size for f, size in old["outputs"].items())
     except (InputError, KeyError, TypeError, AttributeError):
         return False  # written by another version: do the stage again
 
@@ -701,6 +711,7 @@ def stage(
     name: str,  # of the module, such as inpaint
     reads: Iterable[str] = (),  # files it needs: input/train.csv, artefacts/folds.csv; with a wildcard: those that are there
     sections: Iterable[str] = (),  # of the settings, beside its own
+    weights: Callable[[Run], Iterable[str | Path]] = lambda run: (),  # files of pretrained weights it reads, wherever they lie; it must not raise
 ):
     "Make a function of a `Run` a stage: skipped when up to date, its reads checked, a manifest written at the end."
 
@@ -714,7 +725,7 @@ def stage(
                 return read_json(manifest_path(run, name))["summary"]
             check_reads(run, name, reads)
             manifest_path(run, name).unlink(missing_ok=True)
-            run = dataclasses.replace(run, provenance=describe(run, name, room, reads, sections), warnings=[], written=[], unfinished=[])
+            run = dataclasses.replace(run, provenance=describe(run, name, room, reads, sections, weights(run)), warnings=[], written=[], unfinished=[])
             keep_memory()
             start = time.monotonic()
             try:

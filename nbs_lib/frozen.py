@@ -6,12 +6,13 @@
 __all__ = ['POOLINGS', 'HALVES', 'QUANTILES', 'ANGLES', 'gem', 'pool', 'fitting_shape', 'at_width', 'join_halves',
            'check_settings', 'load_backbone', 'describe_halves', 'frozen_blocks', 'frozen_features',
            'vegetation_indices', 'summarise', 'cover_masks', 'cover_features', 'hue_features', 'texture_features',
-           'colour_half', 'colour_features', 'compute_features', 'run_frozen', 'show_frozen']
+           'colour_half', 'colour_features', 'compute_features', 'weights_files', 'run_frozen', 'show_frozen']
 
 # %% ../notebooks/41_frozen.ipynb #3e99b02c
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from torch import Tensor
 
 from .core import BUILDING, FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, stage
-from .model import Backbone, find_weights, load_weights, pixel_stats
+from .model import Backbone, files_of, find_weights, load_weights, pixel_stats
 from .photos import FULL, PhotoStore, Shape, join, open_store, resize_half
 from .siglip import STORE, Features, at_full, write_features
 
@@ -239,7 +240,12 @@ def compute_features(run: Run, store: PhotoStore, device: torch.device | None = 
     return {name: (list(store.ids), np.concatenate(blocks), None) for name, blocks in out.items()}
 
 # %% ../notebooks/41_frozen.ipynb #96f6af34
-@stage("frozen", reads=STORE, sections=("photos", "kaggle"))
+def weights_files(run: Run) -> list[Path]:
+    "The file of weights that the frozen features are made with, if they are made with one."
+    return files_of(run.settings.frozen.weights, run.settings.kaggle)
+
+
+@stage("frozen", reads=STORE, sections=("photos", "kaggle"), weights=weights_files)
 def run_frozen(run: Run) -> dict:
     "Write `features/frozen.npz` and `features/colour.npz` for the training photos."
     settings, summary = run.settings.frozen, {}

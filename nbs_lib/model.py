@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['AUX', 'INTERVALS', 'TWIN', 'WHEELS', 'PENALTIES', 'PARTS_TO_FIVE', 'FIVE_TO_PARTS', 'ModelConfig', 'Backbone',
-           'vit_twin_patch16_dinov3', 'read_weights', 'read_wheel', 'find_weights', 'load_weights', 'pool_map',
-           'local_pool', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits', 'cross_fit', 'Probe',
-           'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five', 'halved', 'save_model',
-           'load_model']
+           'vit_twin_patch16_dinov3', 'weights_file', 'read_weights', 'read_wheel', 'find_weights', 'files_of',
+           'load_weights', 'pool_map', 'local_pool', 'standardise', 'ridge_path', 'parts_from_roots', 'grouped_splits',
+           'cross_fit', 'Probe', 'Head', 'Encoded', 'BiomassNet', 'add_lora', 'build_model', 'pixel_stats', 'five',
+           'halved', 'save_model', 'load_model']
 
 # %% ../notebooks/31_model.ipynb #e8c16dc3
 import dataclasses
@@ -116,9 +116,11 @@ def vit_twin_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
     return timm.create_model("vit_small_patch16_dinov3", pretrained=False, **{"embed_dim": 192, "num_heads": 3, **kwargs})
 
 # %% ../notebooks/31_model.ipynb #88ebc5ba
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    "The tensors of a `.safetensors` file or torch archive; a Kaggle-model folder is searched; `InputError` if it is neither."
-    path = Path(path)
+def weights_file(weights: str | Path) -> Path | None:
+    "The file that `weights` means: itself, or the first of a Kaggle-model folder; None for words that name no file; `InputError` if it is not there."
+    if str(weights) in ("", "random") or str(weights).startswith("wheel:"):
+        return None
+    path = Path(weights)
     if path.is_dir():
         found = sorted(p for s in ("*.safetensors", "*.bin", "*.pth", "*.pt") for p in path.rglob(s))
         if not found:
@@ -126,6 +128,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path = found[0]
     if not path.is_file():
         raise InputError(f"{path}: there is no such weight file; set train_dinov3.weights to a file, wheel:efficientnet_lite0 or random")
+    return path
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    "The tensors of a `.safetensors` file or torch archive; a Kaggle-model folder is searched; `InputError` if it is neither."
+    path = weights_file(path)
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, ValueError) as e:
@@ -160,6 +168,15 @@ def find_weights(weights: str, kaggle: KaggleSettings, root: str | Path = "") ->
     "`weights` as `load_weights` takes them: in a Kaggle kernel the name of a file is looked for in the attached dataset."
     named = weights in ("", "random") or weights.startswith("wheel:")
     return weights if named else find_attached(weights, f"{kaggle.username}/{kaggle.dinov3_dataset}", root=root)
+
+
+def files_of(weights: str, kaggle: KaggleSettings) -> list[Path]:
+    "The file that a stage reads for `weights`, for its manifest; where it is nowhere, the name as it stands."
+    try:
+        file = weights_file(find_weights(weights, kaggle))
+        return [file] if file else []
+    except InputError:  # the stage itself says what is missing
+        return [Path(weights)]
 
 
 def load_weights(backbone: Backbone, weights: str) -> None:

@@ -6,7 +6,7 @@
 __all__ = ['CONCEPTS', 'SEMANTIC', 'NEEDED', 'STORE', 'Features', 'patch_starts', 'cut_patches', 'read_prompts', 'check_settings',
            'quiet_transformers', 'train_tokenizer', 'write_tiny_siglip', 'check_folder', 'as_tensor', 'Siglip',
            'load_siglip', 'read_parts', 'embed_prompts', 'add_ratios', 'at_full', 'embed_photos', 'find_weights',
-           'compute_features', 'write_features', 'run_siglip', 'show_siglip']
+           'compute_features', 'write_features', 'weights_files', 'run_siglip', 'show_siglip']
 
 # %% ../notebooks/40_siglip.ipynb #17246bd2
 import contextlib
@@ -268,7 +268,18 @@ def write_features(path: str | Path, ids: Sequence[str], embedding: np.ndarray, 
         np.savez(temporary, image_id=np.array(ids, dtype=str), embedding=embedding.astype(np.float32), **more)
 
 # %% ../notebooks/40_siglip.ipynb #07fc468e
-@stage("siglip", reads=STORE, sections=("photos", "kaggle"))
+def weights_files(run: Run) -> list[Path]:
+    "The files of the SigLIP folder that the settings mean; none for the demo's own, which follows from the settings."
+    wanted = run.settings.siglip.weights
+    if wanted in ("", "tiny"):
+        return []
+    try:
+        return sorted(p for p in find_weights(run).iterdir() if p.is_file())
+    except InputError:  # the stage itself says what is missing
+        return [Path(wanted)]
+
+
+@stage("siglip", reads=STORE, sections=("photos", "kaggle"), weights=weights_files)
 def run_siglip(run: Run) -> dict:
     "Write `features/siglip.npz` for the training photos; without weights say so and write nothing."
     path, folder = run.art("features", "siglip.npz"), find_weights(run)

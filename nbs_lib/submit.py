@@ -681,7 +681,8 @@ def run_models(job: Job) -> None:
 # %% ../notebooks/60_submit.ipynb #aafe4069
 @stage("submit", reads=("input/test.csv", "input/sample_submission.csv", "input/train*.csv", "input/test/*", "artefacts/blend*.json",
                         "artefacts/dinov3/*.safetensors", "artefacts/boosting/model*.joblib", "artefacts/features/*.npz"),
-       sections=("limits", "photos", "inpaint", "train_dinov3", "siglip", "frozen", "boosting", "ensemble", "kaggle"))
+       sections=("limits", "photos", "inpaint", "train_dinov3", "siglip", "frozen", "boosting", "ensemble", "kaggle"),
+       weights=lambda run: [*frozen.weights_files(run), *siglip.weights_files(run)])
 def predict_test(run: Run) -> dict:
     "The stage behind `run_submit`."
     task = read_task(run.input, run.warn)

@@ -1,0 +1,535 @@
+"""What a training does at its limits: numbers too large for float16, time and disk that run out, files of other settings."""
+import gc
+import json
+import math
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
+
+from nbs_lib import train_dinov3 as room
+from nbs_lib.core import InputError
+from nbs_lib.train_dinov3 import Fit, Kept, load_state, predict, train
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def half_precision(monkeypatch):
+    "A CPU that computes in float16, as a T4 does."
+    monkeypatch.setattr(room, "pick_dtype", lambda device: torch.float16)
+
+
+def too_large():
+    "A network whose patches are embedded beyond float16's 65504, its frozen layers in half precision as in a training on a T4; and photographs."
+    net = net_on(VIT, head="pooled")
+    room.unfreeze(net, 2)
+    with torch.no_grad():
+        net.backbone.net.patch_embed.proj.weight *= 1e6
+    for part in net.head.parts:
+        torch.nn.init.normal_(part[-1].weight)
+    return net, np.random.default_rng(0).integers(0, 255, (2, 2, 64, 64, 3), dtype=np.uint8)
+
+
+def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkeypatch):
+    net, pairs = too_large()
+    room.halve_frozen(net, torch.float16)
+    kinds = {n: p.dtype for n, p in net.named_parameters()}
+    numbers = {n: p.detach().clone() for n, p in net.named_parameters()}
+    answers = predict(net, pairs)
+    assert np.isfinite(answers).all() and {n: p.dtype for n, p in net.named_parameters()} == kinds and torch.float16 in kinds.values()
+    assert all(torch.equal(p, numbers[n]) for n, p in net.named_parameters())
+    assert np.isfinite(room.maps_of(net_on(VIT, head="density"), pairs, [0])).all()
+    monkeypatch.undo()
+    net.backbone.float()
+    np.testing.assert_allclose(answers, predict(net, pairs), rtol=0.02)  # maps are handed on in half precision
+
+
+def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
+    net, calls = net_on(VIT, head="pooled"), []
+    real = net.encode
+    monkeypatch.setattr(net, "encode", lambda x: (calls.append(1), real(x))[1])
+    assert np.isfinite(predict(net, np.zeros((1, 2, 64, 64, 3), dtype=np.uint8))).all() and len(calls) == 1
+
+
+def failing_on(monkeypatch, bad: int, calls=()):
+    "`predict` has no answer for photograph `bad`; in all its calls, or those counted from 0."
+    real, count = room.predict, iter(range(10**6))
+
+    def broken(net, store, *args, **kw):
+        y = real(net, store, *args, **kw)
+        index = kw.get("index", args[3] if len(args) > 3 else None)
+        if not calls or next(count) in calls:
+            y[np.asarray(index) == bad] = np.nan
+        return y
+
+    monkeypatch.setattr(room, "predict", broken)
+
+
+def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.select=outer", "train_dinov3.epochs=3")
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    failing_on(monkeypatch, out[0], calls=(0, 2))
+    said = []
+    _, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    assert [h["score"] is None for h in notes["history"]] == [True, False, True]
+    assert len(said) == 2 and "after epoch 0 " in said[0] and "after epoch 2 " in said[1] and json.loads(json.dumps(notes["history"], allow_nan=False))
+
+
+def test_inner_epochs_that_overflow_are_not_judged(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.epochs=3")
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    failing_on(monkeypatch, index[0], calls=(2, 6))  # of each inner fold's calls: the probe, then three epochs
+    said = []
+    _, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    assert len(notes["verdict"]["scores"]) == 2 and np.isfinite(notes["verdict"]["gain"]) and "after epoch 1 " in said[0]
+
+
+def test_a_fold_without_finite_answers_is_not_finished(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.select=last")
+    ids, numbers = room.gather(run)[1:]
+    bad = np.flatnonzero(numbers["grouped"] == 0)[1]
+    with monkeypatch.context() as patched:
+        failing_on(patched, bad)
+        with pytest.raises(InputError, match=rf"fold 0 \(grouped\) has no finite answer for {ids[bad]}; look at"):
+            room.run_train_dinov3(run)
+    assert not list((run.artefacts / "dinov3").glob("fold0.*"))
+    assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
+
+
+def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
+    run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=held_out")
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    failing_on(monkeypatch, out[0])
+    with pytest.raises(InputError, match=f"a teacher of pseudo-labels has no finite answer for {ids[out[0]]};"):
+        room.fit_fold(m, run.settings.train_dinov3, index, out, 0)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    "Trainings with a scaler of gradients, as float16 on a GPU has one."
+    real, made = room.accelerator, []
+
+    def with_scaler(device):
+        acc = real(device)
+        acc.scaler = torch.amp.GradScaler("cpu")
+        made.append(acc.scaler)
+        return acc
+
+    monkeypatch.setattr(room, "accelerator", with_scaler)
+    return made
+
+
+class Overflowing(Kept):
+    "Photographs whose first `times` batches are too large for any gradient."
+
+    def __init__(self, encoded, times):
+        super().__init__(encoded)
+        self.times = times
+
+    def batch(self, index, draw):
+        self.times -= 1
+        encoded = super().batch(index, draw)
+        return encoded._replace(grid=encoded.grid * math.inf) if self.times >= 0 else encoded
+
+
+def one_by_one(times: int, epochs: int = 4, **more):
+    encoded, y = eight(CNN, 320)
+    net = net_on(CNN, head="pooled")
+    net.start_from(y)
+    return net, Fit(Overflowing(encoded, times), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs, names=[f"ID{i:03d}" for i in range(8)], **more)
+
+
+def test_a_scaler_that_skips_without_end_is_told(scaled):
+    with pytest.raises(InputError, match=r"not finite 20 steps in a row, last on ID00\d \(epoch 2\); look at these photos and labels, or lower lr"):
+        train(*one_by_one(10**6))
+    assert scaled[-1].get_scale() == 65536 / 2**20
+
+
+def test_what_a_scaler_skips_is_neither_averaged_nor_counted(scaled, monkeypatch):
+    updates, real = [], room.EMA.update
+    monkeypatch.setattr(room.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
+    history = train(*one_by_one(19))
+    assert len(updates) == 4 * 8 - 19
+    assert [h["loss"] is None for h in history] == [True, True, False, False] and all(np.isfinite(h["loss"]) for h in history[2:])
+
+
+def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, monkeypatch):
+    "The scale alone may overflow them, with nothing wrong in the loss."
+    updates, real = [], room.EMA.update
+    monkeypatch.setattr(room.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
+    step = room.train_step
+
+    def overflowing(model, fit, micro, draw, acc):
+        loss = step(model, fit, micro, draw, acc)
+        if len(updates) == 0 and acc.scaler.get_scale() > 16384:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(room, "train_step", overflowing)
+    train(*one_by_one(0, epochs=1))
+    assert len(updates) == 8 - 2 and scaled[-1].get_scale() == 16384
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
+    "A training that began on a CPU may go on with a GPU, and the other way round."
+    real, with_scaler = room.accelerator, [first]
+
+    def either(device):
+        acc = real(device)
+        acc.scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if with_scaler[0] else None
+        return acc
+
+    monkeypatch.setattr(room, "accelerator", either)
+    state = {"state": tmp_path / "s.pt", "key": "k"}
+    killed = one_by_one(0, **state)
+    killed[1].watch = lambda epoch, net: (_ for _ in ()).throw(KeyboardInterrupt) if epoch == 2 else 0.1 * epoch
+    with pytest.raises(KeyboardInterrupt):
+        train(*killed)
+    assert bool(load_state(state["state"], "k")["scaler"]) == first
+    with_scaler[0] = not first
+    net, fit = one_by_one(0, **state)
+    assert [h["epoch"] for h in train(net, fit)] == [0, 1, 2, 3] and all(torch.isfinite(p).all() for p in trained(net).values())
+
+
+def names(run, folder: str = "dinov3") -> set[str]:
+    return {p.name for p in (run.artefacts / folder).iterdir() if p.is_file()}
+
+
+QUICK = ("train_dinov3.select=last", "train_dinov3.epochs=1")
+
+
+def test_files_that_no_fold_refers_to_are_removed(tmp_path):
+    before = opened(tmp_path, *QUICK, "run.folds=3", "train_dinov3.schemes=grouped, stratified")
+    room.run_train_dinov3(before)
+    assert {"fold2.safetensors", "fold2.json", "stratified_fold2.json"} <= names(before) and {"dinov3_stratified.parquet", "dinov3_stratified.json"} <= names(before, "oof")
+    (before.artefacts / "dinov3/state").mkdir(exist_ok=True)
+    (before.artefacts / "dinov3/state/fold2.pt").write_bytes(b"of a fold that is no more")
+    (before.artefacts / "dinov3/backbone_0123456789ab.safetensors").write_bytes(b"of a backbone that is no more")
+    (before.artefacts / "folds.csv").unlink()  # as stage eda makes them anew
+    fewer = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped, stratified")
+    room.run_train_dinov3(fewer)
+    forms = {f"{scheme}fold{k}.{ending}" for scheme in ("", "stratified_") for k in (0, 1) for ending in ("json", "safetensors")}
+    backbones = {name for name in names(fewer) if name.startswith("backbone_")}
+    assert len(backbones) == 1 and names(fewer) - {"density.npz", "density.json"} == forms | backbones and not list((fewer.artefacts / "dinov3/state").iterdir())
+    grouped = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped")
+    room.run_train_dinov3(grouped)
+    assert not [name for name in names(grouped) | names(grouped, "oof") if "stratified" in name]
+    assert {"dinov3.parquet", "dinov3.json"} <= names(grouped, "oof") and {"fold0.safetensors", "fold1.safetensors", *backbones} <= names(grouped)
+
+
+def test_a_backbone_that_is_gone_makes_the_stage_stale(tmp_path):
+    from nbs_lib.core import is_fresh
+
+    run = opened(tmp_path, *QUICK)
+    for _ in range(2):  # the first one finds no folds.csv, and makes it
+        room.run_train_dinov3(run)
+    assert is_fresh(run, "train_dinov3")
+    next((run.artefacts / "dinov3").glob("backbone_*")).unlink()
+    assert not is_fresh(run, "train_dinov3")
+
+
+def fits(run) -> bool:
+    "Whether what was written out of fold is what the saved weights, backbone and all, say of the photographs."
+    from nbs_lib.data import read_oof
+
+    m, ids, schemes = room.gather(run)
+    oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
+    said = np.zeros_like(oof)
+    for k in (0, 1):
+        out = np.flatnonzero(schemes["grouped"] == k)
+        said[out] = predict(room.load_fold(run.artefacts, k), m.store, index=out)
+    return np.allclose(said, oof, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("unfreeze", [0, 2])
+def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreeze, tmp_path):
+    from safetensors.torch import save_file
+
+    weights, runs = tmp_path / "weights.safetensors", []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        save_file(room.build_model(room.ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
+        runs.append(opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", f"train_dinov3.weights={weights}", f"train_dinov3.unfreeze={unfreeze}"))
+        room.run_train_dinov3(runs[-1])
+        assert fits(runs[-1])
+    assert sum(name.startswith("backbone_") for name in names(runs[-1])) == 1
+
+
+def test_adapters_that_are_switched_on_bring_their_own_backbone(tmp_path):
+    for lora in (0, 2, 0):
+        run = opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=2", f"train_dinov3.lora={lora}")
+        room.run_train_dinov3(run)
+        assert fits(run) and sum(name.startswith("backbone_") for name in names(run)) == 1
+
+
+@pytest.mark.parametrize("more", [("train_dinov3.maps=3",), ("train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=test")])
+def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
+    import tiny
+
+    for photo in (tiny.competition(tmp_path / "in", n_train=12, n_test=2) / "test").iterdir():
+        photo.write_bytes(b"not a photo")
+    run = opened(tmp_path, *QUICK, "train_dinov3.head=density", *more)
+    assert not list((run.artefacts / "photos").glob("test_*/store.json"))
+    assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
+    if "maps" in more[0]:
+        assert len(np.load(run.artefacts / "dinov3/density.npz")["image_id"]) == 3
+
+
+def fail_or_sleep(run, kept_at, jobs, threads):
+    "In place of `train_some`: fold 0 fails as soon as the other one has begun, which lasts for three minutes."
+    Path(run.output, f"began{jobs[0][1]}").touch()
+    start = time.monotonic()
+    while time.monotonic() < start + 180 and (jobs[0][1] or not Path(run.output, "began1").exists()):
+        time.sleep(0.05)
+    raise InputError("fold 0 cannot be trained")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch):
+    run = opened(tmp_path, *QUICK)
+    m, _, _ = room.gather(run)
+    monkeypatch.setattr(room, "train_some", fail_or_sleep)
+    start = time.monotonic()
+    with pytest.raises(InputError, match="fold 0 cannot be trained"):
+        room.train_apart(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
+    assert time.monotonic() - start < 100 and Path(run.output, "began1").exists()
+    assert not [p for p in multiprocessing.active_children() if p.is_alive()]
+
+
+class Clock:
+    "Time that passes only when it is told to."
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(room, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def taking(self, seconds: float, work):
+        "`work`, after which so many seconds have passed."
+
+        def slow(*args, **kw):
+            answer = work(*args, **kw)
+            self.now += seconds
+            return answer
+
+        return slow
+
+
+def test_the_time_budget_counts_looks_and_saved_states(tmp_path, monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    net, fit = one_by_one(0, epochs=50)
+    fit.clock.minutes, fit.watch = 3, clock.taking(60, lambda epoch, net: -epoch)
+    assert len(train(net, fit, said.append)) == 4 and "budget of" in said[0] and "after 4 of 50 epochs" in said[0]
+    monkeypatch.setattr(room, "save_state", clock.taking(60, room.save_state))
+    net, fit = one_by_one(0, epochs=50, state=tmp_path / "s.pt", key="k")
+    fit.clock.minutes = 3
+    history = train(net, fit, said.append)
+    assert len(history) == 5 and history[-1]["stopped"] == "budget"  # four saved states, of a minute each, end the fifth epoch after its first step
+
+
+def test_part_of_an_epoch_is_not_looked_at_when_there_is_a_best_one(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
+    monkeypatch.setattr(room, "take_step", clock.taking(1, room.take_step))
+    net, fit = one_by_one(0, epochs=50)
+    fit.clock.minutes, fit.watch = 0.25, lambda epoch, net: seen.append(trained(net)) or 0.5  # 15 s: an epoch of 8, and 8 of the next
+    assert [h["score"] for h in train(net, fit)] == [0.5, 0.5]
+    net, fit = one_by_one(0, epochs=50)
+    fit.clock.minutes, fit.watch = 0.2, lambda epoch, net: seen.append(trained(net)) or 0.5
+    assert [h["score"] for h in train(net, fit)] == [0.5, None] and len(seen) == 3
+    assert all(torch.equal(p, seen[-1][n]) for n, p in trained(net).items())
+
+
+def test_an_end_on_time_is_not_cut_short(monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    net, fit = one_by_one(0, epochs=3)
+    fit.clock.minutes, fit.watch = 2.5, clock.taking(60, lambda epoch, net: epoch)
+    assert "stopped" not in train(net, fit, said.append)[-1] and not said
+
+
+POOL = [*QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=1", "train_dinov3.probe=no", "train_dinov3.batch=4", "train_dinov3.accumulate=1",
+        "train_dinov3.pseudo_rounds=2", "train_dinov3.pseudo_from=held_out", "train_dinov3.lr=3e-3"]
+
+
+def a_fold(run, **kw):
+    "Fold 0 of a run: its network, and notes."
+    room.seed_everything(3)
+    m, ids, schemes = room.gather(run)
+    out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
+    return room.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
+
+
+def stepping(monkeypatch, before=lambda done: None) -> list[str]:
+    "The key of the training, step by step; `before` is called with those that were taken, before each."
+    done, real = [], room.take_step
+
+    def step(model, p, fit, micro):
+        before(done)
+        real(model, p, fit, micro)
+        done.append(fit.key)
+
+    monkeypatch.setattr(room, "take_step", step)
+    return done
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(p, trained(b)[n]) for n, p in trained(a).items())
+
+
+@pytest.mark.parametrize("steps_of_two", [0, 1, 2])
+def test_a_kill_in_the_second_round_does_nothing_twice(steps_of_two, tmp_path, monkeypatch):
+    "Whether the second round had a state already or none; the heads are drawn anew for each training, as the recipe's are."
+    run = opened(tmp_path, *POOL, "train_dinov3.label_scale=no", "train_dinov3.save_minutes=0")
+    with monkeypatch.context() as patched:
+        all_steps = stepping(patched)
+        whole, _ = a_fold(run, state=tmp_path / "whole.pt", key="k")
+    at_two = all_steps.index("k round 2") + steps_of_two
+    assert at_two < len(all_steps)
+
+    def kill(done):
+        if len(done) == at_two:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        stepping(patched, kill)
+        with pytest.raises(KeyboardInterrupt):
+            a_fold(run, state=tmp_path / "killed.pt", key="k")
+    there = {p.name: p.stat().st_size for p in tmp_path.glob("killed*.pt")}
+    one, two = {"killed.pt", "killed_round1.pt"}, {"killed_round2.pt"} if steps_of_two else set()
+    assert one | two == {name for name in there if "before" not in name} and not any(f"{Path(name).stem}.before.pt" in there for name in one)
+    assert all(there[name] < 0.4 * there[other] for name in one for other in two)  # no moments, no average, no second copy of the weights
+    with monkeypatch.context() as patched:
+        again_steps = stepping(patched)
+        again, notes = a_fold(run, state=tmp_path / "killed.pt", key="k")
+    assert again_steps == ["k round 2"] * (len(all_steps) - at_two) and len(notes["rounds"]) == 2 and equal(whole, again)
+    with monkeypatch.context() as patched:
+        assert not stepping(patched) and equal(whole, a_fold(run, state=tmp_path / "killed.pt", key="k")[0]) and not stepping(patched)
+
+
+def test_one_time_budget_for_a_fold_and_its_rounds(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(room, "take_step", clock.taking(60, room.take_step))
+    plain, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=0"))
+    steps_of_base, clock.now = round(clock.now / 60), 0.0
+    first, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=1"))
+    steps_of_both = round(clock.now / 60)
+
+    def within(minutes: float, **kw):
+        clock.now, said = 0.0, []
+        net, notes = a_fold(opened(tmp_path, *POOL, f"train_dinov3.budget_minutes={minutes}"), warn=said.append, **kw)
+        return net, notes, said
+
+    net, notes, said = within(steps_of_base - 0.5)  # all steps, and a little too long
+    assert equal(net, plain) and notes["rounds"] == [] and len(said) == 1 and "before round 1" in said[0]
+    net, notes, said = within(steps_of_base + 0.5)
+    assert equal(net, plain) and len(notes["rounds"]) == 1 and "ended a training" in said[0] and "round 1 of pseudo-labels did not end in time" in said[1]
+    net, notes, said = within(steps_of_both + 0.5)
+    assert equal(net, first) and len(notes["rounds"]) == 2 and "round 2 of pseudo-labels did not end in time" in said[1]
+
+
+def test_time_that_was_spent_before_a_kill_is_carried_on(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    run = opened(tmp_path, *POOL, "train_dinov3.save_minutes=0", "train_dinov3.budget_minutes=100", "train_dinov3.epochs=9")
+    state = {"state": tmp_path / "s.pt", "key": "k"}
+
+    def kill(done):
+        clock.now += 60 * 15
+        if len(done) == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        stepping(patched, kill)
+        with pytest.raises(KeyboardInterrupt):
+            a_fold(run, **state)
+    clock.now, said = 0.0, []
+    done = stepping(monkeypatch, lambda done: setattr(clock, "now", clock.now + 60 * 15))
+    _, notes = a_fold(run, **state, warn=said.append)
+    assert len(done) == 2 and notes["history"][-1]["stopped"] == "budget" and notes["rounds"] == []  # 75 minutes, then two steps of 15
+    assert len(said) == 2 and "budget of 100 minutes ended" in said[0] and "before round 1" in said[1]
+    assert json.loads((tmp_path / "s.clock.json").read_text()) == {"key": "k", "seconds": 60 * 105}
+    assert room.Stopwatch(100, tmp_path / "s.clock.json", "other settings").seconds() == 0
+
+
+def test_a_round_that_ended_counts_though_the_time_is_over(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    run, state = opened(tmp_path, *POOL, "train_dinov3.budget_minutes=100"), {"state": tmp_path / "s.pt", "key": "k"}
+    whole, _ = a_fold(run, **state)
+    (tmp_path / "s.clock.json").write_text(json.dumps({"key": "k", "seconds": 60 * 101}))
+    done = stepping(monkeypatch)
+    again, notes = a_fold(run, **state)
+    assert equal(whole, again) and len(notes["rounds"]) == 2 and not done and clock.now == 0
+
+
+def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatch):
+    clock, said = Clock(monkeypatch), []
+    monkeypatch.setattr(room, "take_step", clock.taking(60, room.take_step))
+    net, notes = a_fold(opened(tmp_path, "train_dinov3.budget_minutes=1.5"), warn=said.append)
+    assert net.config.head == "none" and not notes["verdict"]["keep"] and "history" not in notes
+    assert "spent on inner folds; the probe answers alone" in said[-1] and clock.now <= 180
+
+
+def test_the_moments_are_gone_when_a_training_is_over(scaled, monkeypatch):
+    "Not when the garbage collector happens to come: the next training wants their place on the GPU."
+    kept, real = [], room.Progress.__init__
+
+    def init(self, net, optimiser, acc, s):
+        real(self, net, optimiser, acc, s)
+        kept.extend(weakref.ref(thing) for thing in (self, optimiser, optimiser.optimizer))
+
+    monkeypatch.setattr(room.Progress, "__init__", init)
+    gc.disable()
+    try:
+        train(*one_by_one(0, epochs=1))
+        assert len(kept) == 3 and not any(ref() for ref in kept)
+    finally:
+        gc.enable()
+
+
+def test_adapters_of_all_blocks_learn_at_the_backbones_rate():
+    s = settings(layer_decay=0.5, lr_backbone=1e-4)
+    rates = {}
+    for lora in (0, 2):
+        net = net_on(VIT, head="pooled", lora=lora)
+        room.unfreeze(net, -1)
+        names = {id(p): n for n, p in net.named_parameters()}
+        rates[lora] = {names[id(p)]: g["lr"] for g in room.parameter_groups(net, s) if g["name"] == "backbone" for p in g["params"]}
+    assert len(rates[2]) == 96 and all("lora_" in n for n in rates[2]) and set(rates[2].values()) == {1e-4}
+    assert min(rates[0].values()) < 1e-7 < max(rates[0].values()) == 1e-4
+
+
+@pytest.mark.parametrize("budget", [0, 0.02])
+def test_two_processes_under_accelerate_go_through_the_whole_stage(budget, tmp_path):
+    "From the command line, with rounds and maps; what is left over from other settings is removed, by the first process alone."
+    words = [*SMALL, *POOL, "train_dinov3.head=density", "train_dinov3.maps=2", f"train_dinov3.budget_minutes={budget}", "train_dinov3.epochs=2"]
+    run = opened(tmp_path, *words)
+    run.art("dinov3", "fold7.safetensors").write_bytes(b"of a fold that is no more")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, "-m", "nbs_lib.train_dinov3", "--train", str(run.input), str(run.output), "--profile", "demo", *(w for word in words for w in ("--set", word))]
+    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(2)]
+    told = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and '"r2w"' in told[0] and '"r2w"' not in told[1]
+    assert ("the time budget of 0.02 minutes" in told[0]) == ("the time budget of 0.02 minutes" in told[1]) == (budget > 0)
+    folds = {f"fold{k}.{ending}" for k in (0, 1) for ending in ("json", "safetensors")}
+    assert {name for name in names(run) if not name.startswith("backbone_")} == folds | {"density.npz", "density.json"} and not list((run.artefacts / "dinov3/state").iterdir())
