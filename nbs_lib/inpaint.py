@@ -7,9 +7,9 @@ __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 
            'TALLEST', 'GLANCE', 'ENOUGH', 'LOOKS', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo', 'check_size',
            'to_rgb', 'orange_rule', 'Along', 'Finder', 'level', 'shrink', 'Reader', 'nets_file', 'load_nets',
            'find_places', 'Window', 'cut_window', 'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness',
-           'find_stamps', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'main',
-           'draw_piece', 'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets',
-           'reader_loss', 'fit_net', 'fit_nets', 'inpaint_stamp', 'paint_mask', 'clean_photo', 'split_halves']
+           'find_stamps', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'draw_piece',
+           'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets', 'reader_loss',
+           'fit_net', 'fit_nets', 'inpaint_stamp', 'paint_mask', 'clean_photo', 'split_halves', 'main']
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
 import io
@@ -416,24 +416,6 @@ def sum_up(judged: pd.DataFrame) -> dict[str, float]:
     return {"recall": len(found) / len(judged), "precision": len(found) / max(1, painted), "clean": float((judged["dirty"] == 0).mean()),
             "coverage": float(found["covered"].mean()), "area": float(found["area"].mean())}
 
-
-def main(argv: list[str]) -> None:
-    "`python -m nbs_lib.inpaint [COUNT]` judges both rules on composites; `python -m nbs_lib.inpaint fit [MINUTES]` fits the networks anew."
-    number = float(argv[-1]) if argv and argv[-1].replace(".", "").isdigit() else 0
-    if argv[:1] == ["fit"]:
-        fit_nets(number or 30)
-        return
-    for name, rule in (("stamp_mask", stamp_mask), ("orange_rule", orange_rule)):
-        judged = judge(rule, int(number) or 100)
-        print(f"{name:12s}", {k: round(v, 3) for k, v in sum_up(judged).items()})
-        judged["found"], judged["pixels high"] = judged["covered"] > 0.5, pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
-        for by in ("font", "ground", "pixels high"):
-            print("   found, by", by, judged.groupby(by, observed=True)["found"].mean().round(2).to_dict())
-
-
-if __name__ == "__main__" and "get_ipython" not in globals():
-    main(sys.argv[1:])
-
 # %% ../notebooks/20_inpaint.ipynb #5b000002
 PIECE = (384, 640)  # height and width of the pieces that the finder learns from, pixels of the photo
 
@@ -612,3 +594,21 @@ def split_halves(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Left and right half of an (H, W, 3) photo, equally wide; the middle column of an odd width belongs to neither."
     middle = photo.shape[1] // 2
     return photo[:, :middle], photo[:, photo.shape[1] - middle :]
+
+# %% ../notebooks/20_inpaint.ipynb #297fd4e4
+def main(argv: list[str]) -> None:
+    "`python -m nbs_lib.inpaint [COUNT]` judges both rules on composites; `python -m nbs_lib.inpaint fit [MINUTES]` fits the networks anew."
+    number = float(argv[-1]) if argv and argv[-1].replace(".", "").isdigit() else 0
+    if argv[:1] == ["fit"]:
+        fit_nets(number or 30)
+        return
+    for name, rule in (("stamp_mask", stamp_mask), ("orange_rule", orange_rule)):
+        judged = judge(rule, int(number) or 100)
+        print(f"{name:12s}", {k: round(v, 3) for k, v in sum_up(judged).items()})
+        judged["found"], judged["pixels high"] = judged["covered"] > 0.5, pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
+        for by in ("font", "ground", "pixels high"):
+            print("   found, by", by, judged.groupby(by, observed=True)["found"].mean().round(2).to_dict())
+
+
+if __name__ == "__main__" and "get_ipython" not in globals():
+    main(sys.argv[1:])

@@ -223,3 +223,10 @@ def test_command_line(tmp_path, capsys):
         err = capsys.readouterr().err
         assert err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "no").exists()
+
+
+def test_folds_end_before_the_session_does():
+    "However slow the cards: what a session is ended with is lost."
+    s = load_settings("kaggle")
+    folds = s.run.folds * len(s.train_dinov3.schemes)
+    assert 0 < folds / s.train_dinov3.parallel_folds * s.train_dinov3.budget_minutes / 60 < budget.SESSION_HOURS - 1

@@ -82,6 +82,16 @@ def test_library_and_notebooks_agree(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODULES)
+def test_a_module_run_as_a_program_has_all_it_needs(name):
+    "What stands below `if __name__ == ...` is not there yet when the program above it runs."
+    body = ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8")).body
+    cut = next((i for i, node in enumerate(body) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)), len(body))
+    below = {n.name for n in body[cut + 1 :] if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {t.id for n in body[cut + 1 :] if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    used = {n.id for node in body[: cut + 1] for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert not below & used, f"{name}: {sorted(below & used)} stand too low"
+
+
+@pytest.mark.parametrize("name", MODULES)
 def test_texts_are_utf8_wherever_it_runs(name):
     "A machine whose own encoding is another reads and writes the same files."
     for node in ast.walk(ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8"))):
