@@ -321,7 +321,7 @@ class Forecast:
         "Rows what, needed, allowed, unit, fits; hours are the cautious ones."
         hours = self.stages["cautious_hours"]
         rows = [("memory of one GPU", self.stages["gb"].max(), self.gpu.memory_gb, "GB"), ("submission", hours["submit"], self.limits["hours"], "h"),
-                ("longest other stage in one session", hours.drop("submit").max(), SESSION_HOURS, "h"), ("all of it and the submission in one session, as the kernel suite", hours.sum(), self.limits["hours"], "h"), ("everything, in a week", hours.sum(), WEEK_HOURS, "h"),
+                ("longest other stage in one session", hours.drop("submit").max(), SESSION_HOURS, "h"), ("kernel suite: all in one session", hours.sum(), self.limits["hours"], "h"), ("everything, in a week", hours.sum(), WEEK_HOURS, "h"),
                 ("output folder", sum(self.disk.values()), self.limits["working_gb"], "GB")]
         return [{"what": w, "needed": round(float(n), 1), "allowed": a, "unit": u, "fits": bool(n <= a)} for w, n, a, u in rows]
 
