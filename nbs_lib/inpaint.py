@@ -539,7 +539,7 @@ def fit_net(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple
     return net.eval()
 
 
-def fit_nets(minutes: float = 30, grounds: int = 300, seed: int = 1) -> None:
+def fit_nets(minutes: float = 44, grounds: int = 500, seed: int = 1) -> None:
     "Fit finder and reader on `grounds` drawn grounds, for half of `minutes` each, on top of the drawing, and write `stamp_nets.safetensors`."
     def draw(what: Callable, part: int, *args) -> Iterator[np.ndarray]:
         done = Parallel(n_jobs=-1)(delayed(what)(FIT_GROUNDS[k % len(FIT_GROUNDS)], [seed, part, k], *args) for k in range(grounds))
@@ -600,7 +600,7 @@ def main(argv: list[str]) -> None:
     "`python -m nbs_lib.inpaint [COUNT]` judges both rules on composites; `python -m nbs_lib.inpaint fit [MINUTES]` fits the networks anew."
     number = float(argv[-1]) if argv and argv[-1].replace(".", "").isdigit() else 0
     if argv[:1] == ["fit"]:
-        fit_nets(number or 30)
+        fit_nets(number or 44)
         return
     for name, rule in (("stamp_mask", stamp_mask), ("orange_rule", orange_rule)):
         judged = judge(rule, int(number) or 100)
