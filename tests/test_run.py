@@ -227,7 +227,7 @@ def test_time_budget_ends_the_run_with_3(paddock, tmp_path):
 def test_a_stopped_run_leaves_no_orphan(how, paddock, tmp_path):
     out = tmp_path / "out"
     process = subprocess.Popen([sys.executable, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), *SMALL],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # the tests themselves may stand under nohup
     family = []
     for _ in range(1200):
         family = psutil.Process(process.pid).children(recursive=True)
