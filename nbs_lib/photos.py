@@ -555,8 +555,8 @@ def recipe_chain(content: bytes, side: int = 512) -> np.ndarray:
 def textured_files(folder: Path, count: int = 24, grain: float = 0, quality: int = 92) -> list[Path]:
     """`count` JPEG photos 2000 x 1000 of textures; one in eight carries a stamp.
 
-    The competition's files hold 1.1 GB in 358 photos, about 3 MB each, for grass is fine down to the pixel: a `grain` of 25 grey values at
-    `quality` 98 comes near that. Without them textures are smooth, and their files are a tenth of it.
+    The competition's files hold 1.1 GB in 358 photos, about 3 MB each, for grass is fine down to the pixel: a `grain` of 10 grey values at
+    `quality` 100 comes near that. Without them textures are smooth, and their files are a tenth of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths, rng = [], np.random.default_rng(7)
@@ -589,7 +589,7 @@ def bench_photos(photos: str | Path = "", many: int = 800) -> list[dict]:
             if photos:
                 kinds = {"given": sorted(Path(photos).glob("*.jpg"))[:24]}
             else:
-                kinds = {"fine": textured_files(folder / "fine", grain=25, quality=98), "smooth": textured_files(folder / "smooth")}
+                kinds = {"fine": textured_files(folder / "fine", grain=10, quality=100), "smooth": textured_files(folder / "smooth")}
             rows = [row for kind, paths in kinds.items() for row in _measure_ways(paths, folder / f"{kind} ways")]
             return [*rows, _measure_many(next(iter(kinds.values())), folder, many)]
     finally:
