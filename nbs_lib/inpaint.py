@@ -134,7 +134,7 @@ class Finder(nn.Sequential):
 
 def level(picture: np.ndarray) -> Tensor:
     "(B, h, w, 3) uint8 as (B, 3, h, w) float32 around 0, as both networks want it."
-    return torch.from_numpy(picture).movedim(-1, -3).float().sub_(102).div_(64).contiguous(memory_format=torch.channels_last)
+    return torch.from_numpy(picture).movedim(-1, -3).float().mul_(1 / 64).sub_(102 / 64).contiguous(memory_format=torch.channels_last)
 
 
 def shrink(photo: np.ndarray, many: int = 2) -> np.ndarray:
