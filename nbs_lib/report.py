@@ -969,7 +969,7 @@ def score_frame(scores: dict) -> pd.DataFrame:
     judged = [("constant", s, v) for s, v in scores["constant"].items()] + [(m, s, v) for m, by in scores["oof"].items() for s, v in by.items()]
     judged += [(m, "hidden test", v) for m, v in scores["test"].items()]
     rows = [{"model": m, "judged_on": s, "r2": v["r2"], **dict(zip(("low", "high"), v["interval_95"] or (None, None), strict=True)), "photos": v["photos"], **v["r2_by_target"]} for m, s, v in judged]
-    return pd.DataFrame(rows).round(4)
+    return pd.DataFrame(rows).round(6)  # README rounds once more
 
 
 def made_on(found: Findings) -> dict:
