@@ -16,8 +16,6 @@ __all__ = ['Table', 'Blocks', 'CLIP', 'KERNELS', 'FLAT', 'NOISE_STEPS', 'TRANSFO
            'write_intervals', 'save_labels', 'show_boosting', 'made_up', 'time_boosting', 'bench_boosting']
 
 # %% ../notebooks/42_boosting.ipynb #45faceb1
-import contextlib
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -43,7 +41,7 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
 from .balance import as_weighting, make_weighting, reconcile
-from .core import InputError, Run, atomic, hash_file, load_settings, package_folder, peak_memory, progress, read_json, stage, version, write_json
+from .core import InputError, Run, atomic, hash_file, installed, load_settings, package_folder, peak_memory, progress, read_json, stage, version, write_json
 from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
 from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
 
@@ -746,11 +744,7 @@ def versions(members: Iterable[str]) -> dict[str, str]:
     "Of the library and of what the pickles of these members hold."
     used = [p for p, names in PACKAGES.items() if not names or set(names) & {m.partition("/")[0] for m in members}]
     code = hash_file(package_folder() / "boosting.py")[:8]  # of the classes that the pickles hold
-    found = {"nbs_lib": f"{version} (code {code})"}
-    for package in used:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # then the pickle cannot be opened, and its member is left out
-            found[package] = importlib.metadata.version(package)
-    return found
+    return {"nbs_lib": f"{version} (code {code})", **installed(used)}  # one that is missing cannot be opened, and its member is left out
 
 
 def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]:
@@ -759,10 +753,9 @@ def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]
     for name in members:
         make_member(name)
         package = next((p for p, names in PACKAGES.items() if name.partition("/")[0] in names), None)
-        try:
-            importlib.metadata.version(package or "scikit-learn")
+        if installed([package or "scikit-learn"]):
             kept.append(name)
-        except importlib.metadata.PackageNotFoundError:
+        else:
             warn(f"boosting: {package} is not installed, so the member {name} is left out")
     if not kept:
         raise InputError("boosting.members: none can be used; name one that is installed, such as linear")

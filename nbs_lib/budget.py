@@ -6,8 +6,9 @@
 __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTS', 'WEEK_HOURS', 'SESSION_HOURS', 'BLOCK', 'FLOPS', 'SO400M', 'WORDS',
            'CPU_SECONDS', 'STATE_BYTES', 'WRITE_GB_S', 'COLOURS', 'Gpu', 'parse_gpus', 'Meter', 'ghosts', 'ghost',
            'Rehearsal', 'summed', 'rehearse_step', 'fill_state', 'train_really', 'allocated_gb', 'rehearse_look',
-           'rehearse_frozen', 'rehearse_siglip', 'Looks', 'count_looks', 'saving_hours', 'disk_gb', 'Forecast',
-           'rehearse', 'describe_card', 'forecast', 'plot_forecast', 'write_forecast', 'measured_hours', 'main', 'tell']
+           'rehearse_frozen', 'rehearse_siglip', 'Looks', 'count_looks', 'trains_blocks', 'saving_hours', 'disk_gb',
+           'Forecast', 'rehearse', 'describe_card', 'forecast', 'plot_forecast', 'write_forecast', 'measured_hours',
+           'main', 'tell']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
@@ -283,11 +284,16 @@ STATE_BYTES = 20  # of a saved state, for each trained number: itself, AdamW's t
 WRITE_GB_S = 0.15  # to the disk of a session; assumed, see above
 
 
+def trains_blocks(s: TrainDinov3Settings) -> bool:
+    "Whether blocks of a backbone are trained: only their states are large."
+    return s.unfreeze != 0 and s.epochs > 0 and s.head != "none"
+
+
 def saving_hours(s: TrainDinov3Settings, folds: int, photos: int, trained: int, gpu_hours: float) -> float:
     "Hours in which the folds wait for their states, one an epoch and one every `save_minutes` of the `gpu_hours` that they train; all folds together."
-    epochs = s.epochs * (1 + s.pseudo_rounds) * folds * len(s.schemes)
-    if s.unfreeze == 0 or s.head == "none" or not epochs:
+    if not trains_blocks(s):
         return 0.0
+    epochs = s.epochs * (1 + s.pseudo_rounds) * folds * len(s.schemes)
     steps = math.ceil(photos * (1 - 1 / folds) / (s.batch * s.accumulate))
     inside = min(steps, math.floor(60 * gpu_hours / epochs / max(s.save_minutes, 1e-9)))
     return epochs * (1 + inside) * STATE_BYTES * trained / 1e9 / WRITE_GB_S / 3600
@@ -298,11 +304,10 @@ def disk_gb(settings: Settings, total: int, trained: int, photos: int, half: str
     s = settings.train_dinov3
     folds = settings.run.folds * len(s.schemes)
     whole = s.unfreeze < 0 and not s.lora  # nothing is shared
-    trains = s.unfreeze != 0 and s.epochs > 0 and s.head != "none"
-    shared = (total - trained) * (2 if trains and half == "float16" else 4)  # see `halve_frozen`
+    shared = (total - trained) * (2 if trains_blocks(s) and half == "float16" else 4)  # see `halve_frozen`
     weights = 4 * (total if whole else trained) * folds + (0 if whole else shared)
     ended = 4 * trained * s.pseudo_rounds  # of each training of a fold before its last one, the weights
-    state = s.parallel_folds * (2 * STATE_BYTES * trained + ended) if trains else 0
+    state = s.parallel_folds * (2 * STATE_BYTES * trained + ended) if trains_blocks(s) else 0
     store = photos * sum(2 * 3 * h * w for h, w in wanted_shapes(settings))
     return {"fold weights": weights / 1e9, "state": state / 1e9, "photos": store / 1e9}
 

@@ -9,8 +9,9 @@ __all__ = ['SECTIONS', 'BUILDING', 'WRITERS', 'FULL', 'InputError', 'atomic', 'w
            'SubmitSettings', 'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file',
            'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'on_kaggle', 'mount_candidates',
            'resolve_mount', 'find_attached', 'keep_memory', 'peak_memory', 'seed_everything', 'pick_device',
-           'pick_dtype', 'progress', 'hash_file', 'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run',
-           'is_litter', 'hash_inputs', 'hash_weights', 'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
+           'pick_dtype', 'progress', 'hash_file', 'installed', 'rooms_behind', 'hash_code', 'Run', 'check_output',
+           'open_run', 'is_litter', 'hash_inputs', 'hash_weights', 'describe', 'manifest_path', 'is_fresh', 'stage',
+           'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -20,6 +21,7 @@ import dataclasses
 import errno
 import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import random
@@ -556,6 +558,15 @@ def hash_file(path: str | Path) -> str:
     return _hash_once(str(path), stat.st_size, stat.st_mtime_ns)
 
 
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    "Versions of those of `packages` that are installed."
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
 def rooms_behind(room: str) -> dict[str, str]:
     "Source of the module `nbs_lib.<room>` and of all modules of the library that it imports, at whatever depth."
     seen, todo = {}, [room]
@@ -671,12 +682,17 @@ def hash_inputs(run: Run, reads: Iterable[str]) -> dict[str, dict]:
 
 
 def hash_weights(files: Iterable[str | Path]) -> dict[str, dict | None]:
-    """For each file of pretrained weights its size and a hash of its bytes, None when it is not there.
+    """For each file of pretrained weights its size and a hash of its bytes, None when it cannot be read: what reads it says why.
 
     All bytes, for a copy has another time and another network's weights may have the same size: some seconds for 3.4 GB, once a process.
     """
-    paths = [Path(f).absolute() for f in files]
-    return {str(p): {"bytes": p.stat().st_size, "blake2b": hash_file(p)} if p.is_file() else None for p in paths}
+    found: dict[str, dict | None] = {}
+    for path in (Path(f).absolute() for f in files):
+        try:
+            found[str(path)] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
+        except OSError:
+            found[str(path)] = None
+    return found
 
 
 def describe(run: Run, name: str, room: str, reads: Iterable[str], sections: Iterable[str], weights: Iterable[str | Path] = ()) -> dict:

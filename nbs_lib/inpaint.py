@@ -6,10 +6,10 @@
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'MAYBE', 'LIKELY', 'KEPT', 'SMALLEST',
            'TALLEST', 'GLANCE', 'ENOUGH', 'LOOKS', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo', 'check_size',
            'to_rgb', 'orange_rule', 'Along', 'Finder', 'level', 'shrink', 'Reader', 'nets_file', 'load_nets',
-           'find_places', 'Window', 'cut_window', 'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness',
-           'find_stamps', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'draw_piece',
-           'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets', 'reader_loss',
-           'fit_net', 'fit_nets', 'inpaint_stamp', 'paint_mask', 'clean_photo', 'split_halves', 'main']
+           'find_places', 'Window', 'cut_window', 'stand', 'look_at', 'glance', 'ink_box', 'Line', 'read_line',
+           'sureness', 'find_stamps', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up',
+           'draw_piece', 'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets',
+           'reader_loss', 'fit_net', 'fit_nets', 'inpaint_stamp', 'paint_mask', 'clean_photo', 'split_halves', 'main']
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
 import io
@@ -183,8 +183,8 @@ FRAME, SIDE = 0.17, 0.24  # of the height along top and bottom, of the width alo
 MAYBE, LIKELY, KEPT = -2.0, -0.5, 8  # log odds from which a cell belongs to a place and is glanced at, from which it is read at once; and how many are kept
 
 
-def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAYBE) -> list[tuple[float, Box]]:
-    "Where the finder sees lines of writing in an (H, W, 3) uint8 photo: mean log odds of the three surest cells, `least` or more, and box; the surest first."
+def find_places(photo: np.ndarray, net: Finder | None = None) -> list[tuple[float, Box]]:
+    "Where the finder sees lines of writing in an (H, W, 3) uint8 photo: mean log odds of the three surest cells, `MAYBE` or more, and box; the surest first."
     many = max(2, round(photo.shape[1] / 1000))  # a photo much wider than 2000 pixels is seen as if it were that wide
     cell = CELL * many / 2
     with torch.inference_mode():
@@ -200,7 +200,7 @@ def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAY
         rows, columns = rows + y, columns + x
         own = odds[rows, columns]
         surest = float(np.sort(own)[-3:].sum() / 3) - (3 - min(3, len(own))) / 3
-        if surest < least:
+        if surest < MAYBE:
             continue
         share = 1 / (1 + np.exp(-own))
         share /= share.sum()
@@ -249,11 +249,16 @@ def cut_window(photo: np.ndarray, middle: tuple[float, float], height: float, wi
     return cv2.warpAffine(part, np.float32([[scale, 0, shift[0]], [0, scale, shift[1]]]), (width, WINDOW), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
+def stand(box: Box) -> tuple[tuple[float, float], float]:
+    "The middle (x, y) of `box`, and its height, 4 pixels at least: where a window is cut."
+    x0, y0, x1, y1 = box
+    return ((x0 + x1) / 2, (y0 + y1) / 2), max(4.0, y1 - y0)
+
+
 def look_at(photo: np.ndarray, box: Box, net: Reader | None = None, reach: float = 3) -> Window:
     "What the reader says of `box` and `reach` heights to both of its sides, 80 at most."
-    x0, y0, x1, y1 = box
-    middle, height = ((x0 + x1) / 2, (y0 + y1) / 2), max(4.0, y1 - y0)
-    width = int(min(80 * GLYPH, max(64, np.ceil(((x1 - x0) / height + 2 * reach) * GLYPH / 8) * 8)))
+    middle, height = stand(box)
+    width = int(min(80 * GLYPH, max(64, np.ceil(((box[2] - box[0]) / height + 2 * reach) * GLYPH / 8) * 8)))
     with torch.inference_mode():
         ink, line = (net or load_nets()[1])(level(cut_window(photo, middle, height, width)[None]))
     return Window(cv2.resize(torch.sigmoid(ink)[0].numpy(), (width, WINDOW), interpolation=cv2.INTER_LINEAR), line[0].numpy(), middle, height)
@@ -263,7 +268,7 @@ def glance(photo: np.ndarray, boxes: list[Box], net: Reader | None = None, width
     "(n,) the reader's highest log odds of writing around the middle of each of `boxes`, `width` of its pixels wide; all at once, which is twice as fast as one by one."
     if not boxes:
         return np.zeros(0)
-    windows = np.stack([cut_window(photo, ((x0 + x1) / 2, (y0 + y1) / 2), max(4.0, y1 - y0), width) for x0, y0, x1, y1 in boxes])
+    windows = np.stack([cut_window(photo, *stand(box), width) for box in boxes])
     with torch.inference_mode():
         return (net or load_nets()[1])(level(windows))[1].amax((1, 2)).numpy()
 
@@ -600,8 +605,7 @@ def main(argv: list[str]) -> None:
     "`python -m nbs_lib.inpaint [COUNT]` judges both rules on composites; `python -m nbs_lib.inpaint fit [MINUTES]` fits the networks anew."
     number = float(argv[-1]) if argv and argv[-1].replace(".", "").isdigit() else 0
     if argv[:1] == ["fit"]:
-        fit_nets(number or 44)
-        return
+        return fit_nets(number) if number else fit_nets()
     for name, rule in (("stamp_mask", stamp_mask), ("orange_rule", orange_rule)):
         judged = judge(rule, int(number) or 100)
         print(f"{name:12s}", {k: round(v, 3) for k, v in sum_up(judged).items()})

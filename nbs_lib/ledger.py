@@ -423,21 +423,17 @@ def add_run(
     if not run.is_dir():
         return merge(path, run)[-1]
     own, file = run / "ledger.jsonl", run / "submission.csv"
-    sent = file_facts(file)["sha256"] if file.is_file() else None
-    if not own.exists() or (sent and not _entries_of(own, sent)):
-        record(reopen(run, input))
+    sent = file_facts(file)["sha256"] if file.is_file() else ""
+    told = {line.own.get("sha256"): entry for entry, line in read_ledger(own).entries.items()} if own.exists() else {}  # of one file the newest
+    if not own.exists() or (sent and sent not in told):
+        told[sent] = record(reopen(run, input))
     ids = merge(path, own)
-    return (_entries_of(own, sent) or ids)[-1]
-
-
-def _entries_of(ledger: Path, sha256: str | None) -> list[str]:
-    "The ids of the entries whose file this is, the oldest first."
-    return [entry for entry, told in read_ledger(ledger).entries.items() if told.own.get("sha256") == sha256]
+    return told.get(sent, ids[-1])
 
 
 def record_sent(
     path: str | Path,  # of the ledger
-    run: str | Path,  # the run's OUT folder, whose newest entry was sent
+    run: str | Path,  # the run's OUT folder, whose submission.csv was sent
     message: str,  # Kaggle's description: by it the import will know the submission again
     reference: str | int | None = None,  # Kaggle's number, when it is known already
     kernel: str | None = None,  # owner/slug/version, for a code competition

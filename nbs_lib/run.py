@@ -21,7 +21,6 @@ import contextlib
 import ctypes
 import dataclasses
 import fcntl
-import importlib.metadata
 import inspect
 import json
 import math
@@ -44,7 +43,7 @@ from pathlib import Path
 import psutil
 
 from nbs_lib.core import (
-    FULL, InputError, LimitsSettings, Run, atomic, hash_inputs, is_fresh, is_litter, load_settings, manifest_path, on_kaggle, open_run, read_json, resolve_mount, shipped, version, write_json,
+    FULL, InputError, LimitsSettings, Run, atomic, hash_inputs, installed, is_fresh, is_litter, load_settings, manifest_path, on_kaggle, open_run, read_json, resolve_mount, shipped, version, write_json,
 )
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
@@ -534,11 +533,7 @@ PACKAGES = ("numpy", "pandas", "scikit-learn", "torch", "timm", "transformers", 
 
 def versions() -> dict[str, str]:
     "Versions of Python, the library and what it stands on; a package that is not there is left out."
-    out = {"python": platform.python_version(), "nbs_lib": version}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            out[name] = importlib.metadata.version(name)
-    return out
+    return {"python": platform.python_version(), "nbs_lib": version, **installed(PACKAGES)}
 
 
 def describe_run(run: Run, call: dict, sandbox: Sandbox) -> dict:

@@ -275,7 +275,7 @@ def weights_files(run: Run) -> list[Path]:
         return []
     try:
         return sorted(p for p in find_weights(run).iterdir() if p.is_file())
-    except InputError:  # the stage itself says what is missing
+    except (InputError, OSError):  # the stage itself says what is missing
         return [Path(wanted)]
 
 

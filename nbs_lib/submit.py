@@ -456,7 +456,6 @@ class Job:
         "Say and keep what there was no time for."
         if photos:
             self.dropped.append(f"{what} for {photos} of {len(self.task.ids)} photos")
-            self.run.unfinished.append(self.dropped[-1])
             self.run.warn(f"submit: no time for {self.dropped[-1]}")
 
 
@@ -702,6 +701,7 @@ def predict_test(run: Run) -> dict:
             job.drop(name_part(folds, view), int(reader.readable.sum()))
     finally:
         reader.close()
+    run.unfinished.extend(job.dropped)
     answer.stands = False
     answer.write()
     run.wrote(answer.path)

@@ -1,4 +1,5 @@
 """Frozen features and regressors: leaks, faults of the features files, odd sizes, versions, and the stage as a whole."""
+import importlib.metadata
 import json
 import shutil
 
@@ -324,17 +325,22 @@ def test_features_that_training_knew_otherwise(data):
 # Members
 
 
-def test_unknown_member_and_missing_library(monkeypatch):
+@pytest.fixture
+def no_catboost(monkeypatch):
+    real = importlib.metadata.version
+
+    def version(package):
+        if package == "catboost":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return real(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+
+def test_unknown_member_and_missing_library(no_catboost):
     with pytest.raises(InputError, match="unknown member 'forest'; known: linear"):
         available(("forest",))
-    real, told = boosting.importlib.metadata.version, []
-
-    def without_catboost(name):
-        if name == "catboost":
-            raise boosting.importlib.metadata.PackageNotFoundError(name)
-        return real(name)
-
-    monkeypatch.setattr(boosting.importlib.metadata, "version", without_catboost)
+    told = []
     assert available(("linear", "catboost", "catboost_joint"), told.append) == ("linear",)
     assert len(told) == 2 and "catboost is not installed" in told[0]
     with pytest.raises(InputError, match="none can be used"):
@@ -427,7 +433,7 @@ def read_summary(run):
     return json.loads((run.artefacts / "stages" / "boosting.json").read_text())["summary"]
 
 
-def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, monkeypatch):
+def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, no_catboost):
     "A model fitted with catboost, where catboost is not installed: fitted anew without it."
     run, _, X, _ = ran
     shutil.copytree(run.artefacts, tmp_path / "artefacts")
@@ -436,14 +442,7 @@ def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, monkeypat
     told["members"] = told["params"]["members"] = [*told["members"], "catboost"]
     told["versions"]["catboost"] = "1.2"
     beside.write_text(json.dumps(told))
-    real, warnings = boosting.importlib.metadata.version, []
-
-    def version(package):
-        if package == "catboost":
-            raise boosting.importlib.metadata.PackageNotFoundError(package)
-        return real(package)
-
-    monkeypatch.setattr(boosting.importlib.metadata, "version", version)
+    warnings = []
     y, _, _ = predict(tmp_path / "artefacts", {"eyes": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
     assert np.isfinite(y).all() and "catboost 1.2 (here none)" in warnings[0] and "catboost is left out" in warnings[1]
 

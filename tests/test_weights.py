@@ -111,3 +111,21 @@ def test_a_folder_of_a_kaggle_model_means_its_first_file(run, tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "model/weights.safetensors")
     assert files_of(str(tmp_path / "model"), run.settings.kaggle) == [tmp_path / "model/weights.safetensors"]
     assert files_of("random", run.settings.kaggle) == files_of("wheel:efficientnet_lite0", run.settings.kaggle) == []
+
+
+def test_weights_that_cannot_be_read_stop_no_submission(run, tmp_path, monkeypatch):
+    "The file is there and the disk refuses it: what reads it says so, the manifest only notes that it is not known."
+    @stage("reads weights", weights=lambda run: [tmp_path / "weights.bin"])
+    def reads(run):
+        return {}
+
+    (tmp_path / "weights.bin").write_bytes(b"one network")
+    real = core.hash_file
+
+    def refuse(path):
+        if Path(path).name == "weights.bin":
+            raise OSError(5, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(core, "hash_file", refuse)
+    assert reads(run) == {} and not is_fresh(run, "reads weights")
