@@ -61,17 +61,18 @@ def draw_face(text: str, big: int, face: str = "") -> np.ndarray:
 FONTS = {  # the first are drawn for the fit, the others are kept for the score
     "segments": draw_segments, "thin segments": partial(draw_segments, gap=0.06, thick=0.1), "dots": draw_dots, "sans": partial(draw_face, face="DejaVuSans"),
     "bold": partial(draw_face, face="DejaVuSans-Bold"), "serif": partial(draw_face, face="STIXGeneral"), "typewriter": partial(draw_face, face="cmtt10"),
-    "roman": partial(draw_face, face="cmr10"), "italic": partial(draw_face, face="DejaVuSerif-Italic"),
+    "roman": partial(draw_face, face="cmr10"), "italic": partial(draw_face, face="DejaVuSerif-Italic"), "oblique": partial(draw_face, face="DejaVuSans-Oblique"),
+    "bold italic": partial(draw_face, face="STIXGeneralBolIta"), "heavy italic": partial(draw_face, face="DejaVuSerif-BoldItalic"),
     "leaning segments": partial(draw_segments, slant=0.08, gap=0.03, thick=0.12), "square dots": partial(draw_dots, dot=0), "pillow": draw_face,
     "bold mono": partial(draw_face, face="DejaVuSansMono-Bold"), "computer sans": partial(draw_face, face="cmss10"), "heavy serif": partial(draw_face, face="DejaVuSerif-Bold"),
 }
-FIT_FONTS, HELD_FONTS = tuple(FONTS)[:9], tuple(FONTS)[9:]
+FIT_FONTS, HELD_FONTS = tuple(FONTS)[:12], tuple(FONTS)[12:]
 
 
-def draw_text(text: str, height: int, font: str, weight: float = 0, apart: float = 0) -> np.ndarray:
+def draw_text(text: str, height: int, font: str, weight: float = 0, apart: float = 0, wide: float = 1) -> np.ndarray:
     """(h, w) float32, 0 to 1: `text` with glyphs `height` pixels high in one of `FONTS`; drawn large, then reduced.
 
-    Strokes are `weight` of a height bolder on each side, thinner when below 0; `apart` of a height is put between glyphs.
+    Strokes are `weight` of a height bolder on each side, thinner when below 0; `apart` of a height is put between glyphs; all is `wide` times as wide as the font has it.
     """
     canvas = FONTS[font](text, 5 * height)
     tall = cv2.boundingRect(canvas)[3]
@@ -80,7 +81,7 @@ def draw_text(text: str, height: int, font: str, weight: float = 0, apart: float
     r = round(abs(weight) * tall)
     canvas = (cv2.dilate if weight > 0 else cv2.erode)(canvas, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * r + 1,) * 2))
     x, y, w, h = cv2.boundingRect(canvas)
-    return cv2.resize(canvas[y : y + h, x : x + w], (max(1, round(w * height / h)), height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    return cv2.resize(canvas[y : y + h, x : x + w], (max(1, round(wide * w * height / h)), height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 # %% ../notebooks/15_stamps.ipynb #5a000008
@@ -113,9 +114,9 @@ def burn(photo: np.ndarray, rng: np.random.Generator, fonts: tuple[str, ...], he
     Any colour from red to yellow; some are blurred, glow, let the ground through, have a dark outline or a pale core.
     """
     (H, W), glyphs, font = photo.shape[:2], None, str(rng.choice(fonts))
-    while glyphs is None or glyphs.shape[1] > 0.8 * W or len(glyphs) > 0.8 * H:
-        weight, apart = rng.choice([0, rng.uniform(-0.02, 0.05)]), rng.choice([0, rng.uniform(0, 0.35)])
-        glyphs = draw_text(stamp_text(rng), int(np.exp(rng.uniform(*np.log(heights)))), font, weight, apart)
+    while glyphs is None or glyphs.shape[1] > 0.8 * W or len(glyphs) > 0.8 * H or glyphs.max() < 0.5:
+        weight, apart, wide = (rng.choice([usual, rng.uniform(*span)]) for usual, span in ((0, (-0.02, 0.06)), (0, (0, 0.35)), (1, (0.75, 1.4))))
+        glyphs = draw_text(stamp_text(rng), int(np.exp(rng.uniform(*np.log(heights)))), font, weight, apart, wide)
         heights = min(heights[0], max(5, heights[1] - 3)), max(6, heights[1] - 2)  # a small photo needs a small stamp
     (h, w), (x, y) = glyphs.shape, place(rng, (H, W), glyphs.shape)
     near, ink = np.s_[max(0, y - h) : y + 2 * h, max(0, x - h) : x + w + h], np.zeros((H, W), np.float32)
@@ -159,7 +160,7 @@ def draw_ground(rng: np.random.Generator, kind: str) -> np.ndarray:
     return draw_grain(photo, rng) if rng.random() < 0.6 else photo
 
 
-def draw_grain(photo: np.ndarray, rng: np.random.Generator, most: float = 14) -> np.ndarray:
+def draw_grain(photo: np.ndarray, rng: np.random.Generator, most: float = 18) -> np.ndarray:
     "A copy with the grain of a sensor: independent from pixel to pixel, up to `most` grey values in brightness and a third of it in colour."
     h, w = photo.shape[:2]
     light, colour = rng.uniform(0, most), rng.uniform(0, most / 3)

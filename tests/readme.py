@@ -61,6 +61,14 @@ def ablation() -> str:
     return rows(["fusion", "head", "grouped", "stratified", "seeds"], lines)
 
 
+def stamps() -> str:
+    "Both rules on composites."
+    table = pd.read_csv(RESULTS / "stamps.csv")
+    lines = [[r.rule, f"{r.recall:.3f}", f"{r.precision:.3f}", f"{r.clean:.3f}", f"{r.coverage:.3f}", f"{r.area:.2f}"] for r in table.itertuples()]
+    return f"On {table['stamps'].iloc[0]:.0f} composites with a stamp and as many without:\n\n" + rows(
+        ["what is painted over", "stamps found", "painted and a stamp", "stampless left alone", "of a stamp's pixels", "area by the stamp's box"], lines)
+
+
 def bench() -> str:
     "Every row that `make bench` measured, with its machine."
     from nbs_lib.bench import label, measured
@@ -77,7 +85,7 @@ def bench() -> str:
     return f"Measured on {table['machine'].iloc[0]}; also [as a picture](results/bench.png).\n\n" + rows(["measurement", "what", "value", "of", "peak MB", "note"], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"labels": lambda: as_it_is("labels.csv"), "frozen": lambda: as_it_is("real_112.csv"), "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "bench": bench}
+BLOCKS: dict[str, Callable[[], str]] = {"labels": lambda: as_it_is("labels.csv"), "frozen": lambda: as_it_is("real_112.csv"), "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "stamps": stamps, "bench": bench}
 
 
 def filled(text: str) -> tuple[str, list[str]]:

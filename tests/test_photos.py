@@ -18,7 +18,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from PIL import Image
 
-from nbs_lib import demo, photos
+from nbs_lib import demo, inpaint, photos
 from nbs_lib.core import InputError, load_settings, open_run, peak_memory
 from nbs_lib.data import read_weights
 from nbs_lib.inpaint import MAX_PIXELS, clean_photo, inpaint_stamp, orange_rule, read_photo, split_halves, stamp_mask
@@ -150,6 +150,27 @@ def test_any_size_without_writing_stays_clean(shape):
     assert not stamp_mask(photo).any()
     left, right = split_halves(clean_photo(photo, load_settings("demo").inpaint))
     assert left.shape == right.shape and left.shape[0] <= 2 * left.shape[1] + 1
+
+
+@pytest.mark.parametrize("ink, ground, found", [((255, 140, 10), None, True), ((230, 40, 20), None, True), ((250, 250, 250), None, False), ((15, 15, 15), (240, 235, 220), False), ((40, 90, 230), None, False)])
+def test_only_writing_from_red_to_yellow_is_a_stamp(ink, ground, found):
+    photo = grass(1)
+    if ground:
+        photo[900:] = ground  # a card along the bottom
+    cv2.putText(photo, "24/12/2014 10:21", (60, 970), cv2.FONT_HERSHEY_DUPLEX, 1.4, ink, 3, cv2.LINE_AA)
+    assert stamp_mask(photo).any() == found
+
+
+def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
+    monkeypatch.setattr(inpaint, "nets_file", lambda: tmp_path / "nets.safetensors")
+    inpaint.fit_finder(minutes=0.01, grounds=2)
+    finder = inpaint.load_net(inpaint.Finder).state_dict()
+    inpaint.fit_reader(minutes=0.01, grounds=2)
+    assert all(torch.equal(v, finder[key]) for key, v in inpaint.load_net(inpaint.Finder).state_dict().items())
+    before = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
+    inpaint.fit_reader(minutes=0.01, grounds=2, seed=2)  # goes on
+    after = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
+    assert 0 < (after - before).abs().max() < before.abs().max()
 
 
 def test_rules_and_crop():
