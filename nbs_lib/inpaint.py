@@ -14,6 +14,7 @@ __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
 import argparse
+import importlib
 import io
 import time
 import warnings
@@ -682,6 +683,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():
-    from nbs_lib.inpaint import main  # joblib's workers find a function by its module's name, which __main__ is not
-
-    main()
+    importlib.import_module("nbs_lib.inpaint").main()  # joblib's workers find a function by its module's name, which __main__ is not
