@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'WARM', 'MAYBE', 'KEPT', 'SMALLEST',
-           'TALLEST', 'GLANCE', 'ENOUGH', 'LOOKS', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo', 'check_size',
-           'to_rgb', 'orange_rule', 'Along', 'Finder', 'level', 'shrink', 'Reader', 'nets_file', 'load_net',
-           'load_nets', 'find_places', 'crop', 'is_warm', 'Window', 'cut_window', 'stand', 'look_at', 'glance',
-           'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps', 'ink_colours', 'overlap', 'look_again',
-           'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'draw_piece', 'draw_pieces', 'finder_targets',
-           'line_loss', 'finder_loss', 'draw_windows', 'reader_targets', 'reader_loss', 'fit_net', 'fit_finder',
-           'fit_reader', 'draw_all', 'keep_net', 'inpaint_stamp', 'paint_mask', 'clean_photo', 'split_halves', 'main']
+           'TALLEST', 'GLANCE', 'ENOUGH', 'LOOKS', 'RULES', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo',
+           'check_size', 'to_rgb', 'orange_rule', 'Along', 'Finder', 'level', 'shrink', 'Reader', 'nets_file',
+           'kept_nets', 'load_net', 'load_nets', 'find_places', 'crop', 'is_warm', 'Window', 'cut_window', 'stand',
+           'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps', 'ink_colours', 'overlap',
+           'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'draw_piece', 'draw_pieces',
+           'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets', 'reader_loss', 'fit_net',
+           'fit_finder', 'fit_reader', 'draw_all', 'keep_net', 'inpaint_stamp', 'paint_mask', 'clean_photo',
+           'split_halves', 'tell_scores', 'main']
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
 import argparse
 import importlib
 import io
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -177,12 +179,18 @@ def nets_file() -> Path:
     return package_folder() / "stamp_nets.safetensors"
 
 
-def load_net(kind: type[nn.Module]) -> nn.Module:
-    "A `Finder` or `Reader` with the weights that were kept for it; with random ones when there are none."
-    own, file = f"{kind.__name__}.", nets_file()
-    kept, net = load_file(file) if file.is_file() else {}, kind()
-    if tensors := {key.removeprefix(own): tensor.float() for key, tensor in kept.items() if key.startswith(own)}:
+def kept_nets() -> dict[str, Tensor]:
+    "What `nets_file` holds, by network and name: float16; nothing when there is no such file."
+    return load_file(nets_file()) if nets_file().is_file() else {}
+
+
+def load_net(kind: type[nn.Module], or_new: bool = False) -> nn.Module:
+    "A `Finder` or `Reader` with the weights that were kept for it. Raises `InputError` when there are none; with `or_new` they are then random, to be fitted."
+    own, net = f"{kind.__name__}.", kind()
+    if tensors := {key.removeprefix(own): tensor.float() for key, tensor in kept_nets().items() if key.startswith(own)}:
         net.load_state_dict(tensors)
+    elif not or_new:
+        raise InputError(f"{nets_file()}: holds no weights of the {kind.__name__} that looks for stamps; install nbs_lib again")
     return net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
@@ -194,7 +202,7 @@ def load_nets() -> tuple[Finder, Reader]:
 # %% ../notebooks/20_inpaint.ipynb #021e102c
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels of the photo
 FRAME, SIDE = 0.17, 0.24  # of the height along top and bottom, of the width along the sides: where stamps stand
-WARM = 60  # red above blue, of 255: half of what a pure stamp's ink has where a stroke fills half a pixel
+WARM = 60  # red above blue, of 255: the ink of a stamp has 160 and more, and half of that where a stroke fills half a pixel
 MAYBE, KEPT = -1.5, 4  # log odds from which a cell belongs to a place; how many places are kept
 
 
@@ -202,6 +210,8 @@ def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAY
     "Where the finder sees lines of writing in an (H, W, 3) uint8 photo: mean log odds of the three surest cells, `least` or more, and box; the surest first."
     many = max(2, round(photo.shape[1] / 1000))  # a photo much wider than 2000 pixels is seen as if it were that wide
     cell, small = CELL * many / 2, shrink(photo, many)
+    if min(small.shape[:2]) < CELL // 2:
+        return []  # a strip without a whole cell holds no line that could be seen
     with torch.inference_mode():
         odds, down, size = (net or load_nets()[0])(level(small[None]))[0].numpy()
     h, w = odds.shape
@@ -434,18 +444,22 @@ def box_of(truth: np.ndarray) -> np.ndarray:
     return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) if len(x) else np.zeros(4, int)
 
 
-def judge(rule: Callable[[np.ndarray], np.ndarray], count: int = 20, seed: int = 0, fonts: tuple[str, ...] = HELD_FONTS, grounds: tuple[str, ...] = HELD_GROUNDS) -> pd.DataFrame:
-    """How `rule` (photo → mask) does on `count` composites without and `count` with a stamp, a row a composite.
+RULES = {"writing (stamp_mask)": stamp_mask, "the orange rule": orange_rule}
+
+
+def judge(rules: dict[str, Callable[[np.ndarray], np.ndarray]], count: int = 20, seed: int = 0, fonts: tuple[str, ...] = HELD_FONTS, grounds: tuple[str, ...] = HELD_GROUNDS) -> dict[str, pd.DataFrame]:
+    """How each of `rules` (photo → mask) does on the same `count` composites without and `count` with a stamp, a row a composite.
 
     ground, font, height; covered: share of the stamp's pixels; area: painted pixels by the stamp's box; dirty: pixels painted on the one without.
     """
-    rows = []
+    rows = {name: [] for name in rules}
     for one in composites(count, seed, fonts, grounds):
-        mask = rule(one.stamped)
         x0, y0, x1, y1 = box_of(one.truth)
-        rows.append({"ground": one.ground, "font": one.font, "height": one.height, "covered": mask[one.truth].mean(),
-                     "area": mask.sum() / ((x1 - x0) * (y1 - y0)), "dirty": int(rule(one.empty).sum())})
-    return pd.DataFrame(rows)
+        for name, rule in rules.items():
+            mask = rule(one.stamped)
+            rows[name].append({"ground": one.ground, "font": one.font, "height": one.height, "covered": mask[one.truth].mean(),
+                               "area": mask.sum() / ((x1 - x0) * (y1 - y0)), "dirty": int(rule(one.empty).sum())})
+    return {name: pd.DataFrame(of_rule) for name, of_rule in rows.items()}
 
 
 def sum_up(judged: pd.DataFrame) -> dict[str, float]:
@@ -585,7 +599,7 @@ def fit_net(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple
 def fit_finder(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
     "Go on with the finder that there is, a new one where there is none, on pieces of `grounds` drawn grounds, for so many minutes on top of the drawing; and keep it."
     torch.manual_seed(seed)
-    finder = load_net(Finder)
+    finder = load_net(Finder, or_new=True)
     pictures, boxes = draw_all(draw_pieces, grounds, [seed, 0])
     keep_net(fit_net(finder.requires_grad_(True), finder_loss, pictures, finder_targets(boxes), 60 * minutes, seed))
 
@@ -593,7 +607,7 @@ def fit_finder(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
 def fit_reader(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
     "The same for the reader, on windows of `grounds` drawn grounds and on what the finder that there is takes for writing."
     torch.manual_seed(seed)
-    finder, reader = load_net(Finder), load_net(Reader)
+    finder, reader = load_net(Finder), load_net(Reader, or_new=True)
     pictures, ink = draw_all(draw_windows, grounds, [seed, 1], finder)
     keep_net(fit_net(reader.requires_grad_(True), reader_loss, pictures, reader_targets(ink), 60 * minutes, seed))
 
@@ -606,10 +620,9 @@ def draw_all(what: Callable, grounds: int, seed: list[int], *args) -> list[np.nd
 
 def keep_net(net: nn.Module) -> None:
     "Put a fitted network into `stamp_nets.safetensors`, beside the other one."
-    own, file = f"{type(net).__name__}.", nets_file()
-    tensors = {key: v for key, v in load_file(file).items() if not key.startswith(own)} if file.is_file() else {}
-    tensors |= {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
-    with atomic(file) as temporary:
+    own = f"{type(net).__name__}."
+    tensors = {key: v for key, v in kept_nets().items() if not key.startswith(own)} | {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
+    with atomic(nets_file()) as temporary:
         save_file(tensors, temporary)
 
 # %% ../notebooks/20_inpaint.ipynb #815ec0e5
@@ -654,8 +667,24 @@ def split_halves(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return photo[:, :middle], photo[:, photo.shape[1] - middle :]
 
 # %% ../notebooks/20_inpaint.ipynb #297fd4e4
-def main(argv: list[str] | None = None) -> None:
-    "`python -m nbs_lib.inpaint judge [COUNT] [--keep FILE]` judges both rules on composites; `… fit finder` and `… fit reader` go on with the fit of a network."
+def tell_scores(count: int, seed: int = 0, keep: str = "") -> None:
+    "Judge both rules on `count` composites and print what they score; `keep`: a table to put the scores into. Raises `InputError` when there is nothing to judge."
+    if count < 1:
+        raise InputError(f"judge {count}: at least one composite is needed")
+    scores = {}
+    for name, judged in judge(RULES, count, seed).items():
+        scores[name] = {"stamps": count, **sum_up(judged)}
+        judged["found"], judged["pixels high"] = judged["covered"] > 0.5, pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
+        print(f"{name}: found", *(f"by {by}: {judged.groupby(by, observed=True)['found'].mean().round(2).to_dict()}" for by in ("font", "ground", "pixels high")), sep="\n  ", flush=True)
+    table = pd.DataFrame(scores).T.rename_axis("rule")
+    print(table.round(3).to_string())
+    if keep:
+        with atomic(Path(keep)) as temporary:
+            table.round(4).to_csv(temporary)
+
+
+def main(argv: list[str] | None = None) -> int:
+    "`python -m nbs_lib.inpaint judge [COUNT] [--keep FILE]` judges both rules on composites; `… fit finder` and `… fit reader` go on with the fit of a network. 0 done, 2 the call is wrong."
     p = argparse.ArgumentParser(prog="python -m nbs_lib.inpaint", description="Judge the search for stamps, or fit its networks.")
     commands = p.add_subparsers(dest="command", required=True)
     judging, fitting = commands.add_parser("judge", help="on composites, beside the orange rule"), commands.add_parser("fit", help="on drawn stamps")
@@ -667,20 +696,16 @@ def main(argv: list[str] | None = None) -> None:
     fitting.add_argument("--seed", type=int, default=1)
     fitting.add_argument("--grounds", type=int, default=700)
     a = p.parse_args(argv)
-    if a.command == "fit":
-        return {"finder": fit_finder, "reader": fit_reader}[a.net](a.minutes, a.seed, a.grounds)
-    scores = {}
-    for name, rule in (("writing (stamp_mask)", stamp_mask), ("the orange rule", orange_rule)):
-        judged = judge(rule, a.count, a.seed)
-        scores[name] = {"stamps": a.count, **sum_up(judged)}
-        judged["found"], judged["pixels high"] = judged["covered"] > 0.5, pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
-        print(f"{name}: found", *(f"by {by}: {judged.groupby(by, observed=True)['found'].mean().round(2).to_dict()}" for by in ("font", "ground", "pixels high")), sep="\n  ", flush=True)
-    table = pd.DataFrame(scores).T.rename_axis("rule")
-    print(table.round(3).to_string())
-    if a.keep:
-        with atomic(Path(a.keep)) as temporary:
-            table.round(4).to_csv(temporary)
+    try:
+        if a.command == "judge":
+            tell_scores(a.count, a.seed, a.keep)
+        else:
+            {"finder": fit_finder, "reader": fit_reader}[a.net](a.minutes, a.seed, a.grounds)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():
-    importlib.import_module("nbs_lib.inpaint").main()  # joblib's workers find a function by its module's name, which __main__ is not
+    sys.exit(importlib.import_module("nbs_lib.inpaint").main())  # joblib's workers find a function by its module's name, which __main__ is not

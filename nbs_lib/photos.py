@@ -103,8 +103,11 @@ def sharpness(photo: np.ndarray) -> float:
     "Standard deviation of the Laplacian by that of the luminance, in the middle 512 x 512 pixels; a flat picture has 0."
     y, x = (max(0, s // 2 - 256) for s in photo.shape[:2])
     grey = cv2.cvtColor(photo[y : y + 512, x : x + 512], cv2.COLOR_RGB2GRAY)
-    edges, contrast = (max(0.0, cv2.norm(p, cv2.NORM_L2SQR) / p.size - cv2.mean(p)[0] ** 2) ** 0.5 for p in (cv2.Laplacian(grey, cv2.CV_16S), grey))
-    return edges / max(contrast, 1.0)
+
+    def deviation(p: np.ndarray) -> float:
+        return max(0.0, cv2.norm(p, cv2.NORM_L2SQR) / p.size - cv2.mean(p)[0] ** 2) ** 0.5  # a tenth of the time of meanStdDev on 16 bits
+
+    return deviation(cv2.Laplacian(grey, cv2.CV_16S)) / max(deviation(grey), 1.0)
 
 
 def dark_edge(value: np.ndarray, level: float) -> float:

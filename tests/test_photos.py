@@ -144,7 +144,7 @@ def test_only_the_mask_is_touched():
     assert mask.any() and (repaired[~mask] == photo[~mask]).all() and (repaired[mask] != photo[mask]).any()
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (64, 3000), (3000, 64), (333, 777), (1000, 2000), (2000, 1000)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 3000), (3000, 64), (64, 20000), (200, 30000), (333, 777), (1000, 2000), (2000, 1000)])
 def test_any_size_without_writing_stays_clean(shape):
     photo = grass(2, shape)
     assert not stamp_mask(photo).any()
@@ -163,6 +163,8 @@ def test_only_writing_from_red_to_yellow_is_a_stamp(ink, ground, found):
 
 def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
     monkeypatch.setattr(inpaint, "nets_file", lambda: tmp_path / "nets.safetensors")
+    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):
+        inpaint.load_net(inpaint.Finder)  # not random ones, which would paint anything
     inpaint.fit_finder(minutes=0.01, grounds=2)
     finder = inpaint.load_net(inpaint.Finder).state_dict()
     inpaint.fit_reader(minutes=0.01, grounds=2)
@@ -171,6 +173,12 @@ def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
     inpaint.fit_reader(minutes=0.01, grounds=2, seed=2)  # goes on
     after = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
     assert 0 < (after - before).abs().max() < before.abs().max()
+
+
+def test_the_search_is_judged_from_the_command_line(tmp_path, capsys):
+    assert inpaint.main(["judge", "2", "--keep", str(tmp_path / "new" / "stamps.csv")]) == 0
+    assert (tmp_path / "new" / "stamps.csv").read_text().startswith("rule,stamps,recall,precision,clean,coverage,area\nwriting (stamp_mask),2.0,")
+    assert inpaint.main(["judge", "0"]) == 2 and capsys.readouterr().err == "error: judge 0: at least one composite is needed\n"
 
 
 def test_rules_and_crop():
