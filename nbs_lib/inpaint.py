@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'WARM', 'MAYBE', 'KEPT', 'SMALLEST',
-           'TALLEST', 'GLANCE', 'ENOUGH', 'LOOKS', 'RULES', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo',
+           'TALLEST', 'ENOUGH', 'GLANCE', 'LOOKS', 'RULES', 'PIECE', 'read_photo', 'read_bytes', 'decode_photo',
            'check_size', 'to_rgb', 'orange_rule', 'Along', 'Finder', 'level', 'shrink', 'Reader', 'nets_file',
            'kept_nets', 'load_net', 'load_nets', 'find_places', 'crop', 'is_warm', 'Window', 'cut_window', 'stand',
            'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps', 'ink_colours', 'overlap',
@@ -203,7 +203,7 @@ def load_nets() -> tuple[Finder, Reader]:
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels of the photo
 FRAME, SIDE = 0.17, 0.24  # of the height along top and bottom, of the width along the sides: where stamps stand
 WARM = 60  # red above blue, of 255: the ink of a stamp has 160 and more, and half of that where a stroke fills half a pixel
-MAYBE, KEPT = -1.5, 4  # log odds from which a cell belongs to a place; how many places are kept
+MAYBE, KEPT = -1.5, 3  # log odds from which a cell belongs to a place; how many places are kept
 
 
 def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAYBE) -> list[tuple[float, Box]]:
@@ -223,7 +223,7 @@ def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAY
     own, place = odds[rows, columns], place[rows, columns]
     middle, height = cell * (rows + 0.5 + down[rows, columns]), 25 * many / 2 * np.exp(size[rows, columns])
     found, left = [], np.ones(len(own), bool)
-    while left.any() and len(found) < 2 * KEPT:
+    while left.any() and len(found) < KEPT:
         k = left.argmax()  # the surest cell that is left, and those of its place that mean the same line
         line = left & (place == place[k]) & (np.abs(middle - middle[k]) < max(0.5 * height[k], 0.6 * cell)) & (np.abs(np.log(height / height[k])) < 0.6)
         left &= ~line
@@ -237,7 +237,7 @@ def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAY
         box = cell * strong.min(), y - h / 2, cell * (strong.max() + 1), y + h / 2
         if is_warm(crop(small, np.array(box) / many)):
             found.append((surest, box))
-    return sorted(found, reverse=True)[:KEPT]
+    return sorted(found, reverse=True)
 
 
 def crop(picture: np.ndarray, box: Box) -> np.ndarray:
@@ -371,7 +371,7 @@ def sureness(window: Window, box: Box) -> float:
     return float(np.quantile(cells.mean(0), 0.3)) if cells.size else -99.0
 
 # %% ../notebooks/20_inpaint.ipynb #ae639605
-GLANCE, ENOUGH = 2.0, 3.0  # log odds from which a place that was glanced at is read, and from which a line is taken for writing
+ENOUGH, GLANCE = 3.0, 3.5  # log odds from which a line is taken for writing; from which a place is read: a line is surer than ENOUGH nearly everywhere, so more where it is surest
 
 
 def find_stamps(photo: np.ndarray) -> list[Line]:
