@@ -264,7 +264,8 @@ def check_room(folders: dict[Path, Shape], photos: int) -> None:
 # %% ../notebooks/21_photos.ipynb #eb0551e5
 @functools.cache
 def code_key() -> str:
-    "Of the code and the fitted networks that decide what a cleaned half looks like."
+    "Of the code and the fitted networks that decide what a cleaned half looks like. Raises `InputError` when the networks are not there."
+    inpaint.load_nets()
     here = Path(inpaint.__file__).parent
     return hashlib.sha256(b"".join(path.read_bytes() for path in (here / "inpaint.py", here / "photos.py", nets_file()))).hexdigest()
 

@@ -81,7 +81,8 @@ def bench() -> str:
         for _, row in group.iterrows():
             value = f"{row[column]:.3g}" if column and pd.notna(row[column]) else "failed" if "failed" in row and pd.notna(row["failed"]) else "–"
             memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row and pd.notna(row["peak_mb"]) else ""
-            lines.append([name, label(row), value, column.replace("_", " "), memory, row["note"] if isinstance(row.get("note"), str) else ""])
+            told = [row["note"] if isinstance(row.get("note"), str) else "", f"{row['times_decode']:.2f} × decode alone" if row.get("times_decode", 0) > 1 else ""]
+            lines.append([name, label(row), value, column.replace("_", " "), memory, "; ".join(filter(None, told))])
     return f"Measured on {table['machine'].iloc[0]}; also [as a picture](results/bench.png).\n\n" + rows(["measurement", "what", "value", "of", "peak MB", "note"], lines)
 
 

@@ -161,6 +161,13 @@ def test_only_writing_from_red_to_yellow_is_a_stamp(ink, ground, found):
     assert stamp_mask(photo).any() == found
 
 
+def test_a_build_without_the_networks_says_so(folder, monkeypatch):
+    monkeypatch.setattr(inpaint, "nets_file", lambda: folder / "nets.safetensors")
+    photos.code_key.cache_clear(), inpaint.load_nets.cache_clear()
+    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):  # no grey picture stands in for each photo
+        build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
+
+
 def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
     monkeypatch.setattr(inpaint, "nets_file", lambda: tmp_path / "nets.safetensors")
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):
