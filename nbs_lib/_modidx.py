@@ -758,6 +758,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.photos.join': ('photos.html#join', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.listed_photos': ('photos.html#listed_photos', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.move_camera': ('photos.html#move_camera', 'nbs_lib/photos.py'),
+                                'nbs_lib.photos.named_photos': ('photos.html#named_photos', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.open_store': ('photos.html#open_store', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.overlay_stamp': ('photos.html#overlay_stamp', 'nbs_lib/photos.py'),
                                 'nbs_lib.photos.pale_at_edge': ('photos.html#pale_at_edge', 'nbs_lib/photos.py'),

@@ -496,6 +496,14 @@ def test_each_number_tells_its_disturbance_from_the_others():
     assert min(row["sharpness"] for row in told["dim"]) > max(row["sharpness"] for row in told["blur"])  # dim is not blurred
 
 
+def test_a_stamp_is_no_lamp():
+    photo = grass(6)
+    stamped = cv2.putText(photo.copy(), "24/12/2014 10:21", (1200, 950), cv2.FONT_HERSHEY_SIMPLEX, 1.6, (255, 90, 10), 5)
+    mask = (stamped != photo).any(2)
+    bare, ignored, known = (photo_quality(p, *m)["lamps"] for p, m in ((photo, ()), (stamped, ()), (stamped, (mask,))))
+    assert ignored > bare + 0.001 and known == pytest.approx(bare, abs=1e-6)
+
+
 def test_weights_reach_those_who_train(tmp_path):
     import tiny
 
@@ -512,9 +520,22 @@ def test_weights_reach_those_who_train(tmp_path):
     assert read_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
     quality = table[list(photos.QUALITY)]
     assert photo_weights(quality, [rule, "exposure>0.4:0.5"]).min() == 0.25
-    for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("exposure>0:0", "leaves no photo")):
+    for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("lamps>1.2.3:0.3", "is no rule"), ("lamps>.:1", "is no rule"), ("lamps>0.001:.", "is no rule"), ("exposure>0:0", "leaves no photo")):
         with pytest.raises(InputError, match=why):
             photo_weights(quality, [bad])
+    white = next((tmp_path / "in/test").glob("*.jpg"))
+    Image.fromarray(np.full((300, 600, 3), 255, np.uint8)).save(white)
+    with pytest.raises(InputError, match="leaves no photo"):  # a test photo that is left teaches nothing
+        photos.run_inpaint(open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["photos.weights=exposure<0.9:0", "train_dinov3.size=64"]))
+
+
+def test_the_table_is_read_as_the_other_stages_read_it(folder):
+    write_photos(folder, 2)
+    (folder / "in/train.csv").write_text("sample_id, image_path\n1, ID0.jpg \n2, ID1.jpg\n3, ID1.jpg\n")
+    assert [p.name for p in photos.listed_photos(folder / "in", "train")] == ["ID0.jpg", "ID1.jpg"]
+    (folder / "in/train.csv").write_text("sample_id\n1\n")
+    with pytest.raises(InputError, match="train.csv: no column 'image_path'"):
+        photos.listed_photos(folder / "in", "train")
 
 
 def test_the_bench_measures_each_way(folder):
