@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Shape', 'FULL', 'QUALITY', 'NUMBER', 'RULE', 'ROW', 'BOUNDS', 'half_shape', 'wanted_shapes', 'store_bytes',
            'resize_half', 'photo_quality', 'sharpness', 'dark_edge', 'pale_at_edge', 'photo_weights', 'PhotoStore',
-           'store_folder', 'open_store', 'StoreWriter', 'has_form', 'check_room', 'code_key', 'photo_key',
-           'clean_halves', 'build_stores', 'build_store', 'stand_in', 'join', 'split', 'tta_views', 'augment',
-           'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor', 'HalvesDataset',
+           'store_folder', 'open_store', 'store_forms', 'StoreWriter', 'has_form', 'check_room', 'code_key',
+           'photo_key', 'clean_halves', 'build_stores', 'build_store', 'stand_in', 'join', 'split', 'tta_views',
+           'augment', 'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor',
            'describe_store', 'named_photos', 'listed_photos', 'readable_photos', 'run_inpaint', 'write_table',
            'recipe_chain', 'textured_files', 'seconds_each', 'bench_photos']
 
@@ -29,18 +29,19 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import cv2
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from . import inpaint
 from .core import InputError, PhotosSettings, Run, Settings, atomic, keep_memory, open_run, progress, stage, write_json
 from .data import find_photo, read_table
-from .inpaint import clean_photo, decode_photo, nets_file, orange_rule, read_bytes, split_halves
+from .inpaint import clean_photo, nets_file, orange_rule, split_halves
+from .reading import decode_photo, read_bytes
 from .stamps import composites, draw_lamps, draw_stamp
 
 # %% ../notebooks/21_photos.ipynb #384ee9bf
@@ -80,8 +81,8 @@ def photo_quality(photo: np.ndarray, stamp: np.ndarray | None = None) -> dict[st
     """Numbers about an (H, W, 3) uint8 RGB photo whose stamp is at `stamp` (H, W) bool. A pixel's value is its largest colour.
 
     stamp: share of the picture under the stamp.
-    rod: share covered by the largest region that touches an edge and is pale (value over 1.4 x the median, kept in 80 to 200 of 255) and colourless (saturation < .3).
-    frame: longest part of an edge, by its length, along which a strip of 2 % of the height is dark (value < .45 x the median): 1 is a whole edge.
+    rod: share of the largest region that touches an edge and is pale (value over 1.4 x the median, kept in 80 to 200 of 255) and colourless (saturation < .3), its outermost 4 pixels not counted.
+    frame: largest share of one of the four edges along which a strip of 2 % of the height is dark (value < .45 x the median): 1 is a whole edge.
     lamps: share that is saturated red (R > 170, R - G > 90 and R - B > 70 of 255) and no stamp, whose ink may be as red.
     sharpness: sd of the Laplacian by sd of the luminance, in the middle 512 x 512 pixels at full size (Pech-Pacheco 2000, made free of contrast); low is blurred.
     exposure: mean luminance, 0 to 1. clipped: share with luminance above .98 or below .02.
@@ -203,16 +204,28 @@ def open_store(run: Run, split: str, size: int | Shape, folder: Path | None = No
     path = store_folder(run, split, size, folder)
     if not (path / "store.json").is_file():
         raise InputError(f"{path}: is not there or not finished; run stage inpaint (--from inpaint)")
-    told = json.loads((path / "store.json").read_text(encoding="utf-8"))
-    return PhotoStore(path, told["ids"], tuple(told["shape"]))
+    try:
+        told = json.loads((path / "store.json").read_text(encoding="utf-8"))
+        store = PhotoStore(path, told["ids"], tuple(told["shape"]))
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path / 'store.json'}: is broken ({e!r}); run stage inpaint again (--from inpaint)") from e
+    for name, form in store_forms(len(store), store.shape).items():
+        if not has_form(path / name, *form):
+            raise InputError(f"{path / name}: is not the array that store.json tells of; run stage inpaint again (--from inpaint)")
+    return store
 
 # %% ../notebooks/21_photos.ipynb #3245ca39
+def store_forms(photos: int, shape: Shape) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    "Shape and type of each array of a store of `photos` photos with halves of `shape`, by file name."
+    return {"halves.npy": ((photos, 2, *shape, 3), np.dtype(np.uint8)), "rows.npy": ((photos,), ROW)}
+
+
 class StoreWriter:
     "Writes rows of one store; `has` tells which are already right."
 
     def __init__(self, folder: Path, ids: Sequence[str], shape: Shape):
         self.folder, self.ids, self.shape = folder, list(ids), shape
-        forms = {"halves.npy": ((len(ids), 2, *shape, 3), np.dtype(np.uint8)), "rows.npy": ((len(ids),), ROW)}
+        forms = store_forms(len(ids), shape)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "store.json").unlink(missing_ok=True)
         if not all(has_form(folder / name, *form) for name, form in forms.items()):
@@ -245,6 +258,9 @@ class StoreWriter:
             os.close(file)
 
     def finish(self) -> PhotoStore:
+        "The store is whole: say so on disk, after all that it holds is there, or a power cut could leave the word without the rows."
+        for file in self.files.values():
+            os.fsync(file)
         write_json(self.folder / "store.json", {"ids": self.ids, "shape": self.shape})
         return PhotoStore(self.folder, self.ids, self.shape)
 
@@ -252,8 +268,8 @@ class StoreWriter:
 def has_form(path: Path, shape: tuple, dtype: np.dtype) -> bool:
     "Whether an array of this shape and type lies whole at `path`."
     try:
-        there = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # not there, or cut short by a kill while it was made
+        there = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError, SyntaxError, TokenError):  # not there, cut short by a kill while it was made, or its head was torn
         return False
     return there.shape == shape and there.dtype == dtype
 
@@ -272,7 +288,7 @@ def code_key() -> str:
     "Of the code and the fitted networks that decide what a cleaned half looks like. Raises `InputError` when the networks are not there."
     inpaint.load_nets()
     here = Path(inpaint.__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in (here / "inpaint.py", here / "photos.py", nets_file()))).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in (*(here / f"{room}.py" for room in ("reading", "inpaint", "photos")), nets_file()))).hexdigest()
 
 
 def photo_key(content: bytes, settings: Settings) -> bytes:
@@ -304,7 +320,9 @@ def build_stores(
     folder: Path | None = None,  # that holds the stores; None: artefacts/photos
     strict: bool = True,  # no: a photo that cannot be read becomes mid-grey halves and a warning
 ) -> list[PhotoStore]:
-    "Stores of all `shapes` from one decode a photo; goes on where a killed build stopped. Raises `InputError` for a photo that cannot be read."
+    "Stores of all `shapes` from one decode a photo; goes on where a killed build stopped. Raises `InputError` for a photo that cannot be read, and unless each has its id."
+    if len(paths) != len(ids) or len(set(ids)) != len(ids):
+        raise InputError(f"{split} photos: {len(paths)} files and {len(set(ids))} image_ids; each photo needs one of its own")
     folders = {store_folder(run, split, shape, folder): half_shape(shape) if isinstance(shape, int) else tuple(shape) for shape in shapes}
     check_room(folders, len(paths))
     keep_memory()
@@ -451,35 +469,6 @@ def to_tensor(
     return x.sub_(mean).div_(std)
 
 
-class HalvesDataset(Dataset):
-    "Items of a store: a (2, H, W, 3) uint8 tensor, and a (t,) float32 tensor when there are targets."
-
-    def __init__(
-        self,
-        store: PhotoStore,
-        indices: Sequence[int],  # rows of the store
-        targets: np.ndarray | None = None,  # (len(store), t); None: only pictures
-        augment: Callable | None = None,  # (pair, rng) -> pair; None: as stored
-        seed: int = 0,
-    ):
-        self.store, self.indices, self.augment, self.seed, self.epoch = store, [int(i) for i in indices], augment, seed, 0
-        self.targets = None if targets is None else torch.as_tensor(np.asarray(targets), dtype=torch.float32)
-
-    def set_epoch(self, epoch: int) -> None:
-        "Augmentation depends on seed, epoch and row only, so that a resumed training sees the same pictures."
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, k: int):
-        i = self.indices[k]
-        pair = self.store[i]
-        if self.augment is not None:
-            pair = self.augment(pair, np.random.default_rng((self.seed, self.epoch, i)))
-        picture = torch.from_numpy(np.array(pair))
-        return picture if self.targets is None else (picture, self.targets[i])
-
 # %% ../notebooks/21_photos.ipynb #8ed8b1c8
 def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
     "A row a photo: image_id, split, found, box, area of the stamp, height, width, and the columns of `photo_quality`."
@@ -599,6 +588,8 @@ def bench_photos(photos: str | Path = "", many: int = 800) -> list[dict]:
             folder = Path(made)
             if photos:
                 kinds = {"given": sorted(Path(photos).glob("*.jpg"))[:24]}
+                if not kinds["given"]:
+                    raise InputError(f"{photos}: holds no *.jpg to measure with; name a folder of photographs")
             else:
                 kinds = {"fine": textured_files(folder / "fine", fine=True), "smooth": textured_files(folder / "smooth")}
             rows = [row for kind, paths in kinds.items() for row in _measure_ways(paths, folder / f"{kind} ways")]
@@ -622,9 +613,9 @@ def _measure_ways(paths: list[Path], folder: Path) -> list[dict]:
     taken = {name: seconds[~stamped].mean() for name, seconds in each.items()}
     if stamped.any():
         taken |= {f"{name}, with a stamp": each[name][stamped].mean() for name in ("search for a stamp alone", "ours, build at 512")}
+    store = writers["512"][0].finish()
     for writer in sum(writers.values(), []):
         writer.close()
-    store = writers["512"][0].finish()
     taken["ours, each epoch: read the pair"] = seconds_each(lambda k: np.array(store[k]), range(len(paths))).mean()
     megabytes = f"files of {np.mean([len(c) for c in contents]) / 1e6:.1f} MB"
     return [{"way": f"{name}, {megabytes}", "photos_a_second": round(1 / s, 1), "ms": round(1000 * s, 2), "times_decode": round(s / taken["decode alone"], 2),

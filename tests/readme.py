@@ -66,7 +66,7 @@ def stamps() -> str:
     table = pd.read_csv(RESULTS / "stamps.csv")
     lines = [[r.rule, f"{r.recall:.3f}", f"{r.precision:.3f}", f"{r.clean:.3f}", f"{r.coverage:.3f}", f"{r.area:.2f}"] for r in table.itertuples()]
     return f"On {table['stamps'].iloc[0]:.0f} composites with a stamp and as many without:\n\n" + rows(
-        ["what is painted over", "stamps found", "painted and a stamp", "stampless left alone", "of a stamp's pixels", "area by the stamp's box"], lines)
+        ["what is painted over", "stamps found", "painted and a stamp", "stampless left alone", "pixels of those found", "area by their box"], lines)
 
 
 def bench() -> str:

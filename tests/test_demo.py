@@ -17,7 +17,7 @@ from nbs_lib import demo
 from nbs_lib.core import InputError, open_run
 from nbs_lib.data import read_competition
 from nbs_lib.demo import FONTS, Site, burn_stamp, plan_shots, polygon_area, render_photo, sow_grass, stamp_glyphs, write_demo
-from nbs_lib.eda import photo_facts, run_eda, simple_predictions, thumbnail
+from nbs_lib.eda import group_table, photo_facts, plot_composition, plot_sites, run_eda, simple_predictions, site_names, thumbnail
 from nbs_lib.targets import TARGETS, imbalance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,6 +197,16 @@ def test_eda_stage(small, tmp_path, capsys):
     assert summary["photos"] == 42 and summary["zeros"]["Dry_Dead_g"] == (comp.y[:, 1] == 0).sum()
     assert {p.stem for p in (run.artefacts / "eda").glob("*.csv")} >= {"facts", "targets", "zeros", "species", "yardsticks"}
     assert run_eda(run) == summary and "up to date" in capsys.readouterr().out
+
+
+def test_a_site_is_a_state_on_a_date_of_a_year():
+    "Two states may be visited on one day, and one state on the same day of two years."
+    dates = pd.to_datetime(["2015-06-26", "2015-06-26", "2015-06-26", "2014-06-26"])
+    train = pd.DataFrame({"date": dates, "state": ["WA", "WA", "Vic", "Vic"], "species": "Clover", **dict.fromkeys(TARGETS, 1.0)})
+    assert group_table(train).loc["Clover", ["photos", "sites"]].tolist() == [4, 3]
+    assert site_names(train).tolist() == ["26 Jun 2015 WA"] * 2 + ["26 Jun 2015 Vic", "26 Jun 2014 Vic"]
+    assert site_names(train[:3]).tolist() == ["26 Jun WA"] * 2 + ["26 Jun Vic"]
+    assert [t.get_text() for t in plot_sites(train).axes[0].get_xticklabels()] == [t.get_text() for t in plot_composition(train).axes[0].get_xticklabels()] == ["26 Jun 2014 Vic", "26 Jun 2015 Vic", "26 Jun 2015 WA"]
 
 
 def test_a_rare_fact_does_not_blow_up_the_yardstick():

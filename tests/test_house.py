@@ -17,8 +17,8 @@ NUMBER = {name: p.stem[:2] for name, p in MODULES.items()}
 
 # What each room may import: the table of the design, closed upwards (a room may also use what its imports stand on).
 ABOVE = {
-    "core": (), "targets": (), "data": ("core", "targets"), "demo": ("core", "targets"), "eda": ("data", "targets"),
-    "stamps": ("demo",), "inpaint": ("core", "stamps"),
+    "core": (), "targets": (), "data": ("core", "targets"), "demo": ("core", "targets"), "reading": ("core",), "eda": ("data", "targets", "reading"),
+    "stamps": ("demo",), "inpaint": ("core", "reading", "stamps"),
     "photos": ("core", "inpaint", "data"), "fusion": (), "model": ("fusion", "targets"), "train_dinov3": ("model", "photos", "data", "targets"),
     "siglip": ("photos", "core"), "frozen": ("model", "photos", "siglip"), "boosting": ("data", "targets", "balance"), "balance": ("targets",),
     "ensemble": ("data", "targets", "balance"), "submit": ("train_dinov3", "siglip", "frozen", "boosting", "ensemble", "balance"),

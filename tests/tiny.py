@@ -1,4 +1,5 @@
 """A competition folder in miniature and what the models would have left of it, for tests that need no training."""
+import zlib
 from pathlib import Path
 
 import cv2
@@ -61,3 +62,19 @@ def fake_members(run: Run, noise=(("dinov3", 6.0), ("boosting", 9.0)), schemes=(
     sure = pd.DataFrame({s: np.where(comp.train["state"] == s, 0.9, 0.1 / 3) for s in STATES})
     sure.insert(0, "image_id", comp.train["image_id"])
     sure.to_parquet(run.art("boosting", "state.parquet"), index=False)
+
+
+def grass(seed: int, size=(1000, 2000)) -> np.ndarray:
+    "A textured green picture, (h, w, 3) uint8."
+    rng = np.random.default_rng(seed)
+    grain = cv2.GaussianBlur(rng.normal(0, 60, size).astype(np.float32), (0, 0), 2)[..., None]
+    return (np.array([95, 125, 60]) + grain).clip(0, 255).astype(np.uint8)
+
+
+def claim_size(content: bytes, width: int, height: int) -> bytes:
+    "The bytes of a small JPEG or PNG whose header claims another size."
+    if content[:4] == b"\x89PNG":
+        head = content[12:16] + width.to_bytes(4, "big") + height.to_bytes(4, "big") + content[24:29]
+        return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
+    at = content.index(b"\xff\xc0") + 5
+    return content[:at] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + content[at + 4 :]
