@@ -218,10 +218,11 @@ def facts_table(comp: Competition, split: str = "train") -> pd.DataFrame:
 DISTURBANCES = ("lamps", "dark_border", "pale_edge", "shadow", "redness", "orange_rule")
 
 
-def deviations(facts: pd.DataFrame) -> pd.DataFrame:
-    "How far each fact of each photo lies from the median of all, in interquartile ranges (at least .02), capped at 10."
-    spread = (facts.quantile(0.75) - facts.quantile(0.25)).clip(lower=0.02)
-    return ((facts - facts.median()) / spread).clip(-10, 10)
+def deviations(facts: pd.DataFrame, among: pd.DataFrame | None = None) -> pd.DataFrame:
+    "How far each fact of each photo lies from the median of `among` (None: of all), in its interquartile ranges (at least .02), capped at 10."
+    among = facts if among is None else among
+    spread = (among.quantile(0.75) - among.quantile(0.25)).clip(lower=0.02)
+    return ((facts - among.median()) / spread).clip(-10, 10)
 
 
 def strangeness(facts: pd.DataFrame) -> pd.Series:
@@ -280,9 +281,9 @@ def simple_predictions(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> 
     "Out-of-fold predictions (n, 5) of the constant, of a line through greenness, and of a ridge on all facts."
     columns = {"constant": [], "greenness": ["excess_green"], "ridge on facts": list(facts)}
     out = {name: np.zeros_like(y) for name in columns}
-    scaled = deviations(facts).clip(-4, 4)  # a rare fact, such as lamps, must not decide what it was never seen to decide
     for k in np.unique(fold):
         train, test = fold != k, fold == k
+        scaled = deviations(facts, facts[train]).clip(-4, 4)  # a rare fact, such as lamps, must not decide what it was never seen to decide
         for name, used in columns.items():
             if not used or train.sum() < 3:
                 out[name][test] = y[train].mean(0)
