@@ -17,6 +17,7 @@ IMAGE := .venv-kaggle
 IMAGE_READY := $(IMAGE)/ready-$(shell cksum < constraints-kaggle.txt | cut -d' ' -f1)
 LOCK := datasets-metadata/wheels/wheelhouse.lock
 KAGGLE := $(BIN)/python -m nbs_lib.kaggle
+SPREAD := -n logical --maxprocesses 3 --dist loadfile  # a process a core, two gigabytes each; what a file's tests share is made once
 SENDING := $(if $(filter 1 yes,$(SEND)),--send)
 
 .PHONY: demo test run bench results budget wheelhouse test-kaggle push submit data notebooks clean help
@@ -36,7 +37,7 @@ demo: $(READY)   ## the whole chain on a synthetic paddock -> runs/demo
 
 test: $(READY)   ## every check
 	$(BIN)/python -m ruff check tests nbs_lib
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SPREAD)
 
 run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop
 	@test -n "$(DATA)" || { echo "error: say where the competition's folder is: make run DATA=path/to/csiro-biomass PROFILE=laptop" >&2; exit 2; }
@@ -68,8 +69,8 @@ NO_NBDEV := tests/test_house.py::test_library_and_notebooks_agree tests/test_rea
 test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's image; TESTS=tests/test_model.py for some
 	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
-	$(IMAGE)/tests/bin/python -m pip install --quiet pytest hypothesis jupytext kaggle
-	PYTHONPATH="$(CURDIR)" JUPYTER_PATH="$(CURDIR)/$(IMAGE)/share/jupyter" $(IMAGE)/tests/bin/python -m pytest $(NO_NBDEV:%=--deselect=%) $(TESTS)
+	$(IMAGE)/tests/bin/python -m pip install --quiet pytest pytest-xdist hypothesis jupytext kaggle
+	PYTHONPATH="$(CURDIR)" JUPYTER_PATH="$(CURDIR)/$(IMAGE)/share/jupyter" $(IMAGE)/tests/bin/python -m pytest $(SPREAD) $(NO_NBDEV:%=--deselect=%) $(TESTS)
 
 push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
 	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
