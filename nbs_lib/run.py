@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,9 @@ def _works(confine: Callable[[], None]) -> bool:
     "Whether a process can put itself under `confine`: a child tries."
     if not hasattr(os, "fork"):
         return False
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 fears for locks that other threads hold; the child takes none, it asks the kernel and leaves
+        child = os.fork()
     if child == 0:
         try:
             confine()
