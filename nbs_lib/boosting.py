@@ -505,6 +505,7 @@ class TreeMember(Member):
         compact, mean, models = fitted
         features, out = compact.transform(S), np.repeat(mean[None], len(S), 0)
         for targets, model in models:
+            model = getattr(model, "booster_", model)  # LightGBM's wrapper for scikit-learn 1.6 misses names of features at each call
             out[:, targets] = model.predict(features).reshape(len(S), -1)
         return out
 

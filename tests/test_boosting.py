@@ -2,6 +2,7 @@
 import importlib.metadata
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -200,6 +201,20 @@ def test_target_of_zeros_and_constant_columns(data):
     assert np.abs(fit.predict(X)[:, 2]).max() < 0.05  # though the others do not add up without it
     X[60:, -1] = 900  # constant in training, so it must not count
     assert np.allclose(fit.predict(X)[60:], fit.predict(np.where(X == 900, 7, X))[60:])
+
+
+def test_lightgbm_says_what_its_wrapper_says_and_nothing_else():
+    "The wrapper warns at each call, with Kaggle's scikit-learn, that an array has no names: two hundred lines in a notebook."
+    rng = np.random.default_rng(0)
+    S, z = rng.normal(size=(60, 12)), rng.normal(size=(60, 5))
+    tree = boosting.TreeMember("lightgbm", rounds=0.02)
+    fitted = tree._fit_one(S, z, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told = tree._predict_one(fitted, S)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert all(np.array_equal(told[:, targets[0]], model.predict(fitted[0].transform(S))) for targets, model in fitted[2])
 
 
 @pytest.mark.parametrize("told", [False, True])
