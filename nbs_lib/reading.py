@@ -53,7 +53,7 @@ def has_hole(content: bytes, photo: np.ndarray) -> bool:
     flat = next((k for k in range(h) if (photo[h - 1 - k] != photo[-1, -1]).any()), 0)  # rows of one colour, from below; 0 too when all are
     if flat < 16:
         return False
-    spare = (flat // 8) * (w // 8) // 4  # bytes: no block of 8 x 8 takes less than 2 bits
+    spare = (flat // 8) * (w // 8) // 16  # bytes: no block of 8 x 8 takes less than 2 bits, and a colour may have a quarter of the blocks and come last
     shorter = cv2.imdecode(np.frombuffer(content[: -2 - spare] + content[-2:], np.uint8), cv2.IMREAD_COLOR_RGB)
     return shorter is None or bool((shorter[: h - flat] != photo[: h - flat]).any())
 
