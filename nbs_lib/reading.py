@@ -54,8 +54,8 @@ def has_hole(content: bytes, photo: np.ndarray) -> bool:
     if flat < 16:
         return False
     spare = (flat // 8) * (w // 8) // 16  # bytes: no block of 8 x 8 takes less than 2 bits, and a colour may have a quarter of the blocks and come last
-    shorter = cv2.imdecode(np.frombuffer(content[: -2 - spare] + content[-2:], np.uint8), cv2.IMREAD_COLOR_RGB)
-    return shorter is None or bool((shorter[: h - flat] != photo[: h - flat]).any())
+    whole, shorter = (np.asarray(Image.open(io.BytesIO(c)).convert("RGB")) for c in (content, content[: -2 - spare] + content[-2:]))  # OpenCV would call a good file corrupt, on the terminal
+    return bool((shorter[: h - flat] != whole[: h - flat]).any())
 
 # %% ../notebooks/04_reading.ipynb #2c5c5999
 def decode_photo(content: bytes, name: str | Path = "photo") -> np.ndarray:

@@ -93,10 +93,11 @@ def test_a_file_with_a_hole_is_refused(where, how):
 @pytest.mark.parametrize("how", [*KINDS.values(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)], ids=[*KINDS, "progressive"])
 @pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (90, 120, 60)])
 @pytest.mark.parametrize("rows", [16, 41, 200, 399, 400])
-def test_a_margin_of_one_colour_is_no_hole(rows, colour, how):
+def test_a_margin_of_one_colour_is_no_hole(rows, colour, how, capfd):
     picture = grass(2, (400, 800))
     picture[400 - rows :] = colour
     assert decode_photo(jpeg(picture, *how)).shape == picture.shape
+    assert capfd.readouterr().err == ""  # nor is it called corrupt on the terminal
 
 
 # --- whoever looks first ---------------------------------------------------------------------------------------------------
