@@ -7,6 +7,7 @@ __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'read_photo', 'read_bytes', 'has_hole', 'de
 
 # %% ../notebooks/04_reading.ipynb #7d1e02ab
 import io
+import struct
 import warnings
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def has_hole(content: bytes, photo: np.ndarray) -> bool:
 
     A hole that the decoder reads as if it were picture (a run of zero bytes), or one of less than 16 rows, goes unseen.
     """
+    if not any((edge == edge[0, 0]).all() for edge in (photo[:16], photo[-16:], photo[:, :16], photo[:, -16:])):
+        return False
+    photo = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)  # its rows as they are in the file
     h, w = photo.shape[:2]
     flat = next((k for k in range(h) if (photo[h - 1 - k] != photo[-1, -1]).any()), 0)  # rows of one colour, from below; 0 too when all are
     if flat < 16:
@@ -75,7 +79,7 @@ def decode_photo(content: bytes, name: str | Path = "photo") -> np.ndarray:
         return to_rgb(ImageOps.exif_transpose(image), name)
     except Image.DecompressionBombError as e:
         raise InputError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down") from e
-    except (OSError, SyntaxError, ValueError, EOFError) as e:
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error) as e:  # the last two: Pillow's plug-ins, and tags of EXIF that cannot be written
         kind = "is not a photo" if isinstance(e, Image.UnidentifiedImageError) else f"is broken ({e})"
         raise InputError(f"{name}: {kind}; copy the photo again or remove its rows") from e
 

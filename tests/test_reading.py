@@ -100,6 +100,24 @@ def test_a_margin_of_one_colour_is_no_hole(rows, colour, how, capfd):
     assert capfd.readouterr().err == ""  # nor is it called corrupt on the terminal
 
 
+def turned(content: bytes, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[274] = orientation
+    told = exif.tobytes()
+    return content[:2] + b"\xff\xe1" + (len(told) + 2).to_bytes(2, "big") + told + content[2:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_hole_is_told_from_a_margin_however_the_camera_was_held(orientation):
+    content, picture = jpeg(grass(1, (400, 800))), grass(2, (400, 800))
+    with pytest.raises(InputError, match="its lower part is missing"):
+        decode_photo(turned(content[: len(content) // 3] + content[len(content) // 2 :], orientation))
+    for margin in (np.s_[360:], np.s_[:40], np.s_[:, 760:], np.s_[:, :40]):
+        framed = picture.copy()
+        framed[margin] = 20
+        assert sorted(decode_photo(turned(jpeg(framed), orientation)).shape) == [3, 400, 800]
+
+
 # --- whoever looks first ---------------------------------------------------------------------------------------------------
 def write_paddock(folder, n: int = 12):
     from nbs_lib.demo import write_demo
