@@ -52,14 +52,14 @@ def has_hole(content: bytes, photo: np.ndarray) -> bool:
     """
     if not any((edge == edge[0, 0]).all() for edge in (photo[:16], photo[-16:], photo[:, :16], photo[:, -16:])):
         return False
-    photo = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)  # its rows as they are in the file
-    h, w = photo.shape[:2]
-    flat = next((k for k in range(h) if (photo[h - 1 - k] != photo[-1, -1]).any()), 0)  # rows of one colour, from below; 0 too when all are
+    shown = lambda content: np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))  # rows as they are in the file; and OpenCV would call a good one corrupt, on the terminal
+    whole = shown(content)
+    h, w = whole.shape[:2]
+    flat = next((k for k in range(h) if (whole[h - 1 - k] != whole[-1, -1]).any()), 0)  # rows of one colour, from below; 0 too when all are
     if flat < 16:
         return False
     spare = (flat // 8) * (w // 8) // 16  # bytes: no block of 8 x 8 takes less than 2 bits, and a colour may have a quarter of the blocks and come last
-    whole, shorter = (np.asarray(Image.open(io.BytesIO(c)).convert("RGB")) for c in (content, content[: -2 - spare] + content[-2:]))  # OpenCV would call a good file corrupt, on the terminal
-    return bool((shorter[: h - flat] != whole[: h - flat]).any())
+    return bool((shown(content[: -2 - spare] + content[-2:])[: h - flat] != whole[: h - flat]).any())
 
 # %% ../notebooks/04_reading.ipynb #2c5c5999
 def decode_photo(content: bytes, name: str | Path = "photo") -> np.ndarray:
