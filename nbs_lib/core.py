@@ -581,9 +581,11 @@ def rooms_behind(room: str) -> dict[str, str]:
 
 
 def hash_code(room: str) -> str:
-    "Of the text of `rooms_behind(room)`."
+    "Of the text of `rooms_behind(room)`, and of the fitted weights beside it that this text names."
     sources = rooms_behind(room)
-    return hashlib.blake2b("".join(sources[n] for n in sorted(sources)).encode(), digest_size=12).hexdigest()
+    text = "".join(sources[n] for n in sorted(sources))
+    weights = [hash_file(path) for path in sorted(package_folder().glob("*.safetensors")) if path.name in text]
+    return hashlib.blake2b("".join([text, *weights]).encode(), digest_size=12).hexdigest()
 
 # %% ../notebooks/00_core.ipynb #39240c42
 # Who writes an artefact: so that a missing one can name the stage to run.

@@ -83,7 +83,8 @@ def check_photos(folder: Path, table: pd.DataFrame, name: str) -> None:
     "Raise `InputError` when a photo that the table names is not on disk."
     missing = [p for p in table["image_path"] if not (folder / p).is_file()]
     if missing:
-        raise InputError(f"{folder / missing[0]}: {name} names this photo, but it is not there ({len(missing)} of {len(table)} are missing)")
+        what = "is a folder" if (folder / missing[0]).is_dir() else "is not there"
+        raise InputError(f"{folder / missing[0]}: {name} names this photo, but it {what} ({len(missing)} of {len(table)} are missing)")
 
 # %% ../notebooks/02_data.ipynb #86c9446a
 def to_wide(table: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:

@@ -8,8 +8,8 @@ __all__ = ['Shape', 'FULL', 'QUALITY', 'NUMBER', 'RULE', 'ROW', 'BOUNDS', 'half_
            'store_folder', 'open_store', 'store_forms', 'StoreWriter', 'has_form', 'check_room', 'code_key',
            'photo_key', 'clean_halves', 'build_stores', 'build_store', 'stand_in', 'join', 'split', 'tta_views',
            'augment', 'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor',
-           'describe_store', 'named_photos', 'listed_photos', 'readable_photos', 'run_inpaint', 'write_table',
-           'recipe_chain', 'textured_files', 'seconds_each', 'bench_photos']
+           'describe_store', 'labelled_photos', 'readable_photos', 'run_inpaint', 'write_table', 'recipe_chain',
+           'textured_files', 'seconds_each', 'bench_photos']
 
 # %% ../notebooks/21_photos.ipynb #432a96c9
 import dataclasses
@@ -39,7 +39,7 @@ from torch import Tensor
 
 from . import inpaint
 from .core import InputError, PhotosSettings, Run, Settings, atomic, keep_memory, open_run, progress, stage, write_json
-from .data import find_photo, read_table
+from .data import read_test, read_train
 from .inpaint import clean_photo, nets_file, orange_rule, split_halves
 from .reading import decode_photo, read_bytes
 from .stamps import composites, draw_lamps, draw_stamp
@@ -145,10 +145,13 @@ def photo_weights(
     weights = np.ones(len(quality))
     for rule in rules:
         told = RULE.fullmatch(rule)
-        if told is None or told[1] not in QUALITY:
+        if told is None or told[1] not in QUALITY or not np.isfinite([float(told[3]), float(told[4])]).all():
             raise InputError(f"settings [photos] weights: '{rule}' is no rule; write number>limit:weight or number<limit:weight, with one of {', '.join(QUALITY)}")
         beyond = quality[told[1]] > float(told[3]) if told[2] == ">" else quality[told[1]] < float(told[3])
-        weights[beyond.to_numpy()] *= float(told[4])
+        with np.errstate(over="ignore", invalid="ignore"):  # told of below
+            weights[beyond.to_numpy()] *= float(told[4])
+    if not np.isfinite(weights).all():
+        raise InputError(f"settings [photos] weights: {', '.join(rules)} multiply to more than a number can hold; write smaller weights")
     if len(weights) and not weights.any():
         raise InputError(f"settings [photos] weights: {', '.join(rules)} leaves no photo to learn from")
     return weights
@@ -358,10 +361,11 @@ def _build_one(i: int, path: str | Path, writers: list[StoreWriter], settings: S
         if not writers:
             return ""
         halves, record = clean_halves(content, str(path), settings)
-    except InputError as e:
+    except Exception as e:  # whatever it is, it must not cost the photos beside this one
         if strict:
             raise
-        (halves, record), key, warning = stand_in(), photo_key(content, settings), f"{e} (a grey picture stands in)"
+        told = str(e) if isinstance(e, InputError) else f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
+        (halves, record), key, warning = stand_in(), photo_key(content, settings), f"{told} (a grey picture stands in)"
     record["key"] = key
     for writer in writers:
         writer.write(i, [resize_half(half, writer.shape) for half in halves], record)
@@ -479,53 +483,47 @@ def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
     return table.assign(**{name: rows["quality"][:, k] for k, name in enumerate(QUALITY)})
 
 
-def named_photos(table: Path) -> list[str]:
-    "What the column image_path of a table names, each once, read as the other stages read it; raise `InputError` when that cannot be done."
-    return [name for name in read_table(table, ["image_path"])["image_path"].unique() if name]
+def labelled_photos(run: Run) -> dict[str, Path]:
+    "The file of each training photo, by image_id; raise `InputError` for whatever is wrong with train.csv."
+    train = read_train(run.input)
+    return {image_id: run.input / path for image_id, path in zip(train["image_id"], train["image_path"], strict=True)}
 
 
-def listed_photos(folder: Path, split: str) -> list[Path]:
-    "The photos that `<split>.csv` names, each once, by image_id; raise `InputError` for a table that names none or one that is not there."
-    table = folder / f"{split}.csv"
-    paths = sorted((folder / name for name in named_photos(table)), key=lambda p: p.stem)
-    absent = [p for p in paths if not p.is_file() and not p.is_dir()]
-    if not paths or absent:
-        raise InputError(f"{table}: {'names no photos' if not paths else f'{len(absent)} photos are not there, the first is {absent[0]}'}; copy the competition's folder again")
-    return paths
-
-
-def readable_photos(run: Run) -> list[Path]:
-    "The visible test photos that can be read; a warning names each of the others, for they must not stop a run."
-    found, table = [], run.input / "test.csv"
+def readable_photos(run: Run) -> dict[str, Path]:
+    "The file of each visible test photo that can be read, by image_id; a warning names each of the others, for they must not stop a run."
+    found = {}
     try:
-        named = named_photos(table)
+        test, _ = read_test(run.input, lambda text: None)  # what is odd about it `submit` says
     except InputError as e:
         run.warn(f"{e} (none is kept in the store)")
-        return []
-    for name in sorted(named, key=lambda name: Path(name).stem):
+        return found
+    for image_id, name in zip(test["image_id"], test["image_path"], strict=True):
         try:
-            path = find_photo(run.input, name, Path(name).stem) or run.input / name
+            path = run.input / name
             decode_photo(read_bytes(path), path)
-            found.append(path)
+            found[image_id] = path
         except InputError as e:
             run.warn(f"{e} (left out of the store)")
     return found
 
 
-@stage("inpaint", reads=("input/train.csv", "input/test.csv", "input/train/*", "input/test/*"), sections=("photos", "train_dinov3", "frozen"))
+@stage("inpaint", reads=("input/train.csv", "input/test.csv", "input/sample_submission*.csv", "input/train/*", "input/test/*"), sections=("photos", "train_dinov3", "frozen"))
 def run_inpaint(run: Run) -> dict:
     "Build the stores of train and visible test photos and write stamps.csv and photos.csv; how many photos, stamps and bytes."
     check_augmentation(run.settings.photos)
+    photo_weights(pd.DataFrame(columns=QUALITY, dtype=float), run.settings.photos.weights)  # a rule that cannot be read is told of now, not after the build
     shapes, tables, size = wanted_shapes(run.settings), [], 0
-    for split in ("train", "test"):
-        paths = listed_photos(run.input, split) if split == "train" else readable_photos(run)
-        if not paths:
+    for split, photos in (("train", labelled_photos(run)), ("test", readable_photos(run))):
+        if not photos:  # then no other stage may find those of an earlier run
+            for word in run.artefacts.glob(f"photos/{split}_*/store.json"):
+                word.unlink()
             continue
-        stores = build_stores(run, split, paths, [p.stem for p in paths], shapes)
+        stores = build_stores(run, split, list(photos.values()), list(photos), shapes)
         tables.append(describe_store(stores[0], split))
         for store in stores:
             run.beside(store.folder / "halves.npy", ids=store.ids, shape=store.shape)
-            run.wrote(store.folder / "store.json")
+            for name in ("rows.npy", "store.json"):
+                run.wrote(store.folder / name)
             size += store.halves.nbytes
     table = pd.concat(tables, ignore_index=True)
     table["weight"] = photo_weights(table, run.settings.photos.weights)

@@ -1,6 +1,7 @@
 """Faults and properties of 20_inpaint and 21_photos that are no lesson: kills, full disks, torn stores, flips."""
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
+import tiny
 import torch
 from hypothesis import given
 from hypothesis import settings as examples
@@ -18,8 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import claim_size, grass
 
-from nbs_lib import demo, inpaint, photos
-from nbs_lib.core import InputError, load_settings, open_run
+from nbs_lib import core, demo, inpaint, photos
+from nbs_lib.core import InputError, is_fresh, load_settings, open_run
 from nbs_lib.data import read_weights
 from nbs_lib.inpaint import clean_photo, inpaint_stamp, orange_rule, split_halves, stamp_mask
 from nbs_lib.photos import (
@@ -314,21 +317,92 @@ def test_a_broken_photo(folder):
     assert open_store(run, "test", 64, folder / "elsewhere").ids == ids
 
 
-def test_a_test_photo_that_cannot_be_read_is_left_out(folder):
-    paths = write_photos(folder, 3)
-    paths[1].write_text("this is no photo")
-    (folder / "in/test.csv").write_text("sample_id,image_path,target_name\n" + "".join(f"ID{k}__Dry_Dead_g,ID{k}.jpg,Dry_Dead_g\n" for k in range(4)))
+def test_what_a_library_raises_costs_one_photo(folder, monkeypatch):
+    "A submission reads up to 32 photos at a time."
+    paths, ids, real = write_photos(folder, 3), ["ID0", "ID1", "ID2"], photos.clean_photo
+
+    def choke(photo, *args, **more):
+        if abs(photo.mean() - read_photo(paths[1]).mean()) < 1e-9:
+            raise cv2.error("OpenCV: an assertion\nfailed somewhere")
+        return real(photo, *args, **more)
+
+    monkeypatch.setattr(photos, "clean_photo", choke)
     run = run_in(folder)
-    assert photos.readable_photos(run) == [paths[0], paths[2]]
-    assert len(run.warnings) == 2 and "ID1.jpg" in run.warnings[0] and "ID3.jpg" in run.warnings[1]
+    store = build_store(run, "test", paths, ids, 64, strict=False)
+    assert [bool((store[k] == 128).all()) for k in range(3)] == [False, True, False] and (store.rows["size"].min(1) > 0).tolist() == [True, False, True]
+    assert len(run.warnings) == 1 and "ID1.jpg: error: OpenCV: an assertion failed" in run.warnings[0] and "\n" not in run.warnings[0]
+    with pytest.raises(cv2.error):
+        build_store(run_in(folder), "train", paths, ids, 64)
 
 
-def test_a_test_photo_under_another_ending_is_stored(folder):
-    paths = write_photos(folder, 1)
-    moved = paths[0].rename(paths[0].with_suffix(".JPEG"))
-    (folder / "in/test.csv").write_text("sample_id,image_path,target_name\nID0__Dry_Dead_g,ID0.jpg,Dry_Dead_g\n")
-    run = run_in(folder)
-    assert photos.readable_photos(run) == [moved] and not run.warnings
+# --- the stage -------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def paddock(tmp_path):
+    "A run on eight training and two test photos."
+    tiny.competition(tmp_path / "in", 8, 2)
+    return open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["train_dinov3.size=64", "photos.workers=2"])
+
+
+def test_a_test_photo_that_cannot_be_read_is_left_out(paddock):
+    broken, good = sorted((paddock.input / "test").iterdir())
+    broken.write_text("this is no photo")
+    assert photos.readable_photos(paddock) == {good.stem: good}
+    assert len(paddock.warnings) == 1 and broken.name in paddock.warnings[0]
+    broken.unlink()
+    assert photos.readable_photos(paddock) == {good.stem: good} and len(paddock.warnings) == 2
+
+
+def test_photos_go_by_image_id_whatever_their_files_are_called(paddock):
+    train, test = (pd.read_csv(paddock.input / f"{name}.csv") for name in ("train", "test"))
+    first, last = train["sample_id"][0].rpartition("__")[0], test["sample_id"][0].rpartition("__")[0]
+    renamed = (paddock.input / "train" / f"{first}.jpg").rename(paddock.input / "train" / "gate 3, north.jpg")
+    train.loc[train["sample_id"].str.startswith(first), "image_path"] = f"train/{renamed.name}"
+    train.to_csv(paddock.input / "train.csv", index=False)
+    moved = (paddock.input / "test" / f"{last}.jpg").rename(paddock.input / "test" / f"{last}.JPEG")
+    test["image_path"] = [name.replace("/", "\\") if k % 2 else name for k, name in enumerate(test["image_path"])]  # one photo, written in two ways
+    test.to_csv(paddock.input / "test.csv", index=False)
+    assert photos.readable_photos(paddock)[last] == moved
+    photos.run_inpaint(paddock)
+    for name, table in (("train", train), ("test", test)):
+        assert open_store(paddock, name, 64).ids == sorted(set(table["sample_id"].str.rpartition("__")[0]))
+    where = open_store(paddock, "train", FULL).position([first])[0]
+    wanted = clean_photo(read_photo(renamed), paddock.settings.inpaint)
+    assert (open_store(paddock, "train", FULL)[where] == np.stack([photos.resize_half(half, FULL) for half in split_halves(wanted)])).all()
+
+
+def test_photos_of_an_earlier_test_do_not_stay(paddock):
+    photos.run_inpaint(paddock)
+    assert len(open_store(paddock, "test", 64)) == 2
+    for path in (paddock.input / "test").iterdir():
+        path.write_text("this is no photo")
+    photos.run_inpaint(paddock)
+    assert len(open_store(paddock, "train", 64)) == 8
+    for shape in (64, FULL):
+        with pytest.raises(InputError, match="not there"):
+            open_store(paddock, "test", shape)
+
+
+@pytest.mark.parametrize("name", ["rows.npy", "halves.npy", "store.json"])
+def test_the_stage_is_not_up_to_date_while_a_part_of_its_store_is_gone(paddock, name):
+    photos.run_inpaint(paddock)
+    store = open_store(paddock, "train", 64)
+    assert is_fresh(paddock, "inpaint")
+    (store.folder / name).unlink()
+    with pytest.raises(InputError, match="--from inpaint"):
+        open_store(paddock, "train", 64)
+    assert not is_fresh(paddock, "inpaint")
+    photos.run_inpaint(paddock)
+    assert len(open_store(paddock, "train", 64)) == 8
+
+
+def test_networks_fitted_anew_make_what_they_cleaned_stale(tmp_path, monkeypatch):
+    shutil.copytree(core.package_folder(), tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(core, "package_folder", lambda: tmp_path / "lib")
+    rooms = ("photos", "train_dinov3", "submit", "ensemble")
+    before = {room: core.hash_code(room) for room in rooms}
+    nets = tmp_path / "lib" / inpaint.nets_file().name
+    nets.write_bytes(nets.read_bytes()[:-1] + b"\1")
+    assert [core.hash_code(room) != before[room] for room in rooms] == [True, True, True, False]
 
 
 def test_workers_may_pickle_a_store(folder):
@@ -439,13 +513,11 @@ def test_a_stamp_is_no_lamp():
 
 
 def test_weights_reach_those_who_train(tmp_path):
-    import tiny
-
     tiny.competition(tmp_path / "in", 8, 2)
     rule = "exposure>0.4:0.5"
     run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", [f"photos.weights={rule}", "train_dinov3.size=64", "photos.workers=2"])
     photos.run_inpaint(run)
-    table = photos.pd.read_csv(run.artefacts / "photos/photos.csv").set_index("image_id")
+    table = pd.read_csv(run.artefacts / "photos/photos.csv").set_index("image_id")
     assert set(table["weight"]) <= {0.5, 1.0} and (table["weight"] == np.where(table["exposure"] > 0.4, 0.5, 1)).all() and table["weight"].nunique() == 2
     ids = list(table.index[table["split"] == "train"])[::-1]
     assert (read_weights(run, ids) == table["weight"][ids].to_numpy()).all()
@@ -454,22 +526,19 @@ def test_weights_reach_those_who_train(tmp_path):
     assert read_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
     quality = table[list(photos.QUALITY)]
     assert photo_weights(quality, [rule, "exposure>0.4:0.5"]).min() == 0.25
-    for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("lamps>1.2.3:0.3", "is no rule"), ("lamps>.:1", "is no rule"), ("lamps>0.001:.", "is no rule"), ("exposure>0:0", "leaves no photo")):
+    for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("lamps>1.2.3:0.3", "is no rule"), ("lamps>.:1", "is no rule"), ("lamps>0.001:.", "is no rule"), ("exposure>0:0", "leaves no photo"),
+                     ("exposure>0:1e999", "is no rule"), ("exposure<1e999:0.5", "is no rule")):
         with pytest.raises(InputError, match=why):
             photo_weights(quality, [bad])
+    with pytest.raises(InputError, match="smaller weights"):
+        photo_weights(quality, ["exposure>0:1e200", "exposure>0:1e200", "exposure>0:0"])
+    with pytest.raises(InputError, match="is no rule"):  # said before a photo is opened
+        photos.run_inpaint(open_run(tmp_path / "in", tmp_path / "early", "demo", "", ["photos.weights=lamp>1:0"]))
+    assert not (tmp_path / "early/artefacts/photos").exists()
     white = next((tmp_path / "in/test").glob("*.jpg"))
     Image.fromarray(np.full((300, 600, 3), 255, np.uint8)).save(white)
     with pytest.raises(InputError, match="leaves no photo"):  # a test photo that is left teaches nothing
         photos.run_inpaint(open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["photos.weights=exposure<0.9:0", "train_dinov3.size=64"]))
-
-
-def test_the_table_is_read_as_the_other_stages_read_it(folder):
-    write_photos(folder, 2)
-    (folder / "in/train.csv").write_text("sample_id, image_path\n1, ID0.jpg \n2, ID1.jpg\n3, ID1.jpg\n")
-    assert [p.name for p in photos.listed_photos(folder / "in", "train")] == ["ID0.jpg", "ID1.jpg"]
-    (folder / "in/train.csv").write_text("sample_id\n1\n")
-    with pytest.raises(InputError, match="train.csv: no column 'image_path'"):
-        photos.listed_photos(folder / "in", "train")
 
 
 @pytest.mark.parametrize("fault", ["no halves", "short halves", "other rows", "torn rows", "cut word", "no word", "other word"])

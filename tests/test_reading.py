@@ -1,10 +1,12 @@
 """Photo files of every kind: what becomes of them, and what is refused, by whoever looks first."""
+import io
+import struct
 import time
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny import claim_size, grass
 
 from nbs_lib.core import InputError, open_run, peak_memory
@@ -116,6 +118,70 @@ def test_a_hole_is_told_from_a_margin_however_the_camera_was_held(orientation):
         framed = picture.copy()
         framed[margin] = 20
         assert sorted(decode_photo(turned(jpeg(framed), orientation)).shape) == [3, 400, 800]
+
+
+def pillow(image: Image.Image, form: str, **how) -> bytes:
+    file = io.BytesIO()
+    image.save(file, form, quality=92, **how)
+    return file.getvalue()
+
+
+def of_kind(kind: str, picture: np.ndarray, gap: slice = slice(0, 0)) -> bytes:
+    "The picture as a camera or a phone may write it, the bytes of `gap` (shares of the file) missing."
+    image = Image.fromarray(picture)
+    content = pillow(image.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")), "JPEG")
+    content = content[: int(gap.start * len(content))] + content[int(gap.stop * len(content)) :]
+    preview = pillow(image.resize((160, 80)), "JPEG")
+    if kind == "mpo":  # two pictures in one file: the second starts where the first ends
+        whole = pillow(image, "MPO", save_all=True, append_images=[image.resize((160, 80))])
+        second = whole.index(b"\xff\xd8\xff", 2)
+        while not whole[:second].endswith(b"\xff\xd9"):
+            second = whole.index(b"\xff\xd8\xff", second + 1)
+        return whole[: int(gap.start * second)] + whole[int(gap.stop * second) :]
+    return content + {"preview": preview, "bytes": b"\x00\x01vendor's own"}.get(kind, b"")
+
+
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "mpo", "preview", "bytes"])
+def test_a_hole_is_seen_in_files_of_every_kind(kind, capfd):
+    picture = grass(3, (400, 800))
+    for part in (of_kind(kind, picture, slice(0.4, 0.6)), of_kind(kind, picture, slice(0.6, 0.8))):
+        with pytest.raises(InputError, match="ID7.jpg: its lower part is missing"):
+            decode_photo(part, "ID7.jpg")
+    capfd.readouterr()
+    for rows in (0, 16, 41, 200, 400):
+        framed = picture.copy()
+        framed[400 - rows :] = 20
+        content = of_kind(kind, framed)
+        assert (Image.open(io.BytesIO(content)).format == "MPO") == (kind == "mpo")
+        seen = decode_photo(content)
+        wanted = framed if kind != "grey" else np.repeat(np.asarray(Image.fromarray(framed).convert("L"))[..., None], 3, 2)
+        assert np.abs(seen.astype(int) - wanted).mean() < 12
+    assert capfd.readouterr().err == ""
+
+
+def test_a_cut_picture_before_a_whole_preview_is_refused():
+    "What a phone appends ends as a JPEG ends; the picture before it need not."
+    content = jpeg(grass(3, (400, 800)))
+    with pytest.raises(InputError, match="ID7.jpg: its lower part is missing"):
+        decode_photo(content[: len(content) // 2] + jpeg(grass(3, (80, 160))), "ID7.jpg")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG and bytes"])
+def test_odd_exif_turns_a_photo_and_stops_none(form):
+    "Tags that Pillow reads and cannot write (a number of bits of 100000), and tags that nobody can read."
+    picture = grass(5, (100, 240))
+    picture[:20, :20] = 255
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 258, 4, 1, 100_000) + struct.pack("<HHIHH", 274, 3, 1, 6, 0) + b"\0" * 4
+
+    def save(exif: bytes) -> bytes:
+        return pillow(Image.fromarray(picture), form.split()[0], exif=exif) + (b"more" if "bytes" in form else b"")
+
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(io.BytesIO(save(odd))))
+    photo = decode_photo(save(odd))
+    assert photo.shape == (240, 100, 3) and photo[:15, -15:].mean() > 230
+    assert decode_photo(save(b"Exif\0\0II*\0\xff\xff\xff\xff")).shape == (100, 240, 3)
 
 
 # --- whoever looks first ---------------------------------------------------------------------------------------------------

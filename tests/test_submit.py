@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -401,6 +402,44 @@ def test_fault(name, trained, untouched, tmp_path, monkeypatch):
         assert len({i.rpartition("__")[0] for i in odd}) == 6 - max(result["models"].values()), "only a broken photo is predicted otherwise"
         assert all(grams[i] > 0 for i in grams.index if i.endswith("Dry_Total_g")), "never zeros"
     assert row(result) in README.read_text().splitlines(), "the README's table is stale: python tests/test_submit.py --table"
+
+
+def test_the_test_is_cleaned_as_training_was(trained, untouched, tmp_path):
+    "Whatever the settings of the submission say: folds know the photos that they learned from."
+    run = copy_run(trained, tmp_path, ("inpaint.rule=none", "inpaint.crop_bottom=0.3", "train_dinov3.size=160"))
+    assert run_submit(run)["models"] == untouched[1]["models"]
+    assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
+    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert "inpaint.rule = stamp and not none, inpaint.crop_bottom = 0.1 and not 0.3, train_dinov3.size = 96 and not 160" in said
+
+
+def test_a_fold_of_an_earlier_size_is_left_out(trained, tmp_path):
+    "Training with other settings was broken off after its first folds."
+    run = copy_run(trained, tmp_path)
+    beside = run.artefacts / "dinov3" / "fold1.json"
+    told = read_json(beside)
+    told["settings"]["train_dinov3"]["size"] = 160
+    replace(beside, json.dumps(told).encode())
+    assert run_submit(run)["models"] == ALL
+    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert "fold 1 of model 1 learned from photos of another size or cleaning than the others" in said
+    whole(run.output / "submission.csv", run.input)
+
+
+def test_a_file_that_a_decoder_chokes_on_costs_no_other_its_colour(trained, tmp_path, monkeypatch):
+    run, real = copy_run(trained, tmp_path), Image.open
+    paths = sorted((run.input / "test").iterdir())
+    odd = paths[1].read_bytes()
+
+    def choke(file, *args, **more):
+        if hasattr(file, "getvalue") and file.getvalue().startswith(odd):
+            raise struct.error("'H' format requires 0 <= number <= 65535")
+        return real(file, *args, **more)
+
+    monkeypatch.setattr(Image, "open", choke)
+    assert np.isnan(submit.read_thumbs(paths)).all(axis=1).tolist() == [False, True, False, False, False, False]
+    assert run_submit(run)["models"] == {"dinov3": 5, "boosting": 5}
+    assert (whole(run.output / "submission.csv", run.input).filter(like="Dry_Total_g") > 0).all()
 
 
 @pytest.mark.parametrize("gone", ["test.csv", "sample_submission.csv", "test"])
