@@ -34,9 +34,11 @@ def target_table(train: pd.DataFrame) -> pd.DataFrame:
 
 
 def zeros_table(train: pd.DataFrame, by: str = "state") -> pd.DataFrame:
-    "Photos of each state (or species), and how many of them have no green, dead or clover matter."
-    zero = (train[list(TARGETS[:3])] == 0).groupby(train[by]).sum()
-    return zero.assign(photos=train.groupby(by).size()).sort_values("photos", ascending=False)
+    "Photos of each state (or species, or date), and how many of them have no green, dead or clover matter; the most photos first, dates in their order."
+    key = train[by].dt.strftime("%Y-%m-%d") if by == "date" else train[by]
+    zero = (train[list(TARGETS[:3])] == 0).groupby(key).sum()
+    table = zero.assign(photos=train.groupby(key).size())
+    return table if by == "date" else table.sort_values("photos", ascending=False)
 
 # %% ../notebooks/10_eda.ipynb #57b61e5c
 def plot_targets(train: pd.DataFrame):
@@ -342,7 +344,7 @@ def run_eda(run: Run) -> dict:
     comp = read_competition(run.input, run.warn)
     folds = write_folds(run, comp.train)
     facts = facts_table(comp)
-    tables = {"facts": facts.assign(strangeness=strangeness(facts)), "targets": target_table(comp.train), "zeros": zeros_table(comp.train), "zeros_by_species": zeros_table(comp.train, "species"),
+    tables = {"facts": facts.assign(strangeness=strangeness(facts)), "targets": target_table(comp.train), "zeros": zeros_table(comp.train), "zeros_by_species": zeros_table(comp.train, "species"), "zeros_by_date": zeros_table(comp.train, "date"),
               "species": group_table(comp.train), "covariates": covariate_table(comp.train), "yardsticks": yardsticks(facts, comp.y, folds)}
     for name, table in tables.items():
         with atomic(run.art("eda", f"{name}.csv")) as temporary:

@@ -245,7 +245,7 @@ def weights_files(run: Run) -> list[Path]:
     return files_of(run.settings.frozen.weights, run.settings.kaggle)
 
 
-@stage("frozen", reads=STORE, sections=("photos", "kaggle"), weights=weights_files)
+@stage("frozen", reads=STORE, sections=("photos", "inpaint", "kaggle"), weights=weights_files)
 def run_frozen(run: Run) -> dict:
     "Write `features/frozen.npz` and `features/colour.npz` for the training photos."
     settings, summary = run.settings.frozen, {}

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'WARM', 'MAYBE', 'KEPT', 'SMALLEST', 'TALLEST', 'GLANCE', 'ENOUGH',
-           'AFAR', 'AFAR_MOST', 'LOOKS', 'RULES', 'PIECE', 'orange_rule', 'Along', 'Finder', 'level', 'shrink',
+           'AFAR', 'AFAR_MOST', 'LOOKS', 'MOST', 'RULES', 'PIECE', 'orange_rule', 'Along', 'Finder', 'level', 'shrink',
            'Reader', 'nets_file', 'kept_nets', 'load_net', 'load_nets', 'find_places', 'crop', 'is_warm', 'Window',
            'cut_window', 'stand', 'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps',
-           'ink_colours', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'draw_piece',
-           'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets', 'reader_loss',
-           'fit_net', 'fit_finder', 'fit_reader', 'draw_all', 'keep_net', 'inpaint_stamp', 'paint_mask', 'clean_photo',
-           'split_halves', 'tell_scores', 'main']
+           'ink_colours', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'expose',
+           'draw_piece', 'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets',
+           'reader_loss', 'fit_net', 'fit_finder', 'fit_reader', 'draw_all', 'keep_net', 'inpaint_stamp', 'paint_mask',
+           'clean_photo', 'split_halves', 'tell_scores', 'main']
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
 import argparse
@@ -134,7 +134,7 @@ def load_nets() -> tuple[Finder, Reader]:
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels of the photo
 FRAME, SIDE = 0.17, 0.24  # of the height along top and bottom, of the width along the sides: where stamps stand
 WARM = 60  # red above blue, of 255: the ink of a stamp has 160 and more, and half of that where a stroke fills half a pixel
-MAYBE, KEPT = -1.5, 3  # log odds from which a cell belongs to a place; how many places are kept
+MAYBE, KEPT = -2.5, 5  # log odds from which a cell belongs to a place; how many places are kept
 
 
 def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAYBE) -> list[tuple[float, Box]]:
@@ -232,10 +232,14 @@ def look_at(photo: np.ndarray, box: Box, net: Reader | None = None, reach: float
     width = int(min(80 * GLYPH, max(64, np.ceil(((box[2] - box[0]) / height + 2 * reach) * GLYPH / 8) * 8)))
     with torch.inference_mode():
         ink, line = (net or load_nets()[1])(level(cut_window(photo, middle, height, width)[None]))
-    return Window(cv2.resize(torch.sigmoid(ink)[0].numpy(), (width, WINDOW), interpolation=cv2.INTER_LINEAR), line[0].numpy(), middle, height)
+    window = Window(cv2.resize(torch.sigmoid(ink)[0].numpy(), (width, WINDOW), interpolation=cv2.INTER_LINEAR), line[0].numpy(), middle, height)
+    (left, top), (right, bottom) = (np.clip(np.round(window.to_window(*corner)), 0, None).astype(int) for corner in ((0, 0), photo.shape[1::-1]))
+    for beyond in (np.s_[:top], np.s_[bottom:], np.s_[:, :left], np.s_[:, right:]):
+        window.ink[beyond] = 0  # writing that is mirrored there is none
+    return window
 
 
-def glance(photo: np.ndarray, boxes: list[Box], net: Reader | None = None, width: int = 160) -> np.ndarray:
+def glance(photo: np.ndarray, boxes: list[Box], net: Reader | None = None, width: int = 96) -> np.ndarray:
     "(n,) the reader's highest log odds of writing around the middle of each of `boxes`, `width` of its pixels wide; all at once, which is twice as fast as one by one."
     if not boxes:
         return np.zeros(0)
@@ -307,7 +311,7 @@ def sureness(window: Window, box: Box) -> float:
     return float(cells.mean()) if cells.size else -99.0
 
 # %% ../notebooks/20_inpaint.ipynb #ae639605
-GLANCE, ENOUGH = 3.5, 4.0  # log odds from which a place that was glanced at is read; and both networks' together from which a line is taken for writing
+GLANCE, ENOUGH = 4.5, 4.5  # log odds from which a place that was glanced at is read; and both networks' together from which a line is taken for writing
 AFAR, AFAR_MOST = 0.5, 5.0  # how much the finder's log odds count beside the reader's, and up to how many of them: it saw less, but more around it
 
 
@@ -367,6 +371,9 @@ def line_mask(photo: np.ndarray, line: Line, least: float = 0.12) -> tuple[tuple
     return np.s_[top:bottom, left:right], cv2.dilate(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grown, grown))).view(bool)
 
 
+MOST = 0.05  # share of a photo that writing may cover: a long line of glyphs 60 pixels high has half of that; what covers more is something else
+
+
 def stamp_mask(photo: np.ndarray) -> np.ndarray:
     """(H, W) bool: the pixels of burnt-in writing and its glow; all False on a photo without a stamp.
 
@@ -380,6 +387,8 @@ def stamp_mask(photo: np.ndarray) -> np.ndarray:
     for line in found[best]:
         place, ink = line_mask(views[best], line)
         mask[place] |= ink
+    if mask.mean() > MOST:
+        mask[:] = False
     return np.ascontiguousarray(np.rot90(mask, -turns[best]))
 
 # %% ../notebooks/20_inpaint.ipynb #abc6c25a
@@ -419,13 +428,18 @@ def sum_up(judged: pd.DataFrame) -> dict[str, float]:
 PIECE = (384, 640)  # height and width of the pieces that the finder learns from, pixels of the photo
 
 
+def expose(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "A copy, half of the time in less light or in so much that the straw is blown out: what the camera writes does not change with it."
+    return (ground * np.float32(rng.choice([1, rng.uniform(0.4, 1.6)]))).clip(0, 255).astype(np.uint8)
+
+
 def draw_piece(ground: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     "A piece of `ground` at half its size (192, 320, 3) through JPEG; three in five show a stamp or a part of one, in the box (4,), zeros without."
     (H, W), box, chance = PIECE, np.zeros(4), rng.random()
     y, x = (int(rng.integers(0, span - n + 1)) for span, n in zip(ground.shape, PIECE))
-    if rng.random() < 0.3:
-        y = len(ground) - H  # along the bottom, where the rod is
-    piece = (ground[y : y + H, x : x + W] * rng.choice([1, rng.uniform(0.4, 1.1)])).clip(0, 255).astype(np.uint8)
+    if rng.random() < 0.5:
+        y = rng.choice([0, len(ground) - H], p=[0.3, 0.7])  # along an edge, where a rod is and a stamp
+    piece = expose(ground[y : y + H, x : x + W], rng)
     if chance < 0.4:
         piece, truth = burn(piece, rng, FIT_FONTS, (10, 36))
         box = box_of(truth)
@@ -476,7 +490,7 @@ def draw_windows(kind: str, seed: list[int], finder: Finder, width: int = 256) -
     rng, none, windows = np.random.default_rng(seed), np.zeros((WINDOW, width), np.uint8), []
     ground = draw_ground(rng, kind)
     for _ in range(12):
-        stamped, truth = burn((ground * rng.choice([1, rng.uniform(0.4, 1.1)])).clip(0, 255).astype(np.uint8), rng, FIT_FONTS)
+        stamped, truth = burn(expose(ground, rng), rng, FIT_FONTS)
         x0, y0, x1, y1 = box_of(truth)
         h = y1 - y0
         left, top = (max(0, int(v) // 16 * 16) for v in (x0 - 12 * h, y0 - 4 * h))  # all that a window can reach; JPEG works in blocks of 16
@@ -486,11 +500,11 @@ def draw_windows(kind: str, seed: list[int], finder: Finder, width: int = 256) -
             height = h * np.exp(rng.uniform(-spread, spread))
             at = rng.uniform(x0, x1) - left, (y0 + y1) / 2 - top + rng.uniform(-0.3, 0.3) * height
             windows.append((cut_window(seen, at, height, width), cut_window(ink, at, height, width)))
-    confused = ground
+    confused = expose(ground, rng)
     for _ in range(3):
         confused = draw_confusion(confused, rng)
-    for empty in (through_jpeg(p, int(rng.integers(70, 96))) for p in (ground, draw_lamps(ground, rng), confused)):
-        places = [box for _, box in find_places(empty, finder, least=-2)] + [(x, y, x, y + np.exp(rng.uniform(2.3, 4.1))) for x, y in rng.uniform((0, 0), (2000, 1000), (2, 2))]
+    for empty in (through_jpeg(p, int(rng.integers(70, 96))) for p in (expose(ground, rng), draw_lamps(ground, rng), confused)):
+        places = [box for _, box in find_places(empty, finder, least=MAYBE - 0.5)] + [(x, y, x, y + np.exp(rng.uniform(2.3, 4.1))) for x, y in rng.uniform((0, 0), (2000, 1000), (2, 2))]
         for x0, y0, x1, y1 in places:
             windows.append((cut_window(empty, (rng.uniform(x0, x1), (y0 + y1) / 2), (y1 - y0) * np.exp(rng.normal(0, 0.15)), width), none))
     pictures, ink = zip(*windows)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from . import inpaint
-from .core import InputError, PhotosSettings, Run, Settings, atomic, keep_memory, open_run, progress, stage, write_json
+from .core import InpaintSettings, InputError, PhotosSettings, Run, Settings, atomic, keep_memory, open_run, progress, stage, write_json
 from .data import read_test, read_train
 from .inpaint import clean_photo, nets_file, orange_rule, split_halves
 from .reading import decode_photo, read_bytes
@@ -203,18 +203,20 @@ def store_folder(run: Run, split: str, size: int | Shape, folder: Path | None = 
 
 
 def open_store(run: Run, split: str, size: int | Shape, folder: Path | None = None) -> PhotoStore:
-    "The finished store; raise `InputError` when it was never built or not to the end."
+    "The finished store; raise `InputError` when it was never built, not to the end, or of photos cleaned otherwise than the settings say."
     path = store_folder(run, split, size, folder)
     if not (path / "store.json").is_file():
         raise InputError(f"{path}: is not there or not finished; run stage inpaint (--from inpaint)")
     try:
         told = json.loads((path / "store.json").read_text(encoding="utf-8"))
-        store = PhotoStore(path, told["ids"], tuple(told["shape"]))
+        store, cleaned = PhotoStore(path, told["ids"], tuple(told["shape"])), told["inpaint"]
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path / 'store.json'}: is broken ({e!r}); run stage inpaint again (--from inpaint)") from e
     for name, form in store_forms(len(store), store.shape).items():
         if not has_form(path / name, *form):
             raise InputError(f"{path / name}: is not the array that store.json tells of; run stage inpaint again (--from inpaint)")
+    if cleaned != (asked := dataclasses.asdict(run.settings.inpaint)):
+        raise InputError(f"{path}: its photos were cleaned with {cleaned}, and the settings say {asked}; run stage inpaint again (--from inpaint)")
     return store
 
 # %% ../notebooks/21_photos.ipynb #3245ca39
@@ -260,11 +262,11 @@ class StoreWriter:
         for file in self.files.values():
             os.close(file)
 
-    def finish(self) -> PhotoStore:
-        "The store is whole: say so on disk, after all that it holds is there, or a power cut could leave the word without the rows."
+    def finish(self, cleaned: InpaintSettings) -> PhotoStore:
+        "The store is whole: say so on disk, and how its photos were cleaned, after all that it holds is there, or a power cut could leave the word without the rows."
         for file in self.files.values():
             os.fsync(file)
-        write_json(self.folder / "store.json", {"ids": self.ids, "shape": self.shape})
+        write_json(self.folder / "store.json", {"ids": self.ids, "shape": self.shape, "inpaint": cleaned})
         return PhotoStore(self.folder, self.ids, self.shape)
 
 
@@ -328,6 +330,7 @@ def build_stores(
         raise InputError(f"{split} photos: {len(paths)} files and {len(set(ids))} image_ids; each photo needs one of its own")
     folders = {store_folder(run, split, shape, folder): half_shape(shape) if isinstance(shape, int) else tuple(shape) for shape in shapes}
     check_room(folders, len(paths))
+    code_key()  # without the networks no photo can be cleaned: that is no fault of a photo
     keep_memory()
     writers = [StoreWriter(place, ids, shape) for place, shape in folders.items()]
     one = functools.partial(_build_one, writers=writers, settings=run.settings, strict=strict)
@@ -338,7 +341,7 @@ def build_stores(
             for warning in progress(pool.map(one, range(len(paths)), paths), len(paths), f"{split} photos"):
                 if warning:
                     run.warn(warning)
-            return [w.finish() for w in writers]
+            return [w.finish(run.settings.inpaint) for w in writers]
         finally:
             pool.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)  # what a worker sets, torch keeps for all that comes later
@@ -365,7 +368,7 @@ def _build_one(i: int, path: str | Path, writers: list[StoreWriter], settings: S
         if strict:
             raise
         told = str(e) if isinstance(e, InputError) else f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
-        (halves, record), key, warning = stand_in(), photo_key(content, settings), f"{told} (a grey picture stands in)"
+        (halves, record), key, warning = stand_in(), b"", f"{told} (a grey picture stands in)"  # no key: the next build tries the photo again
     record["key"] = key
     for writer in writers:
         writer.write(i, [resize_half(half, writer.shape) for half in halves], record)
@@ -611,7 +614,7 @@ def _measure_ways(paths: list[Path], folder: Path) -> list[dict]:
     taken = {name: seconds[~stamped].mean() for name, seconds in each.items()}
     if stamped.any():
         taken |= {f"{name}, with a stamp": each[name][stamped].mean() for name in ("search for a stamp alone", "ours, build at 512")}
-    store = writers["512"][0].finish()
+    store = writers["512"][0].finish(run.settings.inpaint)
     for writer in sum(writers.values(), []):
         writer.close()
     taken["ours, each epoch: read the pair"] = seconds_each(lambda k: np.array(store[k]), range(len(paths))).mean()

@@ -279,7 +279,7 @@ def weights_files(run: Run) -> list[Path]:
         return [Path(wanted)]
 
 
-@stage("siglip", reads=STORE, sections=("photos", "kaggle"), weights=weights_files)
+@stage("siglip", reads=STORE, sections=("photos", "inpaint", "kaggle"), weights=weights_files)
 def run_siglip(run: Run) -> dict:
     "Write `features/siglip.npz` for the training photos; without weights say so and write nothing."
     path, folder = run.art("features", "siglip.npz"), find_weights(run)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SEGMENTS', 'ENDS', 'MARKS', 'DOTS', 'FONTS', 'FIT_FONTS', 'HELD_FONTS', 'MONTHS', 'TINTS', 'FIT_GROUNDS',
            'HELD_GROUNDS', 'draw_segments', 'draw_dots', 'draw_face', 'draw_text', 'stamp_text', 'place', 'burn',
-           'draw_stamp', 'draw_ground', 'draw_grain', 'draw_texture', 'draw_picture', 'draw_litter', 'draw_paddock',
-           'draw_lamps', 'draw_confusion', 'through_jpeg', 'Composite', 'composites']
+           'draw_stamp', 'draw_ground', 'draw_pale', 'draw_frame', 'draw_grain', 'draw_texture', 'draw_picture',
+           'draw_litter', 'draw_paddock', 'draw_lamps', 'draw_tape', 'draw_confusion', 'through_jpeg', 'Composite',
+           'composites']
 
 # %% ../notebooks/15_stamps.ipynb #5a000002
 from collections.abc import Iterator
@@ -91,10 +92,11 @@ MONTHS = "JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC".split()
 def stamp_text(rng: np.random.Generator) -> str:
     "A date, a time or both, in one of the forms that cameras write."
     y, m, d, hour, minute = (int(rng.integers(*span)) for span in ((2005, 2020), (1, 13), (1, 29), (0, 24), (0, 60)))
-    days = (f"{d:02}/{m:02}/{y}", f"{y}/{m:02}/{d:02}", f"{y}-{m:02}-{d:02}", f"{d:02}.{m:02}.{y}", f"'{y % 100:02} {m} {d}", f"{m:02} {d:02} {y % 100:02}", f"{d} {MONTHS[m - 1]} {y}")
-    times = (f"{hour:02}:{minute:02}", f"{hour % 12 or 12}:{minute:02} {'AP'[hour // 12]}M")
-    day, time = str(rng.choice(days)), str(rng.choice(times))
-    text = [day, time, f"{day} {time}"][rng.choice(3, p=[0.45, 0.1, 0.45])]
+    days = (f"{d:02}/{m:02}/{y}", f"{y}/{m:02}/{d:02}", f"{y}-{m:02}-{d:02}", f"{d:02}.{m:02}.{y}", f"'{y % 100:02} {m} {d}", f"{m:02} {d:02} {y % 100:02}", f"{d} {MONTHS[m - 1]} {y}",
+            f"{d} {m} '{y % 100:02}", f"{d:02}.{m:02}.{y % 100:02}", f"{m:02}-{d:02}-{y % 100:02}", f"{d}/{m}/{y % 100:02}", f"{MONTHS[m - 1]} {d} {y}")
+    times = (f"{hour:02}:{minute:02}", f"{hour % 12 or 12}:{minute:02} {'AP'[hour // 12]}M", f"{hour:02}:{minute:02}:{d:02}")
+    day, time = str(rng.choice(days)), str(rng.choice(times, p=[0.6, 0.25, 0.15]))
+    text = [day, time, f"{day} {time}"][rng.choice(3, p=[0.5, 0.2, 0.3])]
     return text.replace(" ", " " * rng.choice(3, p=[0.6, 0.25, 0.15]) + " ")
 
 
@@ -148,16 +150,44 @@ HELD_GROUNDS = (*(f"brick, {tint}" for tint in TINTS), *["demo"] * 5)  # photogr
 
 
 def draw_ground(rng: np.random.Generator, kind: str) -> np.ndarray:
-    "(1000, 2000, 3) uint8: a ground of `FIT_GROUNDS` or `HELD_GROUNDS`; some with a pale rod along the bottom or the dark frame of the quadrat."
+    "(1000, 2000, 3) uint8: a ground of `FIT_GROUNDS` or `HELD_GROUNDS`; some with a pale rod or card, or the dark frame of the quadrat."
     what, _, tint = kind.partition(", ")
     low, high = (np.array(c, np.float32) for c in TINTS.get(tint, ((0, 0, 0),) * 2))
     draw = {"picture": draw_picture, "demo": draw_paddock, "litter": partial(draw_litter, low=low, high=high)}
     photo = draw.get(what, partial(draw_texture, name=what, low=low, high=high))(rng)
-    if rng.random() < 0.3:
-        cv2.fillPoly(photo, [np.array([(0, 930), (2000, 930 + int(rng.integers(-40, 40))), (2000, 1000), (0, 1000)])], (240, 235, 220))
+    if rng.random() < 0.4:
+        photo = draw_pale(photo, rng)
     if rng.random() < 0.15:
-        cv2.rectangle(photo, (0, 0), (1999, 999), (35, 33, 30), int(rng.integers(10, 60)))
+        photo = draw_frame(photo, rng)
     return draw_grain(photo, rng) if rng.random() < 0.6 else photo
+
+
+def draw_pale(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "A copy with a pale, hardly coloured rod along an edge, mostly the bottom, or a card in a corner; askew, shaded, with a shadow beside it."
+    H, W = photo.shape[:2]
+    if rng.random() < 0.7:
+        edge, size, at, lean = str(rng.choice(["bottom", "top", "side"], p=[0.6, 0.2, 0.2])), rng.uniform(15, 80), rng.uniform(-15, 110), rng.uniform(-40, 40)
+        start, end = rng.choice([0, rng.uniform(0, 0.5)]), 1 - rng.choice([0, rng.uniform(0, 0.5)])
+        along, across = np.array([[start, start, end, end]]).T * (H if edge == "side" else W), np.array([[at, at + size, at + size + lean, at + lean]]).T
+        corners = np.hstack((across, along) if edge == "side" else (along, H - across if edge == "bottom" else across))
+        corners = (W - corners[:, :1], corners[:, 1:]) if edge == "side" and rng.random() < 0.5 else (corners[:, :1], corners[:, 1:])
+    else:
+        (w, h), (x, y), lean = rng.uniform((150, 70), (700, 260)), rng.uniform(-20, 120, 2), rng.uniform(-0.06, 0.06)
+        across, along = np.array([[x, x + w, x + w, x]]).T, np.array([[y, y, y + h, y + h]]).T
+        corners = (W - across if rng.random() < 0.5 else across) + lean * along, (H - along if rng.random() < 0.7 else along) + lean * across
+    shape = cv2.fillPoly(np.zeros((H, W), np.float32), [np.int32(np.hstack(corners))], 1)
+    shade = cv2.resize(rng.normal(1, 0.07, (3, 6)).astype(np.float32), (W, H), interpolation=cv2.INTER_CUBIC)
+    shadow, shape = (cv2.blur(np.roll(shape, (8, 6), (0, 1)), (15, 15)) * 0.5)[..., None], cv2.GaussianBlur(shape, (0, 0), rng.uniform(0.5, 2))[..., None]
+    colour = rng.uniform(170, 250) * np.array([1, rng.uniform(0.93, 1.02), rng.uniform(0.78, 1.02)], np.float32)
+    return (photo * (1 - shadow) * (1 - shape) + colour * shade[..., None] * shape).clip(0, 255).astype(np.uint8)
+
+
+def draw_frame(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "A copy with the dark frame of the quadrat along some of its edges, each as thick as it happens to be seen."
+    out, dark = photo.copy(), rng.uniform(15, 60) * np.array([1, 0.95, 0.85])
+    for turn in np.flatnonzero(rng.random(4) < 0.6):
+        np.rot90(out, turn)[: int(rng.integers(10, 80))] = dark
+    return out
 
 
 def draw_grain(photo: np.ndarray, rng: np.random.Generator, most: float = 18) -> np.ndarray:
@@ -226,8 +256,30 @@ def draw_lamps(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return cv2.GaussianBlur(out, (0, 0), 1.2)
 
 
+def draw_tape(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "A copy with a piece of a yellow or orange tape measure: black ticks and numbers on a warm ground, which is no writing of a camera."
+    out, (H, W) = photo.copy(), photo.shape[:2]
+    h = int(np.exp(rng.uniform(np.log(14), np.log(90))))
+    w, step = int(h * np.exp(rng.uniform(np.log(2), np.log(25)))), max(3, int(h * rng.uniform(0.12, 0.5)))
+    tape = np.empty((h, w, 3), np.float32)
+    tape[:] = cv2.cvtColor(np.array([[rng.uniform((5, 150, 170), (32, 255, 255))]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0]
+    dark, thick = rng.uniform(0, 60), max(1, round(h * rng.uniform(0.02, 0.06)))
+    for k, x in enumerate(range(step // 2, w, step)):
+        tape[: int(h * (0.7 if k % 10 == 0 else 0.4 if k % 5 == 0 else 0.25)), x : x + thick] = dark
+    for k, x in enumerate(range(step, w, 10 * step if step < h / 4 else 3 * step)):
+        number = draw_text(str(int(rng.integers(1, 99)) + k), max(6, int(0.42 * h)), str(rng.choice(FIT_FONTS)))[:, : w - x, None]
+        place = tape[h - len(number) - thick : h - thick, x : x + number.shape[1]]
+        place += number * (dark - place)
+    x, y = int(rng.integers(0, max(1, W - w // 2))), int(rng.integers(0, max(1, H - h)))
+    seen = tape[: H - y, : W - x]
+    out[y : y + h, x : x + w] = (seen * rng.uniform(0.6, 1)).clip(0, 255).astype(np.uint8)
+    return cv2.GaussianBlur(out, (0, 0), rng.uniform(0.4, 1.2))
+
+
 def draw_confusion(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "A copy of the photo with orange things that are no writing: stalks side by side or strewn, lamps in a row, long stalks, leaves."
+    "A copy of the photo with orange things that are no writing: stalks side by side or strewn, lamps in a row, long stalks, leaves, a tape measure."
+    if rng.random() < 0.15:
+        return draw_tape(photo, rng)
     out, (h, w) = photo.copy(), photo.shape[:2]
     colour = cv2.cvtColor(np.array([[rng.uniform((0, 150, 150), (30, 255, 255))]], np.uint8), cv2.COLOR_HSV2RGB)[0, 0].tolist()
     kind, size, at = str(rng.choice(["fence", "lamps", "long", "strewn", "leaves"])), np.exp(rng.uniform(np.log(6), np.log(60))), rng.uniform((0, 0), (w, h))

@@ -38,7 +38,7 @@ def write_store(run, pairs: np.ndarray, split: str = "train") -> list[str]:
     folder.mkdir(parents=True)
     np.save(folder / "halves.npy", np.stack([siglip.at_full(p) for p in pairs]))
     np.save(folder / "rows.npy", np.zeros(len(pairs), ROW))
-    (folder / "store.json").write_text(json.dumps({"ids": ids, "shape": FULL}))
+    (folder / "store.json").write_text(json.dumps({"ids": ids, "shape": FULL, "inpaint": dataclasses.asdict(run.settings.inpaint)}))
     return ids
 
 

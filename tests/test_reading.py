@@ -166,6 +166,21 @@ def test_a_cut_picture_before_a_whole_preview_is_refused():
         decode_photo(content[: len(content) // 2] + jpeg(grass(3, (80, 160))), "ID7.jpg")
 
 
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "rgb"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_copy_that_was_broken_off_in_a_file_of_full_length_is_refused(kind, progressive):
+    "Zeros are read as picture, by every decoder. A whole file may have some after its end."
+    image = Image.fromarray(grass(3, (400, 800))).convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    for quality in (75, 92):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality, progressive=progressive)
+        content = file.getvalue()
+        assert decode_photo(content + bytes(512)).shape == (400, 800, 3)
+        for kept in (0.3, 0.5, 0.9):
+            with pytest.raises(InputError, match="ID7.jpg"):
+                decode_photo(content[: int(kept * len(content))].ljust(len(content), b"\0"), "ID7.jpg")
+
+
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "JPEG and bytes"])
 def test_odd_exif_turns_a_photo_and_stops_none(form):

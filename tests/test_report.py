@@ -43,7 +43,7 @@ def make_run(folder: Path, n_train=48, n_test=6, truth=True, blended=True, store
                   "lamps": 0.0}).to_csv(run.art("photos", "photos.csv"), index=False)
     if stored:
         np.save(run.art("photos", "train_90x128", "halves.npy"), rng.integers(0, 255, (n_train, 2, 90, 128, 3), dtype=np.uint8))
-        write_json(run.art("photos", "train_90x128", "store.json"), {"ids": ids.tolist(), "shape": [90, 128]})
+        write_json(run.art("photos", "train_90x128", "store.json"), {"ids": ids.tolist(), "shape": [90, 128], "inpaint": run.settings.inpaint})
     return run
 
 

@@ -413,17 +413,80 @@ def test_the_test_is_cleaned_as_training_was(trained, untouched, tmp_path):
     assert "inpaint.rule = stamp and not none, inpaint.crop_bottom = 0.1 and not 0.3, train_dinov3.size = 96 and not 160" in said
 
 
+def told_otherwise(path: Path, section: str, **values) -> None:
+    "Let the file beside an artefact tell of other settings; None: of none."
+    told = read_json(path)
+    told["settings"][section] |= values
+    told["settings"][section] = {key: value for key, value in told["settings"][section].items() if value is not None}
+    replace(path, json.dumps(told).encode())
+
+
 def test_a_fold_of_an_earlier_size_is_left_out(trained, tmp_path):
     "Training with other settings was broken off after its first folds."
     run = copy_run(trained, tmp_path)
-    beside = run.artefacts / "dinov3" / "fold1.json"
-    told = read_json(beside)
-    told["settings"]["train_dinov3"]["size"] = 160
-    replace(beside, json.dumps(told).encode())
+    told_otherwise(run.artefacts / "dinov3" / "fold1.json", "train_dinov3", size=160)
     assert run_submit(run)["models"] == ALL
     said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     assert "fold 1 of model 1 learned from photos of another size or cleaning than the others" in said
     whole(run.output / "submission.csv", run.input)
+
+
+def test_folds_of_an_earlier_division_have_no_say(trained, untouched, tmp_path):
+    run = copy_run(trained, tmp_path)
+    for k in range(3, 10):
+        for ending in ("json", "safetensors"):
+            shutil.copy(run.artefacts / "dinov3" / f"fold0.{ending}", run.artefacts / "dinov3" / f"fold{k}.{ending}")
+        told_otherwise(run.artefacts / "dinov3" / f"fold{k}.json", "train_dinov3", size=160)
+    assert run_submit(run)["models"] == ALL
+    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert "of an earlier division into 10 folds" in said
+    assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
+
+
+def test_folds_that_do_not_tell_of_their_photos_get_those_of_the_settings(trained, untouched, tmp_path):
+    run = copy_run(trained, tmp_path, ("inpaint.crop_bottom=0.1", "train_dinov3.size=160"))
+    for k in range(3):
+        told_otherwise(run.artefacts / "dinov3" / f"fold{k}.json", "inpaint", rule=7, crop_bottom=None)
+        told_otherwise(run.artefacts / "dinov3" / f"fold{k}.json", "train_dinov3", squeeze="perhaps")
+    assert run_submit(run)["models"] == ALL
+    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert "train_dinov3.size = 96 and not 160" in said and "rule" not in said
+    assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
+
+
+def test_model_2_alone_is_shown_what_it_learned_from(trained, tmp_path):
+    grams = {}
+    for rule in ("stamp", "none"):
+        run = copy_run(trained, tmp_path / rule, (f"inpaint.rule={rule}", f"inpaint.crop_bottom={0.1 if rule == 'stamp' else 0.4}"))
+        no_model1(run, None)
+        assert run_submit(run)["models"] == {"boosting": 6}
+        grams[rule] = whole(run.output / "submission.csv", run.input)
+    assert np.allclose(grams["none"], grams["stamp"], atol=1e-5)
+
+
+def test_model_2_of_another_cleaning_than_model_1_is_left_out(trained, tmp_path):
+    run = copy_run(trained, tmp_path)
+    for path in (run.artefacts / "features").glob("*.json"):
+        told_otherwise(path, "inpaint", crop_bottom=0.4)
+    assert run_submit(run)["models"] == {"dinov3": 6}
+    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert "model 2 is left out" in said and "cleaned otherwise than those of model 1" in said
+
+
+def test_a_store_of_another_cleaning_is_told_and_left_as_it_is(trained, tmp_path):
+    "The settings changed and inpaint did not run: training stops, and submit reads the photos anew beside the store."
+    from nbs_lib.photos import open_store, run_inpaint
+    from nbs_lib.siglip import run_siglip
+    from nbs_lib.train_dinov3 import run_train_dinov3
+
+    run = copy_run(trained, tmp_path, ("inpaint.crop_bottom=0.4", "train_dinov3.views=id"))
+    for stage in (run_train_dinov3, run_siglip):
+        with pytest.raises(InputError, match=r"were cleaned with .*0\.1.* and the settings say .*0\.4.*--from inpaint"):
+            stage(run)
+    run_inpaint(run)
+    before = open_store(run, "test", 96).rows["key"].tolist()
+    run_submit(run)
+    assert open_store(run, "test", 96).rows["key"].tolist() == before and is_fresh(run, "inpaint")
 
 
 def test_a_file_that_a_decoder_chokes_on_costs_no_other_its_colour(trained, tmp_path, monkeypatch):
