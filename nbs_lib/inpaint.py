@@ -134,7 +134,7 @@ def load_nets() -> tuple[Finder, Reader]:
 Box = tuple[float, float, float, float]  # left, top, right, bottom; pixels of the photo
 FRAME, SIDE = 0.17, 0.24  # of the height along top and bottom, of the width along the sides: where stamps stand
 WARM = 60  # red above blue, of 255: the ink of a stamp has 160 and more, and half of that where a stroke fills half a pixel
-MAYBE, KEPT = -2.5, 5  # log odds from which a cell belongs to a place; how many places are kept
+MAYBE, KEPT = -2.5, 3  # log odds from which a cell belongs to a place; how many places are kept
 
 
 def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAYBE) -> list[tuple[float, Box]]:
@@ -154,7 +154,9 @@ def find_places(photo: np.ndarray, net: Finder | None = None, least: float = MAY
     own, place = odds[rows, columns], place[rows, columns]
     middle, height = cell * (rows + 0.5 + down[rows, columns]), 25 * many / 2 * np.exp(size[rows, columns])
     found, left = [], np.ones(len(own), bool)
-    while left.any() and len(found) < KEPT:
+    for _ in range(4 * KEPT):  # most that is unsure is not warm either
+        if not left.any() or len(found) == KEPT:
+            break
         k = left.argmax()  # the surest cell that is left, and those of its place that mean the same line
         line = left & (place == place[k]) & (np.abs(middle - middle[k]) < max(0.5 * height[k], 0.6 * cell)) & (np.abs(np.log(height / height[k])) < 0.6)
         left &= ~line
