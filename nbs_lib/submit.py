@@ -44,7 +44,7 @@ from .data import long_form, read_test, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
 from .model import BiomassNet
 from .photos import FULL, PhotoStore, Shape, build_stores, clean_halves, half_shape, open_store, resize_half
-from .reading import read_bytes
+from .reading import END, read_bytes
 from .targets import TARGETS, TOTAL, imbalance
 from .train_dinov3 import encode_chunk, load_fold, predict
 
@@ -115,7 +115,7 @@ class Answer:
 def open_small(path: str | Path, side: int = 250) -> np.ndarray | None:
     "A photo at about `side` pixels, (h, w, 3) uint8 RGB, also of a file that ends too early; None when nothing can be read, whatever the decoder says."
     try:
-        image = Image.open(io.BytesIO(Path(path).read_bytes() + b"\xff\xd9"))  # a cut JPEG gets the mark of its end
+        image = Image.open(io.BytesIO(Path(path).read_bytes() + END))  # a cut JPEG gets the mark of its end
         image.draft("RGB", (side, side // 2))  # decode at an eighth: a JPEG can
         return np.asarray(image.convert("RGB").resize((64, 32), Image.Resampling.BOX))
     except Exception:  # one odd file must not cost the colours of all the others
@@ -523,14 +523,16 @@ def shown_now(run: Run) -> dict[tuple[str, str], object]:
 
 def learned_from(run: Run, beside: Path) -> dict[tuple[str, str], object]:
     "The same of the photos that a model was fitted on, as far as the .json `beside` it tells."
+    try:
+        settings = read_json(beside)["settings"]
+    except (InputError, KeyError, TypeError):
+        return {}
     told = {}
     for (section, key), now in shown_now(run).items():
-        try:
-            value = read_json(beside)["settings"][section][key]
+        with contextlib.suppress(KeyError, TypeError, ValueError):  # of an older version, or it stands for no photos
+            value = settings[section][key]
             if type(now)(value) == value:
                 told[section, key] = type(now)(value)
-        except (InputError, KeyError, TypeError, ValueError):
-            continue  # of an older version, or it stands for no photos
     return told
 
 
