@@ -40,10 +40,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 
-from .balance import as_weighting, make_weighting, reconcile
 from .core import InputError, Run, atomic, hash_file, installed, load_settings, package_folder, peak_memory, progress, read_json, stage, version, write_json
 from .data import SCHEMES, Competition, oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
-from .targets import TARGETS, WEIGHTS, per_target_r2_score, weighted_r2_score
+from .targets import TARGETS, WEIGHTS, as_weighting, make_weighting, per_target_r2_score, reconcile, weighted_r2_score
 
 # %% ../notebooks/42_boosting.ipynb #899a1691
 Table = tuple[list[str], np.ndarray, np.ndarray | None]  # image_id (n,), embedding (n, d), semantic (n, k)
@@ -565,7 +564,7 @@ def error_weighting(
     name: str,  # mint, euclid or no
     errors: np.ndarray,  # (n, 5) grams, inner prediction minus truth
 ) -> np.ndarray | None:
-    "The weighting (5, 5) of `balance.reconcile`, None for `no`; Euclidean where `errors` are too few. Raises `InputError`."
+    "The weighting (5, 5) of `targets.reconcile`, None for `no`; Euclidean where `errors` are too few. Raises `InputError`."
     if name not in RECONCILE:
         raise InputError(f"boosting.reconcile: unknown '{name}'; known: {', '.join(RECONCILE)}")
     if name == "no":

@@ -31,7 +31,8 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from .core import InputError, Settings, TrainDinov3Settings, atomic, load_settings, read_json, write_json
 from .frozen import fitting_shape
-from .model import Backbone, build_model, pool_map
+from .backbones import Backbone, pool_map
+from .biomass_net import build_model
 from .photos import FULL, half_shape, wanted_shapes
 from .siglip import patch_starts
 from .train_dinov3 import EMA, biomass_loss, model_config, parameter_groups, unfreeze

@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from .balance import make_weighting, reconcile
 from .core import InputError, Run, atomic, read_json, stage, write_json
 from .data import SCHEMES, Competition, read_competition, read_folds, read_oof, write_oof
-from .targets import CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
+from .targets import CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, make_weighting, per_target_r2_score, reconcile, weighted_r2_score
 
 # %% ../notebooks/51_ensemble.ipynb #7fedbf2f
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Blend:
     weights: np.ndarray  # (m, 5)
     shrink: np.ndarray  # (5,) 1: leave alone
     means: np.ndarray  # (5,) training means, grams
-    weighting: np.ndarray  # (5, 5), of `balance.reconcile`
+    weighting: np.ndarray  # (5, 5), of `targets.reconcile`
     carry: np.ndarray  # (3, 5) grams by which each target is too high when green, clover or dead is a gram too high
     rules: tuple[str, ...] = ()
     threshold: float = 0.75  # of a state's probability

@@ -21,7 +21,7 @@ from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from torch import Tensor
 
 from .core import BUILDING, FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, stage
-from .model import Backbone, files_of, find_weights, load_weights, pixel_stats
+from .backbones import Backbone, files_of, find_weights, load_weights, pixel_stats
 from .photos import FULL, PhotoStore, Shape, join, open_store, resize_half
 from .siglip import STORE, Features, at_full, write_features
 

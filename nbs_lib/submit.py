@@ -38,14 +38,13 @@ import torch
 from PIL import Image
 
 from . import boosting, frozen, siglip
-from .balance import reconcile
 from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage
 from .data import long_form, read_test, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
-from .model import BiomassNet
+from .biomass_net import BiomassNet
 from .photos import FULL, PhotoStore, Shape, build_stores, clean_halves, half_shape, open_store, resize_half
 from .reading import END, read_bytes
-from .targets import TARGETS, TOTAL, imbalance
+from .targets import TARGETS, TOTAL, imbalance, reconcile
 from .train_dinov3 import encode_chunk, load_fold, predict
 
 # %% ../notebooks/60_submit.ipynb #be05f516

@@ -49,8 +49,9 @@ from torch import Tensor, nn
 
 from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage, write_json
 from .data import oof_path, read_competition, read_folds, read_oof, read_weights, write_oof
-from .model import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, files_of, find_weights, five, grouped_splits, load_model, pixel_stats,
-                           save_model, weights_file)
+from .backbones import files_of, find_weights, pixel_stats, weights_file
+from .biomass_net import (INTERVALS, PARTS_TO_FIVE, BiomassNet, Encoded, ModelConfig, build_model, five, grouped_splits, load_model,
+                                 save_model)
 from .photos import PhotoStore, augment, half_shape, open_store, store_folder, to_tensor, tta_views
 from .targets import CLOVER, TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
 

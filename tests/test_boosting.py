@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from sklearn.base import clone
 
 from nbs_lib import boosting
-from nbs_lib.balance import reconcile
 from nbs_lib.boosting import (
     CompactFeatures,
     Labelled,
@@ -35,7 +34,7 @@ from nbs_lib.boosting import (
 )
 from nbs_lib.core import InputError, load_settings, open_run
 from nbs_lib.data import read_oof
-from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, weighted_r2_score
+from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, reconcile, weighted_r2_score
 
 FAST = dict(members=("linear", "matern"))
 

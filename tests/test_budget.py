@@ -10,8 +10,8 @@ import torch
 from conftest import ROOT
 
 from nbs_lib import budget
+from nbs_lib.biomass_net import build_model, load_model, save_model
 from nbs_lib.core import InputError, load_settings
-from nbs_lib.model import build_model, load_model, save_model
 from nbs_lib.photos import half_shape
 from nbs_lib.train_dinov3 import (
     Fit,

@@ -13,29 +13,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = {p.stem.partition("_")[2]: p for p in NOTEBOOKS}
-NUMBER = {name: p.stem[:2] for name, p in MODULES.items()}
-
-# What each room may import: the table of the design, closed upwards (a room may also use what its imports stand on).
-ABOVE = {
-    "core": (), "targets": (), "data": ("core", "targets"), "demo": ("core", "targets"), "reading": ("core",), "eda": ("data", "targets", "reading"),
-    "stamps": ("demo",), "inpaint": ("core", "reading", "stamps"),
-    "photos": ("core", "inpaint", "data"), "fusion": (), "model": ("fusion", "targets"), "train_dinov3": ("model", "photos", "data", "targets"),
-    "siglip": ("photos", "core"), "frozen": ("model", "photos", "siglip"), "boosting": ("data", "targets", "balance"), "balance": ("targets",),
-    "ensemble": ("data", "targets", "balance"), "submit": ("train_dinov3", "siglip", "frozen", "boosting", "ensemble", "balance"),
-    "ledger": ("core", "targets"), "budget": ("train_dinov3", "siglip", "frozen"), "kaggle": ("core", "ledger"), "report": ("core", "targets", "data"),
-    "run": ("core", "report", "demo"), "bench": tuple(MODULES),
-}
-
-
-def closure(name: str) -> set[str]:
-    seen, todo = {"core"}, list(ABOVE[name])
-    while todo:
-        n = todo.pop()
-        if n not in seen and n != name:
-            seen.add(n)
-            todo += ABOVE.get(n, ())
-    return seen
-
 
 def imports(path: Path) -> set[str]:
     found = set()
@@ -53,10 +30,11 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
+    "A module imports only what stands higher in the listing of notebooks/; no exception."
     found = imports(ROOT / "nbs_lib" / f"{name}.py")
-    assert found <= closure(name), f"{name} imports {sorted(found - closure(name))}"
-    if name != "bench":
-        assert all(NUMBER[n] < NUMBER[name] or (name, n) == ("boosting", "balance") for n in found), f"{name} imports a room that stands below it"
+    assert found <= MODULES.keys(), f"{name} imports {sorted(found - MODULES.keys())}"
+    below = sorted(n for n in found if MODULES[n].name >= MODULES[name].name)
+    assert not below, f"{name} imports modules that stand below it: {below}"
 
 
 @pytest.mark.parametrize("name", MODULES)

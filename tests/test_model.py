@@ -7,11 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nbs_lib.core import InputError
-from nbs_lib.model import (
+from nbs_lib.backbones import Backbone, load_weights, local_pool, pool_map
+from nbs_lib.biomass_net import (
     FIVE_TO_PARTS,
     PARTS_TO_FIVE,
-    Backbone,
     Encoded,
     ModelConfig,
     build_model,
@@ -19,11 +18,9 @@ from nbs_lib.model import (
     five,
     grouped_splits,
     load_model,
-    load_weights,
-    local_pool,
-    pool_map,
     save_model,
 )
+from nbs_lib.core import InputError
 from nbs_lib.targets import QUADRAT_M2, imbalance
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"

@@ -23,8 +23,8 @@ import torch
 from conftest import ROOT
 
 from nbs_lib import fusion
+from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.core import SECTIONS, InputError, load_settings
-from nbs_lib.model import ModelConfig, build_model
 from nbs_lib.run import choose_stages, parse_call
 from nbs_lib.targets import TARGETS
 
@@ -264,13 +264,13 @@ def test_another_stage_and_another_head(clone, paddock, tmp_path):
     cells.append(nbformat.v4.new_code_cell("#| run\nfrom nbs_lib.run import open_here\nfrom nbs_lib.count import run_count\nrun_count(open_here('count', input, output, profile, preset, overrides))"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=stage.metadata), clone / "notebooks/45_count.ipynb")
     change(clone / "notebooks/90_run.ipynb", '"submit": "60_submit"}', '"submit": "60_submit", "count": "45_count"}')
-    change(clone / "notebooks/31_model.ipynb", '"head": ("pooled", "density", "none")', '"head": ("pooled", "density", "none", "brightest")')
-    change(clone / "notebooks/31_model.ipynb", '        if self.kind == "pooled":\n', '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n        if self.kind == "pooled":\n')
+    change(clone / "notebooks/32_biomass_net.ipynb", '"head": ("pooled", "density", "none")', '"head": ("pooled", "density", "none", "brightest")')
+    change(clone / "notebooks/32_biomass_net.ipynb", '        if self.kind == "pooled":\n', '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n        if self.kind == "pooled":\n')
     in_clone(clone, "-c", "from nbdev.export import nb_export; from pathlib import Path; [nb_export(p, 'nbs_lib') for p in sorted(Path('notebooks').glob('[0-9]*.ipynb'))]")
     out = tmp_path / "out"
     in_clone(clone, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), "--only", "count", "--no-report")
     assert json.loads((out / "artefacts/count.json").read_text()) == {"photos": 24}
-    shape = in_clone(clone, "-c", "import torch; from nbs_lib.model import *; print(build_model(ModelConfig('test_convnext', head='brightest', dim=16, layers=1, probe=False), 'random').eval()(torch.rand(2, 2, 3, 64, 64)).shape)")
+    shape = in_clone(clone, "-c", "import torch; from nbs_lib.biomass_net import *; print(build_model(ModelConfig('test_convnext', head='brightest', dim=16, layers=1, probe=False), 'random').eval()(torch.rand(2, 2, 3, 64, 64)).shape)")
     assert "[2, 3]" in shape
 
 

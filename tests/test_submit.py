@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nbs_lib import submit
+from nbs_lib.biomass_net import load_model, save_model
 from nbs_lib.core import InputError, is_fresh, read_json
 from nbs_lib.data import read_competition, read_oof
-from nbs_lib.model import load_model, save_model
 from nbs_lib.submit import run_submit
 from nbs_lib.targets import TARGETS
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from nbs_lib import train_dinov3 as room
+from nbs_lib.biomass_net import Encoded, ModelConfig, build_model
 from nbs_lib.core import InputError, load_settings
-from nbs_lib.model import Encoded, ModelConfig, build_model
 from nbs_lib.targets import weighted_r2_score
 from nbs_lib.train_dinov3 import Fit, Kept, load_fold, load_state, predict, save_state, steps, train
 
@@ -484,8 +484,8 @@ def test_settings_that_do_not_go_together_are_refused(wrong, told):
 def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_path):
     import shutil
 
+    from nbs_lib.biomass_net import load_file
     from nbs_lib.core import open_run
-    from nbs_lib.model import load_file
 
     alone = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.dropout=0.2")
     room.run_train_dinov3(alone)

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from nbs_lib import core, submit
+from nbs_lib.backbones import files_of
 from nbs_lib.core import InputError, is_fresh, stage
 from nbs_lib.frozen import run_frozen
-from nbs_lib.model import files_of
 from nbs_lib.siglip import run_siglip
 from nbs_lib.train_dinov3 import run_train_dinov3
 
