@@ -6,7 +6,7 @@
 __all__ = ['CONCEPTS', 'SEMANTIC', 'NEEDED', 'STORE', 'Features', 'patch_starts', 'cut_patches', 'read_prompts', 'check_settings',
            'quiet_transformers', 'train_tokenizer', 'write_tiny_siglip', 'check_folder', 'as_tensor', 'Siglip',
            'load_siglip', 'read_parts', 'embed_prompts', 'add_ratios', 'at_full', 'embed_photos', 'find_weights',
-           'compute_features', 'write_features', 'weights_files', 'run_siglip', 'show_siglip']
+           'compute_features', 'weights_files', 'run_siglip', 'show_siglip']
 
 # %% ../notebooks/40_siglip.ipynb #17246bd2
 import contextlib
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .core import BUILDING, InputError, Run, SiglipSettings, atomic, find_attached, pick_device, pick_dtype, progress, stage
+from .core import BUILDING, InputError, Run, SiglipSettings, find_attached, pick_device, pick_dtype, progress, stage
+from .features import write_features
 from .photos import FULL, PhotoStore, join, open_store, resize_half
 
 # %% ../notebooks/40_siglip.ipynb #0498165a
@@ -260,12 +261,6 @@ def compute_features(run: Run, store: PhotoStore, device: torch.device | None = 
         return {}
     embedding, semantic, _ = embed_photos(store, load_siglip(folder, device), run.settings.siglip)
     return {"siglip": (list(store.ids), embedding, semantic)}
-
-
-def write_features(path: str | Path, ids: Sequence[str], embedding: np.ndarray, **more: np.ndarray) -> None:
-    "Write a features file, atomically: `image_id`, `embedding` as float32, and `more`."
-    with atomic(path) as temporary:
-        np.savez(temporary, image_id=np.array(ids, dtype=str), embedding=embedding.astype(np.float32), **more)
 
 # %% ../notebooks/40_siglip.ipynb #07fc468e
 def weights_files(run: Run) -> list[Path]:
