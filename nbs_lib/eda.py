@@ -23,7 +23,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .core import Run, atomic, progress, stage
 from .data import SCHEMES, Competition, read_competition, read_folds, write_folds
-from .reading import lying, read_photo
+from .reading import read_photo, to_landscape
 from .targets import TARGETS, constant_baseline, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/10_eda.ipynb #fc03970c
@@ -146,7 +146,7 @@ def plot_covariates(train: pd.DataFrame, targets: Sequence[str] = (*TARGETS[:3],
 # %% ../notebooks/10_eda.ipynb #198a806d
 def thumbnail(path: str | Path, width: int = 400) -> np.ndarray:
     "(width / 2, width, 3) uint8 RGB; raises `InputError` naming a photo that cannot be read."
-    return cv2.resize(lying(read_photo(path)), (width, width // 2), interpolation=cv2.INTER_AREA)
+    return cv2.resize(to_landscape(read_photo(path)), (width, width // 2), interpolation=cv2.INTER_AREA)
 
 
 def contact_sheet(paths: Sequence[Path], titles: Sequence[str] = (), columns: int = 6, width: int = 13, colours: Sequence[str] = ()):
@@ -213,7 +213,7 @@ def facts_table(comp: Competition, split: str = "train") -> pd.DataFrame:
     "`photo_facts` of all photos of `split`, indexed by image_id."
     paths = comp.paths(split)
     with ThreadPoolExecutor() as pool:  # OpenCV lets go of the interpreter while it decodes
-        rows = list(progress(pool.map(lambda path: photo_facts(lying(read_photo(path))), paths), len(paths), "facts"))
+        rows = list(progress(pool.map(lambda path: photo_facts(to_landscape(read_photo(path))), paths), len(paths), "facts"))
     return pd.DataFrame(rows, index=getattr(comp, split)["image_id"])
 
 # %% ../notebooks/10_eda.ipynb #c3189850

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .core import InputError, InpaintSettings, atomic, package_folder
-from .reading import decode_photo, lying, read_bytes, read_photo  # noqa: F401 - who cleans a photo reads it first: also to be had from here
+from .reading import decode_photo, read_bytes, read_photo, to_landscape  # noqa: F401 - who cleans a photo reads it first: also to be had from here
 from .stamps import FIT_FONTS, FIT_GROUNDS, HELD_FONTS, HELD_GROUNDS, burn, composites, draw_confusion, draw_ground, draw_lamps, through_jpeg
 
 # %% ../notebooks/20_inpaint.ipynb #1e07248b
@@ -616,7 +616,7 @@ def clean_photo(photo: np.ndarray, settings: InpaintSettings, with_mask: bool = 
         raise InputError(f"settings [inpaint] crop_bottom: {settings.crop_bottom} is not in 0 to 0.5")
     mask = paint_mask(photo, settings.rule)
     clean = photo if mask is None else inpaint_stamp(photo, mask)
-    clean = lying(clean)
+    clean = to_landscape(clean)
     clean = clean[: max(1, round(clean.shape[0] * (1 - settings.crop_bottom)))]
     return (clean, mask) if with_mask else clean
 
