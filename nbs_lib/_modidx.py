@@ -937,6 +937,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nbs_lib.run.nobody_left': ('run.html#nobody_left', 'nbs_lib/run.py'),
                              'nbs_lib.run.notebook_path': ('run.html#notebook_path', 'nbs_lib/run.py'),
                              'nbs_lib.run.open_here': ('run.html#open_here', 'nbs_lib/run.py'),
+                             'nbs_lib.run.own_kernel_manager': ('run.html#own_kernel_manager', 'nbs_lib/run.py'),
                              'nbs_lib.run.papermill_engine': ('run.html#papermill_engine', 'nbs_lib/run.py'),
                              'nbs_lib.run.parse_call': ('run.html#parse_call', 'nbs_lib/run.py'),
                              'nbs_lib.run.print_scores': ('run.html#print_scores', 'nbs_lib/run.py'),
