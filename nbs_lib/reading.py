@@ -175,9 +175,9 @@ TURNS: dict[int, Callable] = {  # by EXIF orientation (EXIF 2.3, tag 274)
 
 
 def read_orientation(image: Image.Image) -> int:
-    "Return the EXIF orientation of a picture, 1 to 8; 1 (upright) for none or a damaged EXIF."
+    "Return the EXIF orientation of a picture, 1 to 8; 1 (upright) for none, a damaged EXIF, or a HEIC."
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return 1 if image.format == "HEIF" else image.getexif().get(ExifTags.Base.Orientation, 1)
     except EXIF_ERRORS:
         return 1
 
