@@ -334,9 +334,12 @@ def execute_stage(name: str, call: dict, sandbox: Sandbox, place: Path) -> dict:
 
     papermill_engines.register("run-cells", papermill_engine(place))
     try:
-        papermill.execute_notebook(notebook_path(name), place / "notebook.ipynb", parameters=call, engine_name="run-cells", request_save_on_cell_execute=False, progress_bar=False,
-                                   stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", kernel_manager_class=own_kernel_manager(), cwd=os.getcwd(),
-                                   extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        papermill.execute_notebook(
+            notebook_path(name), place / "notebook.ipynb", parameters=call, engine_name="run-cells",
+            request_save_on_cell_execute=False, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            kernel_name="python3", kernel_manager_class=own_kernel_manager(), cwd=os.getcwd(),
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
     except PapermillExecutionError as e:
         return {"ename": e.ename, "evalue": e.evalue, "cell": e.exec_count}
     except DeadKernelError:

@@ -1,6 +1,6 @@
-"""The lowest versions that pyproject.toml admits, as pip takes them: `python tests/floors.py dev phone > floors.txt`
+"""Print the lowest versions that pyproject.toml admits, for pip: `python tests/floors.py dev phone > floors.txt`
 
-Prints `name==floor` for each dependency and for those of the named extras; `make test-lowest` installs them together.
+A line `name==floor` for each dependency and for those of the named extras; `make test-lowest` installs them.
 """
 import re
 import sys
@@ -9,8 +9,9 @@ from pathlib import Path
 
 
 def floors(project: dict, extras: list[str]) -> list[str]:
-    """Return `name==floor` for each dependency of a [project] table; raise ValueError for one without a floor."""
-    wanted = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    """Return `name==floor` for each dependency of a [project] table; raise ValueError where a floor is missing."""
+    optional = [line for extra in extras for line in project["optional-dependencies"][extra]]
+    wanted = [*project["dependencies"], *optional]
     found = [(line, re.match(r"([\w.-]+)>=([\w.]+)", line)) for line in wanted]
     if bare := [line for line, floor in found if not floor]:
         raise ValueError(f"pyproject.toml: {bare[0]} has no floor; write {bare[0]}>=VERSION")

@@ -8,12 +8,13 @@ from floors import floors
 from packaging.requirements import Requirement
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EVERY = [*PROJECT["dependencies"], *(line for extra in PROJECT["optional-dependencies"].values() for line in extra)]
-RANGES = {r.name: r.specifier for r in map(Requirement, EVERY)}
+OPTIONAL = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+RANGES = {r.name: r.specifier for r in map(Requirement, [*PROJECT["dependencies"], *OPTIONAL])}
 
 
 def test_floors_are_written_for_pip():
-    project = {"dependencies": ["numpy>=2.0", "albumentations>=2.0.8,<2.1"], "optional-dependencies": {"dev": ["numpy>=2.0", "ruff>=0.6"]}}
+    project = {"dependencies": ["numpy>=2.0", "albumentations>=2.0.8,<2.1"]}
+    project["optional-dependencies"] = {"dev": ["numpy>=2.0", "ruff>=0.6"]}
     assert floors(project, ["dev"]) == ["albumentations==2.0.8", "numpy==2.0", "ruff==0.6"]
     with pytest.raises(ValueError, match="rich has no floor"):
         floors({"dependencies": ["rich"]}, [])

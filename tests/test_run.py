@@ -468,8 +468,9 @@ def test_an_ordinary_user_gets_the_same_walls(tmp_path):
 @pytest.fixture(params=["gone", "without packages"])
 def foreign_kernel(request, tmp_path) -> dict[str, str]:
     "An environment whose kernelspec `python3` is of another interpreter."
-    python = {"gone": [str(tmp_path / "bin/python")], "without packages": [sys.executable, "-I", "-S"]}[request.param]
-    spec = {"argv": [*python, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "other", "language": "python"}
+    others = {"gone": [str(tmp_path / "bin/python")], "without packages": [sys.executable, "-I", "-S"]}
+    argv = [*others[request.param], "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "other", "language": "python"}
     folder = tmp_path / "jupyter/kernels/python3"
     folder.mkdir(parents=True)
     (folder / "kernel.json").write_text(json.dumps(spec))
@@ -478,19 +479,22 @@ def foreign_kernel(request, tmp_path) -> dict[str, str]:
 
 def test_a_stage_runs_in_this_interpreter(foreign_kernel, tmp_path):
     folder = tiny.competition(tmp_path / "csiro-biomass", n_train=8, n_test=2)
-    done = command("--input", folder, "--output", tmp_path / "out", "--only", "eda", "--no-report", env=foreign_kernel)
+    out = tmp_path / "out"
+    done = command("--input", folder, "--output", out, "--only", "eda", "--no-report", env=foreign_kernel)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "out/artefacts/folds.csv").is_file()
-    assert nbformat.read(tmp_path / "out/notebooks/10_eda.ipynb", as_version=4).metadata.kernelspec.name == "python3"
+    assert (out / "artefacts/folds.csv").is_file()
+    assert nbformat.read(out / "notebooks/10_eda.ipynb", as_version=4).metadata.kernelspec.name == "python3"
 
 
 def test_lessons_run_in_this_interpreter(foreign_kernel, tmp_path):
     cell = nbformat.v4.new_code_cell("import sys, nbs_lib\nprint(sys.executable)")
     kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernelspec}), tmp_path / "a.ipynb")
-    code = "import sys; from pathlib import Path; from notebooks import execute; print(execute(Path(sys.argv[1])).cells[0].outputs[0].text)"
+    nb = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernelspec})
+    nbformat.write(nb, tmp_path / "a.ipynb")
+    code = "from notebooks import *; print(execute(Path(sys.argv[1])).cells[0].outputs[0].text)"
     call = [sys.executable, "-c", code, str(tmp_path / "a.ipynb")]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT / "tests", env={**foreign_kernel, "PYTHONPATH": str(ROOT)})
+    environment = {**foreign_kernel, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT / "tests", env=environment)
     assert done.returncode == 0 and done.stdout.strip() == sys.executable, done.stderr[-2000:]
 
 
