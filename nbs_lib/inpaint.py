@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .core import InputError, InpaintSettings, atomic, package_folder
-from .reading import decode_photo, lying, read_bytes, read_photo  # noqa: F401 - who cleans a photo reads it first: also to be had from here
+from .reading import decode_photo, to_landscape, read_bytes, read_photo  # noqa: F401 - who cleans a photo reads it first: also to be had from here
 from .stamps import FIT_FONTS, FIT_GROUNDS, HELD_FONTS, HELD_GROUNDS, burn, composites, draw_confusion, draw_ground, draw_lamps, through_jpeg
 
 # %% ../notebooks/20_inpaint.ipynb #1e07248b
@@ -618,7 +618,7 @@ def clean_photo(photo: np.ndarray, settings: InpaintSettings, with_mask: bool = 
         clean, mask = clean_by_colour(photo, settings.crop_bottom)
     else:
         mask = paint_mask(photo, settings.rule)
-        clean = crop_bottom(lying(photo if mask is None else inpaint_stamp(photo, mask)), settings.crop_bottom)
+        clean = crop_bottom(to_landscape(photo if mask is None else inpaint_stamp(photo, mask)), settings.crop_bottom)
     return (clean, mask) if with_mask else clean
 
 
@@ -629,7 +629,7 @@ def crop_bottom(photo: np.ndarray, share: float) -> np.ndarray:
 
 def clean_by_colour(photo: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray | None]:
     "Crop first, then paint over what the orange rule finds, as the recipe does; the mask (H, W) is of the whole photo."
-    cropped = crop_bottom(lying(photo), share)
+    cropped = crop_bottom(to_landscape(photo), share)
     found = paint_mask(cropped, "orange")
     if found is None:
         return cropped, None
