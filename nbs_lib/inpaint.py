@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .core import InputError, InpaintSettings, atomic, package_folder
-from .reading import decode_photo, to_landscape, read_bytes, read_photo  # noqa: F401 - who cleans a photo reads it first: also to be had from here
+from .reading import decode_photo, read_bytes, read_photo, to_landscape  # noqa: F401 - who cleans a photo reads it first: also to be had from here
 from .stamps import FIT_FONTS, FIT_GROUNDS, HELD_FONTS, HELD_GROUNDS, burn, composites, draw_confusion, draw_ground, draw_lamps, through_jpeg
 
 # %% ../notebooks/20_inpaint.ipynb #1e07248b
