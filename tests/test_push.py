@@ -155,7 +155,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Server:
     "Kaggle's server for the signed-in user ann, in a folder of her own; nothing waits."
-    server = Server()
+    server, sleeps = Server(), iter([True] * 200)
     for name in ("KAGGLE_API_TOKEN", "KAGGLE_PROXY"):
         monkeypatch.delenv(name, raising=False)
     for name, value in {"KAGGLE_USERNAME": "ann", "KAGGLE_KEY": "k", "KAGGLE_CONFIG_DIR": str(tmp_path),
@@ -163,7 +163,7 @@ def server(tmp_path, monkeypatch) -> Server:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(KaggleHttpClient, "call", create_autospec(KaggleHttpClient.call, side_effect=server.call))
     monkeypatch.setattr(KaggleApi, "upload_complete", create_autospec(KaggleApi.upload_complete, side_effect=server.upload))
-    monkeypatch.setattr(kaggle.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(kaggle.time, "sleep", lambda seconds: next(sleeps, None) or pytest.fail("waits for ever"))
     monkeypatch.setattr(kaggle.tempfile, "tempdir", str(tmp_path))  # the client keeps its uploads there
     shutil.copy(ROOT / "settings.ini", tmp_path)
     monkeypatch.chdir(tmp_path)
