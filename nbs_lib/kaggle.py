@@ -99,7 +99,7 @@ class Kernel:
                   "kernel_sources": [KAGGLE_KERNELS[k].ref(s) for k in kernels], "model_sources": []}
         return {key: value for key, value in fields.items() if value != ""}
 
-# %% ../notebooks/81_kaggle.ipynb #f0c3aea4
+# %% ../notebooks/81_kaggle.ipynb #0f69714a
 CODE_DATASETS, WEIGHT_DATASETS = ("nbs-lib", "wheels"), ("dinov3-weights", "siglip-weights")
 KAGGLE_KERNELS = {k.name: k for k in (
     Kernel("eda", "looks at the data and makes the folds", ("10_eda",), CODE_DATASETS, gpu=False),
@@ -240,7 +240,7 @@ def write_lock(folder: Path, path: Path) -> None:
     with atomic(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
-# %% ../notebooks/81_kaggle.ipynb #dbcba85f
+# %% ../notebooks/81_kaggle.ipynb #bf3731e9
 def check_wheel(wheel: Path, torch: str) -> None:
     "Raise `InputError` for a wheel that Kaggle's image (cp312, x86-64 Linux, CUDA 12, `torch`) cannot load."
     from packaging.tags import compatible_tags, cpython_tags
@@ -298,7 +298,7 @@ def build_library(checkout: Path, to: Path) -> None:
             shutil.copytree(checkout / name, Path(copy, name), ignore=ignore)
         run_pip("wheel", "--no-deps", "--wheel-dir", str(to), copy)
 
-# %% ../notebooks/81_kaggle.ipynb #12be068d
+# %% ../notebooks/81_kaggle.ipynb #af23dc77
 def build_wheelhouse(checkout: Path, to: Path, relock: bool = False) -> list[str]:
     "Fill `to`/nbs-lib and `to`/wheels, each with its lock; `relock`: today's versions. Return a listing."
     library, wheels = folders = to / "nbs-lib", to / "wheels"
@@ -388,10 +388,10 @@ def dry_run(owner: str, method: str, *args, **kwargs) -> dict:
     client, connection, printed = import_client(), DryRunClient(), io.StringIO()
     client.config_values = {client.CONFIG_NAME_USER: owner}
     client.build_kaggle_client, client.upload_files = lambda: connection, lambda *_: None
-    with kaggle_errors(owner), contextlib.redirect_stdout(printed):
+    with kaggle_errors("dry run"), contextlib.redirect_stdout(printed):
         getattr(client, method)(*args, **kwargs)
     if printed.getvalue():
-        raise InputError(f"{owner}: the kaggle client warns: {printed.getvalue()}")
+        raise InputError(f"dry run: the kaggle client warns: {printed.getvalue()}")
     return connection.requests[-1].to_dict()
 
 
@@ -416,7 +416,7 @@ def kaggle_errors(what: str) -> Iterator[None]:
     except ValueError as e:
         raise InputError(f"{what}: the kaggle client refuses: {e}") from e
 
-# %% ../notebooks/81_kaggle.ipynb #5368fa23
+# %% ../notebooks/81_kaggle.ipynb #a6b98327
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.\w+$)")
 
@@ -459,7 +459,7 @@ def list_upload(folder: Path) -> list[tuple[str, int]]:
         raise InputError(f"{folder}: {total:.0f} GB, and Kaggle takes {MAX_DATASET_GB}; leave something out")
     return [(str(p.relative_to(folder)), p.stat().st_size) for p in paths]
 
-# %% ../notebooks/81_kaggle.ipynb #5f4993c2
+# %% ../notebooks/81_kaggle.ipynb #814cd799
 def stage_kernel(kernel: Kernel, s: Settings, to: Path, parameters: dict) -> list[tuple[str, int]]:
     "Write metadata and notebook of `kernel` to the folder `to`; return (file, bytes)."
     metadata_files(s)  # raises for what Kaggle would refuse
@@ -491,7 +491,7 @@ def stage_dataset(dataset: Dataset, s: Settings, to: Path, source: Path) -> list
             (to / name).symlink_to(path.resolve())
     return list_upload(to)
 
-# %% ../notebooks/81_kaggle.ipynb #f62f7683
+# %% ../notebooks/81_kaggle.ipynb #f243fc15
 def sign_in(owner: str = ""):
     "Return a signed-in `KaggleApi`; raise `InputError` without credentials or when the user is not `owner`."
     client = import_client()
@@ -501,8 +501,8 @@ def sign_in(owner: str = ""):
     except SystemExit as e:
         raise InputError("no Kaggle credentials: make an API token on kaggle.com (Settings, API), save it as "
                          "~/.kaggle/kaggle.json or set KAGGLE_API_TOKEN") from e
-    user = client.get_config_value(client.CONFIG_NAME_USER)
-    if owner and user != owner:
+    user = client.get_config_value(client.CONFIG_NAME_USER) or "nobody"
+    if owner and user.lower() != owner:
         raise InputError(f"kaggle.username: {owner}, but {user} is signed in; sign in as {owner}, or write "
                          f"{user} and run python -m nbs_lib.kaggle metadata --write")
     return client
@@ -530,7 +530,7 @@ def dataset_state(client, ref: str) -> tuple[str, int]:
             raise
         return state["status"], state["current_version_number"] or 0
 
-# %% ../notebooks/81_kaggle.ipynb #0b0e4781
+# %% ../notebooks/81_kaggle.ipynb #c1bdb799
 def ask_kernel(client, action: str, ref: str, number: int = 0):
     "Send the SDK's kernel request `action` for version `number` (0: newest) of `ref`; None: no such kernel."
     from kagglesdk.kernels.types import kernels_api_service
@@ -553,7 +553,7 @@ def kernel_state(client, ref: str, number: int = 0) -> tuple[str, str]:
     answer = ask_kernel(client, "get_kernel_session_status", ref, number)
     return (answer.status.name.lower(), answer.failure_message or "") if answer else ("missing", "")
 
-# %% ../notebooks/81_kaggle.ipynb #5baeb6ae
+# %% ../notebooks/81_kaggle.ipynb #332706d4
 POLL_SECONDS = 15.0
 DATASET_ENDED = {"ready", "failed", "deleted"}
 KERNEL_ENDED = {"complete", "error", "cancel_acknowledged"}
@@ -562,20 +562,29 @@ KERNEL_ENDED = {"complete", "error", "cancel_acknowledged"}
 def wait_for(what: str, read: Callable[[], tuple], ended: set[str], wait: bool = True, hours: int = 24):
     """Call `read` → (status, detail) until the status is one of `ended`; print each new one; return both.
 
-    Raise `InputError` after so many `hours`, or at once for any other status when `wait` is false.
+    Raise `InputError` after so many `hours`, or at once for any other status when `wait` is false. A question
+    that fails is asked again for some minutes, once the first was answered: a run is watched for hours.
     """
-    start, last = time.monotonic(), ""
-    while (answer := read())[0] not in ended:
+    start, last, failures = time.monotonic(), "", 0
+    while True:
+        try:
+            (status, detail), failures = read(), 0
+        except InputError:
+            failures += 1
+            if not last or failures > 20:
+                raise
+            status = last
+        if status in ended:
+            return status, detail
         minutes = (time.monotonic() - start) / 60
         if not wait or minutes > 60 * hours:
-            raise InputError(f"{what}: still {answer[0]} on Kaggle; try again when it is done")
-        if answer[0] != last:
-            print(f"{what}: {answer[0]} after {minutes:.0f} min", flush=True)
-        last = answer[0]
+            raise InputError(f"{what}: still {status} on Kaggle; try again when it is done")
+        if status != last:
+            print(f"{what}: {status} after {minutes:.0f} min", flush=True)
+        last = status
         time.sleep(POLL_SECONDS)
-    return answer
 
-# %% ../notebooks/81_kaggle.ipynb #5e72cf11
+# %% ../notebooks/81_kaggle.ipynb #d2b885b6
 def check_sources(client, metadata: dict, s: Settings, wait: bool = True) -> dict:
     "Return kernel metadata with pinned sources; raise `InputError` for one that is not ready or complete."
     if s.kaggle.pin_versions not in ("datasets", "all", "none"):
@@ -599,7 +608,7 @@ def check_sources(client, metadata: dict, s: Settings, wait: bool = True) -> dic
     pinned = {"dataset_sources": datasets} if s.kaggle.pin_versions != "none" else {}
     return metadata | pinned | ({"kernel_sources": kernels} if s.kaggle.pin_versions == "all" else {})
 
-# %% ../notebooks/81_kaggle.ipynb #77b11cac
+# %% ../notebooks/81_kaggle.ipynb #10cc4601
 def check_response(ref: str, response) -> None:
     "Raise `InputError` with Kaggle's words when it refused a push, or a part, or gave it another name."
     refused = [response.error] if response.error else []
@@ -611,8 +620,9 @@ def check_response(ref: str, response) -> None:
     if not refused and f"/{ref}/".lower() not in f"/{saved}/".lower():
         refused = [f"it was saved as {saved or 'nothing'}, the title does not lead to the slug"]
     if refused:
-        raise InputError(f"{ref}: Kaggle refuses: {'; '.join(refused)}; correct it and push again"
-                         + (f" (what it saved: {saved})" if saved else ""))
+        todo = "correct them, or set kaggle.pin_versions = none" if "sources" in refused[0] else "correct it"
+        raise InputError(f"{ref}: Kaggle refuses: {'; '.join(refused)}; {todo}, and push again"
+                         + (f" (it saved {saved})" if saved else ""))
 
 
 def send_kernel(client, folder: Path, s: Settings, wait: bool = True) -> int:
@@ -625,7 +635,7 @@ def send_kernel(client, folder: Path, s: Settings, wait: bool = True) -> int:
     print(f"kernel {metadata['id']} version {response.version_number}: {response.url}")
     return response.version_number
 
-# %% ../notebooks/81_kaggle.ipynb #a916a25c
+# %% ../notebooks/81_kaggle.ipynb #f5cb6309
 def send_dataset(client, folder: Path, wait: bool = True) -> None:
     "Send a staged dataset, as a new version when it exists; wait until Kaggle has processed it."
     ref, count = read_json(folder / "dataset-metadata.json")["id"], len(list(folder.iterdir())) - 1
@@ -652,7 +662,7 @@ def send_dataset(client, folder: Path, wait: bool = True) -> None:
             raise InputError(f"{ref} version {number}: {status} on Kaggle; see {response.url}")
         print(f"dataset {ref} version {number}: ready")
 
-# %% ../notebooks/81_kaggle.ipynb #16d7b0e2
+# %% ../notebooks/81_kaggle.ipynb #17ad3fe0
 def watch_kernel(client, ref: str, number: int, log: Path) -> bool:
     "Follow a kernel's run to its end; on failure save its log to `log`, print its end and return False."
     what = f"{ref} version {number}"
@@ -734,7 +744,7 @@ def submit_version(
     entry = record_sent(ledger, run, call["message"], answer.ref or None, f"{ref}/{number}")
     print(f"ledger: entry {entry} of {ledger}")
 
-# %% ../notebooks/81_kaggle.ipynb #31474ef0
+# %% ../notebooks/81_kaggle.ipynb #6b1af1cd
 def download_data(to: Path, s: Settings) -> Path:
     "Download and unpack the competition to `to`; raise `InputError` where Kaggle refuses or a file lacks."
     client, archive = sign_in(), to / f"{s.kaggle.competition}.zip"
@@ -751,7 +761,7 @@ def download_data(to: Path, s: Settings) -> Path:
     archive.unlink()
     return to
 
-# %% ../notebooks/81_kaggle.ipynb #330a8ec8
+# %% ../notebooks/81_kaggle.ipynb #43e0423d
 HUB_NAMES = {"dinov3": "vit_huge_plus_patch16_dinov3.lvd1689m", "siglip": "google/siglip-so400m-patch14-384"}
 
 
@@ -784,7 +794,7 @@ def select_files(names: list[str]) -> list[str]:
     others = [n for n in top if n.endswith((".json", ".txt", ".model", ".md")) or n.startswith("LICENSE")]
     return weights + others
 
-# %% ../notebooks/81_kaggle.ipynb #c25a37d1
+# %% ../notebooks/81_kaggle.ipynb #4de4d7c9
 @contextlib.contextmanager
 def hub_errors(repository: str, to: Path) -> Iterator[None]:
     "Turn what the hub refuses, and a disk that cannot be written, into an `InputError`."
@@ -818,7 +828,7 @@ def has_checksum(path: Path, etag: str) -> bool:
         digest = hashlib.file_digest(f, hashlib.sha256 if len(etag) == 64 else lambda: hashlib.sha1(blob))
     return digest.hexdigest() == etag
 
-# %% ../notebooks/81_kaggle.ipynb #b0416441
+# %% ../notebooks/81_kaggle.ipynb #eecefd9e
 def download_file(repository: str, name: str, to: Path) -> None:
     "Download a hub file to `to`, resuming a partial one; raise `InputError` when its checksum is wrong."
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
@@ -846,7 +856,7 @@ def download_file(repository: str, name: str, to: Path) -> None:
     partial.replace(to)
     print(f"{to}: {to.stat().st_size / 1e6:.1f} MB, checksum verified")
 
-# %% ../notebooks/81_kaggle.ipynb #871ff53d
+# %% ../notebooks/81_kaggle.ipynb #001c3852
 def download_weights(name: str, to: Path) -> Path:
     "Download the weights `name` (see `find_repository`) below `to`; return the file or folder."
     from huggingface_hub import HfApi
@@ -903,7 +913,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     weights.add_argument("--to", type=Path, default=Path("weights"), help="folder")
     return p.parse_args(argv)
 
-# %% ../notebooks/81_kaggle.ipynb #90b66df8
+# %% ../notebooks/81_kaggle.ipynb #54e764ad
 def run_weights(s: Settings, names: list[str], to: Path) -> None:
     "Download weights by name, or those that the profile needs, and print where they are used."
     for name in (names := names or list_profile_weights(s)):

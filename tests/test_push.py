@@ -230,7 +230,7 @@ def answer_of_save(**fields) -> ApiSaveKernelResponse:
 
 @pytest.mark.parametrize("fields, words", [
     ({"error": "Maximum weekly GPU quota reached", "url": "", "ref": ""}, "Maximum weekly GPU quota reached"),
-    ({"invalid_dataset_sources": ["ann/gone/3"]}, "invalid dataset sources: ann/gone/3"),
+    ({"invalid_dataset_sources": ["ann/gone/3"]}, "invalid dataset sources: ann/gone/3; correct them, or set kaggle.pin_versions"),
     ({"invalid_kernel_sources": ["ann/train"]}, "invalid kernel sources: ann/train"),
     ({"invalid_competition_sources": ["csiro"]}, "invalid competition sources: csiro"),
     ({"invalid_model_sources": ["a/b/c/d/1"]}, "invalid model sources: a/b/c/d/1"),
@@ -334,6 +334,21 @@ def test_watch_follows_the_version_that_was_pushed(server):
     labels = [request.version_label for name, request in server.requests if name == "GetKernelSessionStatus"]
     assert code == 0 and labels == ["v2"] * 4
     assert "version 2: queued" in out and "version 2: running" in out and "version 2: complete" in out
+
+
+@pytest.mark.parametrize("failures, ends", [(20, True), (21, False)])
+def test_watch_asks_again_when_kaggle_does_not_answer(failures, ends, server):
+    server.runs[KERNELS["eda"], 1] = ["RUNNING", "COMPLETE"]
+    asked, real = iter(range(1000)), server.GetKernelSessionStatus
+
+    def answer(request):
+        if 0 < next(asked) <= failures:
+            raise http_error(502, "Bad gateway")
+        return real(request)
+
+    server.GetKernelSessionStatus = answer
+    code, out, error = call("push", "eda", "--send", "--watch")
+    assert (code, "version 1: complete" in out, "Bad gateway" in error) == ((0, True, False) if ends else (2, False, True))
 
 
 @pytest.mark.parametrize("end", ["ERROR", "CANCEL_ACKNOWLEDGED"])
