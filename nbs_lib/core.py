@@ -113,6 +113,9 @@ class KaggleSettings:
     models_dataset: str  # what training wrote
     kernel_prefix: str  # slugs of the kernels begin with it
     machine: str  # machine_shape of kernels that want a GPU
+    docker_image: str  # of every kernel; users report Python 3.12 and torch 2.10 in this one; empty: Kaggle's choice
+    docker_image_pinning_type: str  # original (later versions of a kernel keep the image of its first) or latest
+    pin_versions: str  # sources attached in the version found: datasets, all (kernels too, undocumented) or none
     trained: str  # where the submission finds trained models: kernels (outputs of train and features) or dataset
 
 
