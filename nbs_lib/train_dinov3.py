@@ -1173,7 +1173,7 @@ def density_maps(run: Run, ids: Sequence[str]) -> np.ndarray:
 def write_maps(run: Run, ids: np.ndarray, y: np.ndarray) -> None:
     "dinov3/density.npz: image_id (n,), density (n, 3, h, 2·w) float16 g/m², of the photos whose answers y (n, 5) hold most clover, and of the first one of the test."
     s, path = run.settings.train_dinov3, run.art("dinov3", "density.npz")
-    if s.maps < 1 or s.head == "pooled":
+    if s.maps < 1 or s.head in ("pooled", "recipe"):
         path.unlink(missing_ok=True)
         return
     most = ids[np.argsort(-y[:, CLOVER], kind="stable")[: s.maps]]
