@@ -87,7 +87,7 @@ def load_backbone(settings: FrozenSettings, device: torch.device | None = None) 
     check_settings(settings)
     with BUILDING:
         backbone = Backbone(settings.backbone, settings.depths)
-        load_weights(backbone, settings.weights)
+        load_weights(backbone, settings.weights, "frozen.weights")
     return backbone.eval().requires_grad_(False).to(device or pick_device())
 
 
@@ -230,7 +230,8 @@ def compute_features(run: Run, store: PhotoStore, device: torch.device | None = 
     "{name: (ids, embedding, None)} of the photos in `store`; colour needs no weights."
     settings, describe = run.settings.frozen, {"colour": lambda pairs: colour_features(pairs, settings)[0]}
     if "frozen" in names:
-        backbone = load_backbone(replace(settings, weights=find_weights(settings.weights, run.settings.kaggle)), device)
+        weights = find_weights(settings.weights, settings.backbone, run.settings.kaggle, where="frozen.weights")
+        backbone = load_backbone(replace(settings, weights=weights), device)
         describe["frozen"] = lambda pairs: frozen_features(pairs, backbone, settings)
     out = {name: [] for name in names}
     for start in progress(range(0, len(store), settings.batch), label=" and ".join(names)):
@@ -242,7 +243,7 @@ def compute_features(run: Run, store: PhotoStore, device: torch.device | None = 
 # %% ../notebooks/41_frozen.ipynb #96f6af34
 def weights_files(run: Run) -> list[Path]:
     "The file of weights that the frozen features are made with, if they are made with one."
-    return files_of(run.settings.frozen.weights, run.settings.kaggle)
+    return files_of(run.settings.frozen.weights, run.settings.frozen.backbone, run.settings.kaggle)
 
 
 @stage("frozen", reads=STORE, sections=("photos", "inpaint", "kaggle"), weights=weights_files)
