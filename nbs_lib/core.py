@@ -8,10 +8,10 @@ __all__ = ['SECTIONS', 'BUILDING', 'WRITERS', 'FULL', 'InputError', 'atomic', 'w
            'TrainDinov3Settings', 'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings',
            'SubmitSettings', 'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file',
            'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'on_kaggle', 'mount_candidates',
-           'resolve_mount', 'walk_files', 'attached_files', 'select_attached', 'find_attached', 'keep_memory',
-           'peak_memory', 'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file', 'installed',
-           'rooms_behind', 'hash_code', 'Run', 'check_output', 'open_run', 'is_litter', 'hash_inputs', 'hash_weights',
-           'describe', 'manifest_path', 'is_fresh', 'stage', 'check_reads']
+           'resolve_mount', 'walk_files', 'attached_files', 'select_attached', 'keep_memory', 'peak_memory',
+           'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file', 'installed', 'rooms_behind',
+           'hash_code', 'Run', 'check_output', 'open_run', 'is_litter', 'hash_inputs', 'hash_weights', 'describe',
+           'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -491,20 +491,6 @@ def select_attached(
     fitting = [path for path in named or paths if fits(path)]
     mounts = mount_candidates("datasets", dataset, root)
     return [path for path in fitting if any(path.is_relative_to(mount) for mount in mounts)] or fitting
-
-
-def find_attached(
-    wanted: str,  # a file or folder
-    dataset: str,  # owner/slug, where a Kaggle kernel has it
-    inside: str = "",  # a file that a wanted folder holds; empty: `wanted` is a file
-    root: str | Path = "",  # empty: kaggle_input()
-    env: str = "",  # as in `resolve_mount`
-) -> str:
-    "`wanted` itself where it is there or this is no Kaggle kernel, else its place in the attached dataset; raise `InputError` when it is nowhere."
-    if Path(wanted).exists() or not Path(root or kaggle_input()).is_dir():
-        return wanted
-    folder = resolve_mount("datasets", dataset, inside or wanted, root, env)
-    return str(folder if inside else folder / wanted)
 
 # %% ../notebooks/00_core.ipynb #7d1f3a53
 @functools.cache

@@ -20,10 +20,10 @@ import torch
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 from torch import Tensor
 
-from .core import BUILDING, FrozenSettings, InputError, Run, pick_device, pick_dtype, progress, stage
+from .core import BUILDING, FrozenSettings, InputError, Run, installed, pick_device, pick_dtype, progress, stage
 from .backbones import Backbone, files_of, find_weights, load_weights, pixel_stats
 from .photos import FULL, PhotoStore, Shape, join, open_store, resize_half
-from .siglip import STORE, Features, at_full, write_features
+from .siglip import FEATURE_PACKAGES, STORE, Features, at_full, write_features
 
 # %% ../notebooks/41_frozen.ipynb #4461e7c3
 def gem(x: Tensor, power: float = 3.0) -> Tensor:
@@ -255,7 +255,7 @@ def run_frozen(run: Run) -> dict:
     for name, (ids, embedding, _) in compute_features(run, open_store(run, "train", FULL)).items():
         path = run.art("features", f"{name}.npz")
         write_features(path, ids, embedding)
-        run.beside(path, columns=columns[name])
+        run.beside(path, columns=columns[name], versions=installed(FEATURE_PACKAGES) if name == "frozen" else {})
         summary |= {"photos": len(ids), name: embedding.shape[1]}
     return summary
 
