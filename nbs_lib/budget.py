@@ -6,13 +6,14 @@
 __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTS', 'WEEK_HOURS', 'SESSION_HOURS', 'BLOCK', 'FLOPS', 'SO400M', 'WORDS',
            'CPU_SECONDS', 'STATE_BYTES', 'WRITE_GB_S', 'COLOURS', 'Gpu', 'parse_gpus', 'Meter', 'ghosts', 'ghost',
            'Rehearsal', 'summed', 'rehearse_step', 'fill_state', 'train_really', 'allocated_gb', 'rehearse_look',
-           'rehearse_frozen', 'rehearse_siglip', 'Looks', 'count_looks', 'trains_blocks', 'saving_hours', 'disk_gb',
-           'Forecast', 'rehearse', 'describe_card', 'forecast', 'plot_forecast', 'write_forecast', 'measured_hours',
-           'main', 'tell']
+           'rehearse_frozen', 'rehearse_features', 'is_cached', 'rehearse_siglip', 'Looks', 'count_looks',
+           'trains_blocks', 'saving_hours', 'disk_gb', 'Forecast', 'rehearse', 'describe_card', 'forecast',
+           'plot_forecast', 'write_forecast', 'measured_hours', 'main', 'tell']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
 import contextlib
+import dataclasses
 import math
 import sys
 import weakref
@@ -29,10 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from .core import InputError, Settings, TrainDinov3Settings, atomic, load_settings, read_json, write_json
-from .frozen import fitting_shape
-from .backbones import Backbone, pool_map
+from .backbones import POOLINGS, Backbone, pool_features
 from .biomass_net import build_model
+from .core import InputError, Settings, TrainDinov3Settings, atomic, load_settings, read_json, write_json
 from .photos import FULL, half_shape, wanted_shapes
 from .siglip import patch_starts
 from .train_dinov3 import EMA, biomass_loss, model_config, parameter_groups, unfreeze
@@ -232,9 +232,20 @@ def rehearse_frozen(settings: Settings) -> list[Rehearsal]:
     with ghosts():
         net = ghost(lambda: Backbone(s.backbone, s.depths))
         for width in s.widths:
-            shape = fitting_shape(FULL, width)
-            out.append(rehearse_look(net, lambda n, shape=shape: [pool_map(m) for m in n(torch.zeros(2 * s.batch, 3, *shape))[0]], s.batch))
+            out.append(rehearse_features(net, half_shape(width), s.batch))
     return out
+
+
+def rehearse_features(net: Backbone, shape: tuple[int, int], photos: int) -> Rehearsal:
+    "Rehearse pooled features of so many photographs at `shape` (H, W) a half."
+    return rehearse_look(net, lambda n: pool_features(*n.encode(torch.zeros(2 * photos, 3, *shape)), tuple(POOLINGS)), photos)
+
+
+def is_cached(settings: Settings) -> bool:
+    "Return whether the frozen features of model 2 are those that model 1 has computed already."
+    s, f = settings.train_dinov3, settings.frozen
+    same = (s.backbone, s.weights, s.depths) == (f.backbone, f.weights, f.depths)
+    return same and s.unfreeze == 0 and s.probe and not s.squeeze and set(f.widths) <= set(s.probe_sizes or (s.size,))
 
 
 # The published so400m-patch14-384: 27 layers of 1152, for images and for texts.
@@ -335,14 +346,16 @@ class Forecast:
 def rehearse(settings: Settings, test_batch: int | None = None) -> dict:
     "All rehearsals that a forecast needs, on whatever card; a minute or so for a ViT-H+."
     s, shape = settings.train_dinov3, half_shape(settings.train_dinov3.size, settings.train_dinov3.squeeze)
-    config, batch = model_config(s, 4), test_batch or settings.submit.batch
+    config, batch = dataclasses.replace(model_config(s, 4), probe_sizes=()), test_batch or settings.submit.batch
     with ghosts():
         net = ghost(lambda: build_model(config))
         look = rehearse_look(net, lambda n: n(torch.zeros(batch, 2, 3, *shape)), batch)
+        others = {half_shape(size, s.squeeze) for size in s.probe_sizes if s.probe} - {shape}
+        look.tflop += sum(rehearse_features(net.backbone, other, batch).tflop for other in others)
         step = rehearse_step(net, s, shape) if s.unfreeze else None
         trained = sum(p.numel() for p in net.parameters() if p.requires_grad) if s.unfreeze else sum(p.numel() for n, p in net.named_parameters() if not n.startswith("backbone."))
         total = sum(p.numel() for p in net.parameters())
-    return {"look": look, "step": step, "frozen": rehearse_frozen(settings), "siglip": rehearse_siglip(settings), "total": total, "trained": trained}
+    return {"look": look, "step": step, "frozen": rehearse_frozen(settings), "siglip": rehearse_siglip(settings), "cached": is_cached(settings), "total": total, "trained": trained}
 
 # %% ../notebooks/80_budget.ipynb #ad7fb208
 def describe_card(r: Rehearsal) -> dict[str, float]:
@@ -357,8 +370,8 @@ def forecast(settings: Settings, gpus: str = "T4x2", photos: int = 357, test_pho
     looks, features = count_looks(s, folds, photos), [r["siglip"], *r["frozen"]]
     step, look = r["step"] or r["look"], r["look"]
     work = {"train_dinov3": folds * len(s.schemes) * (looks.trained * step.tflop + looks.seen * look.tflop),
-            "siglip": photos * r["siglip"].tflop if r["siglip"] else 0.0, "frozen": photos * sum(f.tflop for f in r["frozen"]),
-            "submit": test_photos * (len(s.views) * look.tflop * (folds if s.unfreeze else 1) + sum(f.tflop for f in features if f))}
+            "siglip": photos * r["siglip"].tflop if r["siglip"] else 0.0, "frozen": 0.0 if r["cached"] else photos * sum(f.tflop for f in r["frozen"]),
+            "submit": test_photos * (len(s.views) * look.tflop * (folds if s.unfreeze else 1) + sum(f.tflop for f in features[: 1 if r["cached"] else None] if f))}
     second = max((f for f in features if f), key=lambda f: f.card_gb)
     worst = {"train_dinov3": step, "siglip": r["siglip"], "frozen": max(r["frozen"], key=lambda f: f.card_gb), "submit": look}
     parts = {name: describe_card(w) for name, w in worst.items() if w}

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['META', 'SCHEMES', 'read_table', 'check_samples', 'parse_dates', 'parse_numbers', 'check_photos', 'to_wide',
            'long_form', 'Competition', 'find_photo', 'asked_rows', 'read_test', 'read_train', 'read_competition',
-           'make_folds', 'write_folds', 'read_folds', 'oof_path', 'write_oof', 'read_oof', 'read_weights',
-           'write_submission']
+           'make_folds', 'write_folds', 'read_folds', 'oof_path', 'write_oof', 'read_oof', 'draws_path', 'write_draws',
+           'read_draws', 'read_weights', 'write_submission']
 
 # %% ../notebooks/02_data.ipynb #5e3053cb
 import glob
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -319,6 +320,35 @@ def read_oof(path: str | Path, ids: Sequence[str]) -> np.ndarray:
     if not np.isfinite(y).all():
         raise InputError(f"{path}: holds a value that is not finite; make it again")
     return y
+
+# %% ../notebooks/02_data.ipynb #02d00002
+def draws_path(run: Run, model: str) -> Path:
+    return run.artefacts / "draws" / f"{model}.npz"
+
+
+def write_draws(run: Run, model: str, ids: Sequence[str], folds: np.ndarray, y: np.ndarray) -> None:
+    "Write draws/<model>.npz: image_id (n,), fold (draws, n), prediction (draws, n, 5) in grams."
+    path = run.art("draws", f"{model}.npz")
+    with atomic(path) as temporary:
+        np.savez_compressed(temporary, image_id=np.array(ids, dtype=str), fold=folds, prediction=y)
+    run.beside(path, model=model)
+
+
+def read_draws(run: Run, model: str, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
+    "Return folds (draws, n) and predictions (draws, n, 5) of photos `ids`; None where this model has no draws."
+    path = draws_path(run, model)
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as npz:
+            has, folds, y = (npz[key] for key in ("image_id", "fold", "prediction"))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise InputError(f"{path}: not readable ({e}); run the stage that writes it again") from e
+    where = {name: row for row, name in enumerate(has.astype(str))}
+    if set(where) != set(ids):
+        raise InputError(f"{path}: image_ids do not match train.csv; run the stage that writes it again")
+    order = [where[i] for i in ids]
+    return folds[:, order], y[:, order]
 
 # %% ../notebooks/02_data.ipynb #2a41fd69
 def read_weights(run: Run, ids: Sequence[str]) -> np.ndarray | None:

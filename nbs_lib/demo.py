@@ -29,7 +29,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from .core import FULL, InputError, atomic, progress, read_json, write_json
+from .core import FULL_DISK, InputError, atomic, progress, read_json, write_json
 from .targets import QUADRAT_M2, TARGETS, from_parts
 
 # %% ../notebooks/03_demo.ipynb #35aa5f0e
@@ -698,7 +698,7 @@ def write_demo(
     try:
         _write(folder, plan_shots(n_train, n_test, seed, sites), wanted, workers or os.cpu_count(), width)
     except OSError as e:
-        raise InputError(f"demo: {folder} {FULL.get(e.errno, f'cannot be written ({e})')}; make room or give another folder") from e
+        raise InputError(f"demo: {folder} {FULL_DISK.get(e.errno, f'cannot be written ({e})')}; make room or give another folder") from e
     return folder
 
 

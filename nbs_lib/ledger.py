@@ -39,7 +39,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import FULL, InputError, Run, atomic, kaggle_input, load_settings, package_folder, read_json, shipped, version
+from .core import FULL_DISK, InputError, Run, atomic, kaggle_input, load_settings, package_folder, read_json, shipped, version
 from .targets import TARGETS, WEIGHTS, per_target_r2_score
 
 try:
@@ -82,7 +82,7 @@ def append(
                 torn = False
             os.fsync(descriptor)
     except OSError as e:
-        raise InputError(f"{path}: nothing more can be written ({FULL.get(e.errno, e.strerror)}); what stood in it still stands") from e
+        raise InputError(f"{path}: nothing more can be written ({FULL_DISK.get(e.errno, e.strerror)}); what stood in it still stands") from e
     return lines
 
 

@@ -56,8 +56,9 @@ def half_shape(size: int, squeeze: bool = False) -> Shape:
 
 
 def wanted_shapes(settings: Settings) -> list[Shape]:
-    "The shapes that the models of these settings read, each once, the smallest first."
-    return sorted({FULL, half_shape(settings.train_dinov3.size, settings.train_dinov3.squeeze)})
+    "Return the shapes that these settings read: full size, and for a backbone that is trained its own; the smallest first."
+    s = settings.train_dinov3
+    return sorted({FULL} | ({half_shape(s.size, s.squeeze)} if s.unfreeze else set()))
 
 
 def store_bytes(photos: int, shape: Shape) -> int:
@@ -66,12 +67,12 @@ def store_bytes(photos: int, shape: Shape) -> int:
 
 # %% ../notebooks/21_photos.ipynb #cca46df2
 def resize_half(half: np.ndarray, shape: Shape) -> np.ndarray:
-    "(h, w, 3) uint8 as (H, W, 3): halved by 2 x 2 means while it is 2.5 times too large, then a linear step, or a cubic one to enlarge."
+    "(h, w, 3) uint8 → (H, W, 3): halved by 2 × 2 means while it is 2.5 times too large, then one linear step."
     (h, w), (H, W) = half.shape[:2], shape
     while min(h / H, w / W) >= 2.5:
         h, w = h // 2, w // 2
         half = cv2.resize(half, (w, h), interpolation=cv2.INTER_AREA)
-    return half if (h, w) == (H, W) else cv2.resize(half, (W, H), interpolation=cv2.INTER_LINEAR if h >= H else cv2.INTER_CUBIC)
+    return half if (h, w) == (H, W) else cv2.resize(half, (W, H), interpolation=cv2.INTER_LINEAR)  # cubic cost .015 on real photos
 
 # %% ../notebooks/21_photos.ipynb #3f871161
 QUALITY = ("stamp", "rod", "frame", "lamps", "sharpness", "exposure", "clipped", "cast")
@@ -180,6 +181,10 @@ class PhotoStore:
     @functools.cached_property
     def rows(self) -> np.ndarray:
         return np.load(self.folder / "rows.npy")
+
+    def key(self, i: int) -> str | None:
+        "Return what row i was made from and how; None for a photo that could not be read."
+        return self.rows["key"][i].decode() or None
 
     def __getstate__(self) -> dict:  # worker processes map the file themselves
         return {k: self.__dict__[k] for k in ("folder", "ids", "shape")}
@@ -370,8 +375,9 @@ def _build_one(i: int, path: str | Path, writers: list[StoreWriter], settings: S
         told = str(e) if isinstance(e, InputError) else f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
         (halves, record), key, warning = stand_in(), b"", f"{told} (a grey picture stands in)"  # no key: the next build tries the photo again
     record["key"] = key
+    full = [resize_half(half, FULL) for half in halves]  # every size is made of this one, as inference makes it
     for writer in writers:
-        writer.write(i, [resize_half(half, writer.shape) for half in halves], record)
+        writer.write(i, [resize_half(half, writer.shape) for half in full], record)
     return warning
 
 
@@ -379,7 +385,6 @@ def stand_in() -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     "Mid-grey halves and an empty record, whose size of 0 says that there was no photo."
     grey = np.full((*FULL, 3), 128, np.uint8)
     return (grey, grey), np.zeros((), ROW)
-
 
 # %% ../notebooks/21_photos.ipynb #54d569bd
 def join(pair: np.ndarray) -> np.ndarray:
@@ -474,7 +479,6 @@ def to_tensor(
     x = x.permute(0, 1, 4, 2, 3).float().div_(255)
     mean, std = (torch.tensor(v, dtype=torch.float32, device=x.device).view(3, 1, 1) for v in (mean, std))
     return x.sub_(mean).div_(std)
-
 
 # %% ../notebooks/21_photos.ipynb #8ed8b1c8
 def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['LABELS', 'KG_HA', 'INK', 'HUES', 'SIGNS', 'RC', 'THEMED', 'FLAGS', 'LEAST', 'LESS_IS_WORSE', 'STAGE_STATES',
            'ENDINGS', 'BROKEN', 'STYLE', 'TEMPLATE', 'NOTEBOOK_STYLE', 'choose_model', 'Findings', 'truth_path',
-           'read_grams', 'read_quality', 'models_of', 'read_findings', 'site_interval', 'score_table', 'constant_oof',
-           'score_test', 'collect_scores', 'spread', 'score_rows', 'answer', 'Table', 'Picture', 'Section', 'number',
-           'percent', 'canvas', 'as_picture', 'looks', 'legend', 'plot_target', 'section_predicted', 'error_by',
-           'error_table', 'plot_residuals', 'short', 'flagged', 'quality_table', 'section_error', 'kept_promises',
-           'plot_promises', 'read_intervals', 'section_sure', 'open_halves', 'panorama', 'jpeg', 'Card', 'photo_card',
-           'section_worst', 'overlay', 'section_maps', 'section_blend', 'section_ablations', 'section_submission',
-           'plot_sent', 'section_repaired', 'summaries', 'plot_stages', 'plot_memory', 'folder_gb', 'used_of_allowed',
-           'section_cost', 'Verdict', 'verdict', 'verdicts', 'in_words', 'why_ended', 'what_happened', 'section_scores',
-           'protections', 'section_made', 'all_sections', 'attempt', 'render', 'notebook_page', 'write_pages',
-           'write_report', 'example_photo', 'draw_example', 'small_png', 'score_frame', 'made_on', 'write_results',
-           'reopen', 'main']
+           'read_grams', 'read_quality', 'models_of', 'read_findings', 'score_table', 'constant_oof', 'score_test',
+           'collect_scores', 'collect_draws', 'spread', 'score_rows', 'plus_minus', 'answer', 'Table', 'Picture',
+           'Section', 'number', 'percent', 'canvas', 'as_picture', 'looks', 'legend', 'plot_target',
+           'section_predicted', 'error_by', 'error_table', 'plot_residuals', 'short', 'flagged', 'quality_table',
+           'section_error', 'kept_promises', 'plot_promises', 'read_intervals', 'section_sure', 'open_halves',
+           'panorama', 'jpeg', 'Card', 'photo_card', 'section_worst', 'overlay', 'section_maps', 'section_blend',
+           'section_ablations', 'section_submission', 'plot_sent', 'section_repaired', 'summaries', 'plot_stages',
+           'plot_memory', 'folder_gb', 'used_of_allowed', 'section_cost', 'Verdict', 'verdict', 'verdicts', 'in_words',
+           'why_ended', 'what_happened', 'name_models', 'section_scores', 'protections', 'section_made', 'all_sections',
+           'attempt', 'render', 'notebook_page', 'write_pages', 'write_report', 'example_photo', 'draw_example',
+           'small_png', 'score_frame', 'made_on', 'write_results', 'reopen', 'main']
 
 # %% ../notebooks/82_report.ipynb #5096155d
 import argparse
@@ -36,8 +36,9 @@ import numpy as np
 import pandas as pd
 
 from .core import InputError, Run, atomic, open_run, read_json, write_json
-from .data import SCHEMES, Competition, check_samples, oof_path, read_competition, read_folds, read_oof, read_table, to_wide
+from .data import SCHEMES, Competition, check_samples, draws_path, oof_path, read_competition, read_draws, read_folds, read_oof, read_table, to_wide
 from .targets import CLOVER, QUADRAT_M2, TARGETS, TOTAL, WEIGHTS, constant_prediction, imbalance, per_target_r2_score, per_target_rmse, weighted_r2_score
+from .validation import score_interval
 
 # %% ../notebooks/82_report.ipynb #dc99941b
 def choose_model(grouped: dict[str, float]) -> str:
@@ -53,6 +54,7 @@ class Findings:
     competition: Competition
     folds: dict[str, np.ndarray]  # scheme -> (n,) fold of each labelled photo
     oof: dict[str, dict[str, np.ndarray]]  # model -> scheme -> (n, 5) grams
+    draws: dict[str, tuple[np.ndarray, np.ndarray]]  # model -> folds (draws, n) and predictions (draws, n, 5)
     quality: pd.DataFrame | None  # photos.csv, a row a labelled photo, in the order of train.csv
     submission: pd.DataFrame | None  # (m, 5) grams by image_id
     truth: pd.DataFrame | None  # the same of the hidden test, where somebody knows it
@@ -126,28 +128,16 @@ def read_findings(run: Run, record: dict) -> Findings:
     ids = competition.train["image_id"].tolist()
     folds = maybe(run.artefacts / "folds.csv", lambda _: read_folds(run, competition.train))
     oof = {m: {s: y for s in SCHEMES if (y := maybe(oof_path(run, m, s), read_oof, ids)) is not None} for m in models_of(run)}
+    draws = {m: d for m in models_of(run) if (d := maybe(draws_path(run, m), lambda _, m=m: read_draws(run, m, ids)))}
     quality = maybe(run.artefacts / "photos" / "photos.csv", read_quality, ids)
     return Findings(run, record, competition, {} if folds is None else {s: folds[f"fold_{s}"].to_numpy() for s in SCHEMES}, {m: by for m, by in oof.items() if by},
-                    quality, maybe(run.output / "submission.csv", read_grams), maybe(truth_path(run.input), read_grams), problems)
+                    draws, quality, maybe(run.output / "submission.csv", read_grams), maybe(truth_path(run.input), read_grams), problems)
 
 # %% ../notebooks/82_report.ipynb #9f17b60b
-def site_interval(y: np.ndarray, predicted: np.ndarray, sites: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float] | None:
-    "The middle 95 % of the weighted R² of predictions (n, 5) over draws of whole sites (n,); None for fewer than three sites."
-    names, site = np.unique(sites, return_inverse=True)
-    if len(names) < 3:
-        return None
-    moments = [np.broadcast_to(WEIGHTS, y.shape), WEIGHTS * y, WEIGHTS * y**2, WEIGHTS * (y - predicted) ** 2]
-    of_site = np.stack([np.bincount(site, m.sum(1)) for m in moments], axis=1)  # (sites, 4)
-    times = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), draws)
-    weight, first, second, error = (times @ of_site).T
-    low, high = np.quantile(1 - error / np.maximum(second - first**2 / weight, 1e-12), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def score_table(y_true, y_pred, sites=None) -> dict:
     "Global weighted R² with its interval over `sites` (n,), and R² and RMSE (grams) of each target, of predictions (n, 5)."
     return {"r2": weighted_r2_score(y_true, y_pred),
-            "interval_95": site_interval(y_true, y_pred, sites) if sites is not None else None,
+            "interval_95": score_interval(y_true, y_pred, sites) if sites is not None else None,
             "r2_by_target": dict(zip(TARGETS, per_target_r2_score(y_true, y_pred), strict=True)),
             "rmse_g_by_target": dict(zip(TARGETS, per_target_rmse(y_true, y_pred), strict=True)),
             "photos": len(y_true)}
@@ -177,7 +167,22 @@ def collect_scores(found: Findings) -> dict:
     y, sites = found.y, found.competition.groups
     constant = {s: score_table(y, constant_oof(y, fold), sites) for s, fold in found.folds.items()}
     oof = {m: {s: score_table(y, p, sites) for s, p in by.items()} for m, by in found.oof.items()}
-    return {"constant": constant, "oof": oof, "test": score_test(found)}
+    return {"constant": constant, "oof": oof, "draws": collect_draws(found), "test": score_test(found)}
+
+
+def collect_draws(found: Findings) -> dict:
+    "Return mean and sd of each model's score over the random draws of sites, and of the constant's; {} without draws."
+    if not found.draws:
+        return {}
+    folds, _ = next(iter(found.draws.values()))
+    drawn = {"constant": np.stack([constant_oof(found.y, fold) for fold in folds]), **{m: y for m, (_, y) in found.draws.items()}}
+    out = {}
+    for model, stack in drawn.items():
+        r2 = [weighted_r2_score(found.y, y) for y in stack]
+        by_target = np.mean([per_target_r2_score(found.y, y) for y in stack], axis=0)
+        out[model] = {"r2": float(np.mean(r2)), "sd": float(np.std(r2, ddof=1)) if len(r2) > 1 else None, "draws": len(r2),
+                      "r2_by_target": dict(zip(TARGETS, by_target, strict=True))}
+    return out
 
 
 def spread(interval: tuple[float, float] | None) -> str:
@@ -188,8 +193,14 @@ def score_rows(scores: dict) -> tuple[list[str], list[list]]:
     "Head and rows of the table of scores: a row a model and scheme, the constant first."
     named = [("constant", s, v) for s, v in scores["constant"].items()] + [(m, s, v) for m, by in scores["oof"].items() for s, v in by.items()]
     named += [(m, "hidden test", v) for m, v in scores["test"].items()]
+    drawn = [[m, f"{v['draws']} random draws of sites", v["r2"], plus_minus(v["sd"]), *v["r2_by_target"].values()]
+             for m, v in scores.get("draws", {}).items()]
     rows = [[m, s, v["r2"], spread(v["interval_95"]), *v["r2_by_target"].values()] for m, s, v in named]
-    return ["model", "judged on", "score (R²)", "95 % of draws", *TARGETS], rows
+    return ["model", "judged on", "score (R²)", "95 % of sites; sd", *TARGETS], drawn + rows
+
+
+def plus_minus(sd: float | None) -> str:
+    return f"± {sd:.3f}" if sd is not None else "–"
 
 
 def answer(scores: dict) -> str:
@@ -197,8 +208,13 @@ def answer(scores: dict) -> str:
     grouped = {m: by["grouped"]["r2"] for m, by in scores["oof"].items() if "grouped" in by}
     if not grouped:
         return "No model has predicted out of fold yet."
-    text = f"Weighted R² {grouped[choose_model(grouped)]:.3f} out of fold, sites held out together"
-    text += f"; a constant scores {scores['constant']['grouped']['r2']:.3f}" if scores["constant"] else ""
+    model, drawn = choose_model(grouped), scores.get("draws", {})
+    if model in drawn:
+        text = f"Weighted R² {drawn[model]['r2']:.3f} {plus_minus(drawn[model]['sd'])} out of fold, mean and sd of {drawn[model]['draws']} random draws of sites"
+        text += f"; {grouped[model]:.3f} on the balanced folds; a constant scores {drawn['constant']['r2']:.3f}"
+    else:
+        text = f"Weighted R² {grouped[model]:.3f} out of fold, sites held out together"
+        text += f"; a constant scores {scores['constant']['grouped']['r2']:.3f}" if scores["constant"] else ""
     if scores["test"]:
         text += f". On the hidden test {scores['test']['ensemble']['r2']:.3f}; a constant {scores['test']['constant']['r2']:.3f}"
     return text + "."
@@ -732,12 +748,19 @@ def what_happened(found: Findings) -> list[tuple[str, str]]:
     return [("alarm", line) for line in lines] + [("note", line) for line in drawn]
 
 # %% ../notebooks/82_report.ipynb #9dec469d
-def section_scores(scores: dict) -> Section:
+def name_models(found: Findings) -> list[str]:
+    "Say what model 1 of this run is."
+    summary = summaries(found.run).get("train_dinov3", {})
+    return [f"In this run, dinov3 (model 1) is a {summary['model']}."] if summary.get("model") else []
+
+
+def section_scores(found: Findings, scores: dict) -> Section:
     head, rows = score_rows(scores)
     rows = [[m, s, number(r2, 3), interval, *(number(v, 2) for v in by)] for m, s, r2, interval, *by in rows]
     text = ["One global weighted R² over all photos and targets ranks: 1 is perfect, and a constant, the mean of each target for every photo, does not score zero under it. "
-            "The columns of single targets are the plain R² of each. Draws are of whole sites (state and date), with replacement."]
-    return Section("All scores", text, [Table("Score of each model, and R² of each target", ["model", "judged on", "score", "95 % of draws", *LABELS.values()], rows, (1, 3))])
+            "The columns of single targets are the plain R² of each. A random draw shuffles the sites (state and date) into folds: its rows show mean and sd over draws, the same draws for every model. "
+            "Other intervals hold 95 % of the scores on sites drawn with replacement.", *name_models(found)]
+    return Section("All scores", text, [Table("Score of each model, and R² of each target", ["model", "judged on", "score", "95 % of sites; sd", *LABELS.values()], rows, (1, 3))])
 
 
 def protections(sandbox) -> str:
@@ -763,7 +786,7 @@ def section_made(found: Findings) -> Section:
 def all_sections(found: Findings, scores: dict) -> list[Section]:
     "Those that the run has something to say in, in the order of the page."
     of_model = [section_predicted, section_error, section_sure, section_worst, section_maps] if found.model else []
-    wanted = [section_scores(scores)] if scores["oof"] or scores["constant"] else []
+    wanted = [section_scores(found, scores)] if scores["oof"] or scores["constant"] else []
     wanted += [attempt(make, found) for make in (*of_model, section_blend, section_ablations, section_submission)]
     wanted += [section_repaired(found), section_cost(found), section_made(found)]  # after the others: it names what they could not read
     return [s for s in wanted if s is not None]
@@ -967,10 +990,11 @@ def small_png(figure, dpi: int = 96) -> bytes:
 
 # %% ../notebooks/82_report.ipynb #e1a50004
 def score_frame(scores: dict) -> pd.DataFrame:
-    "A row a model and what it is judged on: r2, low, high (95 % of draws of sites), photos, and R² of each target."
+    "Return a row a model and what it is judged on: r2, low, high (95 % of resampled sites) or sd (of draws), photos, R² of each target."
     judged = [("constant", s, v) for s, v in scores["constant"].items()] + [(m, s, v) for m, by in scores["oof"].items() for s, v in by.items()]
     judged += [(m, "hidden test", v) for m, v in scores["test"].items()]
     rows = [{"model": m, "judged_on": s, "r2": v["r2"], **dict(zip(("low", "high"), v["interval_95"] or (None, None), strict=True)), "photos": v["photos"], **v["r2_by_target"]} for m, s, v in judged]
+    rows += [{"model": m, "judged_on": f"{v['draws']} draws", "r2": v["r2"], "sd": v["sd"], **v["r2_by_target"]} for m, v in scores.get("draws", {}).items()]
     return pd.DataFrame(rows).round(6)  # README rounds once more
 
 

@@ -44,7 +44,7 @@ from pathlib import Path
 import psutil
 
 from nbs_lib.core import (
-    FULL, InputError, LimitsSettings, Run, atomic, hash_inputs, installed, is_fresh, is_litter, load_settings, manifest_path, on_kaggle, open_run, read_json, resolve_mount, shipped, version, write_json,
+    FULL_DISK, InputError, LimitsSettings, Run, atomic, hash_inputs, installed, is_fresh, is_litter, load_settings, manifest_path, on_kaggle, open_run, read_json, resolve_mount, shipped, version, write_json,
 )
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
@@ -739,6 +739,9 @@ def print_scores(run: Run) -> None:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row))
     Console(width=None if sys.stdout.isatty() else 130).print(table)
     print(answer(scores))
+    model = read_json(manifest_path(run, "train_dinov3"))["summary"].get("model") if manifest_path(run, "train_dinov3").is_file() else ""
+    if model:
+        print(f"dinov3 (model 1) is a {model}")
     print(f"open {run.output / 'report.html'}; the file to submit is {run.output / 'submission.csv'}")
 
 # %% ../notebooks/90_run.ipynb #e21a29b2
@@ -769,9 +772,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as e:
         code, told = 1, str(e)
     except OSError as e:
-        if e.errno not in FULL:
+        if e.errno not in FULL_DISK:
             raise
-        code, told = 2, f"{e.filename or 'the output folder'} {FULL[e.errno]}; make room or choose another"
+        code, told = 2, f"{e.filename or 'the output folder'} {FULL_DISK[e.errno]}; make room or choose another"
     except KeyboardInterrupt:
         code, told = 130, "stopped; run the same command again to go on"
     print(f"error: {told}" if code != 130 else told, file=sys.stderr)

@@ -16,27 +16,23 @@ from nbs_lib.boosting import (
     CompactFeatures,
     Labelled,
     PastureRegressor,
-    Space,
     StateClassifier,
     available,
-    conformal_radius,
+    cross_validate,
+    cross_validate_states,
     error_weighting,
-    find_features,
-    inner_folds,
-    intervals,
-    join_features,
-    left_out_coverage,
     load_fitted,
-    out_of_fold,
     predict,
     run_boosting,
-    stack_weights,
+    select_members,
 )
 from nbs_lib.core import InputError, load_settings, open_run
-from nbs_lib.data import read_oof
+from nbs_lib.data import read_draws, read_oof
+from nbs_lib.features import find_features, join_features
 from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, reconcile, weighted_r2_score
+from nbs_lib.validation import conformal_radius, group_folds, intervals, left_out_coverage, simplex_weights
 
-FAST = dict(members=("linear", "matern"))
+FAST = dict(members=("ridge",))
 
 
 def paddock(n=90, d=24, sites=9, seed=0):
@@ -50,10 +46,10 @@ def paddock(n=90, d=24, sites=9, seed=0):
     return X.astype(np.float32), y, np.array([f"s{s}" for s in site])
 
 
-def held_out(regressor, X, y, site, fold, state=None, height=None):
+def held_out(regressor, X, y, site, fold, state=None):
     state = np.full(len(y), "Tas") if state is None else state
-    measured = np.empty((len(y), 0)) if height is None else height[:, None]
-    return out_of_fold(regressor, StateClassifier(), Labelled([], X, y, site, state, measured), fold)
+    data = Labelled([], X, y, site, state)
+    return cross_validate(regressor, data, fold)[0], cross_validate_states(StateClassifier(), data, fold)[0]
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def data():
 @pytest.fixture(scope="module")
 def fitted(data):
     X, y, site = data
-    return PastureRegressor(members=("linear", "sum", "lightgbm"), rounds=0.03).fit(X[:70], y[:70], site[:70])
+    return PastureRegressor(members=("ridge", "lightgbm"), rounds=0.03).fit(X[:70], y[:70], site[:70])
 
 
 # Leaks
@@ -77,8 +73,8 @@ def test_a_photo_without_weight_teaches_nothing(data):
 
     def answers(grams, weight):
         wrong = np.where(np.arange(len(y))[:, None] % 10 == 0, grams, y)
-        told = Labelled([], X, wrong, site, np.full(len(y), "Tas"), np.empty((len(y), 0)), weight)
-        return out_of_fold(PastureRegressor(**FAST, stack=False), StateClassifier(), told, fold)[0]
+        labelled = Labelled([], X, wrong, site, np.full(len(y), "Tas"), weight)
+        return cross_validate(PastureRegressor(**FAST), labelled, fold)[0]
 
     assert (answers(5.0, weight) == answers(100.0, weight)).all()
     assert abs(answers(5.0, None) - answers(100.0, None)).mean() > 1
@@ -94,7 +90,7 @@ def test_batch_does_not_matter(data, fitted):
 
 def test_shuffled_labels_score_no_better_than_the_constant(data):
     X, y, site = data
-    fold, scores, constants = inner_folds(site, 5, 0), [], []
+    fold, scores, constants = group_folds(site, 5, 0), [], []
     for seed in range(4):
         z = y[np.random.default_rng(seed).permutation(len(y))]
         oof = held_out(PastureRegressor(**FAST), X, z, site, fold)[0]
@@ -107,49 +103,56 @@ def test_shuffled_labels_score_no_better_than_the_constant(data):
 
 def test_the_outer_fold_is_not_seen(data):
     X, y, site = data
-    states, fold = np.where(X[:, 0] > 0, "NSW", "Tas"), inner_folds(site, 3, 0)
-    regressor = PastureRegressor(members=("linear", "looks", "lightgbm"), rounds=0.02)
-    clean, clean_states, _ = held_out(regressor, X, y, site, fold, states, y[:, 4])
+    states, fold = np.where(X[:, 0] > 0, "NSW", "Tas"), group_folds(site, 3, 0)
+    regressor = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm"), clear=0.5, rounds=0.02)
+    clean, clean_states = held_out(regressor, X, y, site, fold, states)
     held, poisoned, odd = fold == 1, y.copy(), states.copy()
     poisoned[held] = 1e5
     odd[held] = "Tas"
-    dirty, dirty_states, _ = held_out(regressor, X, poisoned, site, fold, odd, poisoned[:, 4])
+    dirty, dirty_states = held_out(regressor, X, poisoned, site, fold, odd)
     assert np.array_equal(clean[held], dirty[held]) and np.array_equal(clean_states[held], dirty_states[held])
     assert not np.allclose(clean[~held], dirty[~held])
     moved = X.copy()
     moved[np.flatnonzero(held)[0]] = 1e6  # one held-out photo; no other prediction may move
-    assert np.allclose(held_out(regressor, moved, y, site, fold, states, y[:, 4])[0][held][1:], clean[held][1:], atol=1e-6)
+    assert np.allclose(held_out(regressor, moved, y, site, fold, states)[0][held][1:], clean[held][1:], atol=1e-6)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_stack_keeps_up_with_its_best_member(seed):
-    X, y, site = paddock(d=[24, 200, 8][seed], seed=seed)
-    members = ("linear", "ridge", "cosine", "sum", "lightgbm") if seed == 0 else ("linear", "ridge", "cosine", "sum")
-    fold = inner_folds(site, 5, 3)
-
-    def score(members):
-        return weighted_r2_score(y, held_out(PastureRegressor(members=members, rounds=0.05), X, y, site, fold)[0])
-
-    assert score(members) >= max(score((m,)) for m in members) - 0.01
+def test_members_that_may_join_cost_the_base_nothing_on_average():
+    gains = []
+    for seed in range(4):
+        X, y, site = paddock(n=100, sites=16, d=[24, 200][seed % 2], seed=seed)
+        fold = group_folds(site, 5, 3)
+        scores = [weighted_r2_score(y, held_out(PastureRegressor(members=m), X, y, site, fold)[0]) for m in (("ridge", "catboost_joint"), ("ridge",))]
+        gains.append(scores[0] - scores[1])
+    assert np.mean(gains) > -0.005 and min(gains) > -0.02
 
 
-def test_ridge_keeps_what_sites_have_in_common():
+def test_a_member_enters_only_where_inner_folds_say_so_clearly():
     r = np.random.default_rng(0)
-    site, own = np.repeat(np.arange(12), 10), r.normal(size=120)
-    common = r.normal(size=12)[site]  # told by one column, and all there is to learn
-    y = np.exp(0.5 * common + 0.1 * own)[:, None] * [20, 9, 4, 24, 33]
-    X, new = np.c_[common + 0.3 * r.normal(size=120), r.normal(size=(120, 3))], site >= 9
-    told = {m: weighted_r2_score(y[new], PastureRegressor(members=(m,)).fit(X[~new], y[~new], site[~new]).predict(X[new])) for m in ("linear", "ridge")}
-    assert told["ridge"] > told["linear"] and told["ridge"] > 0.5
+    site, y = np.repeat(np.arange(20), 6), r.gamma(2, 20, (120, 5))
+    fold = group_folds(site, 5)
+    base, noise, as_good = (y + r.normal(0, s, y.shape) for s in (8, 40, 8))
+    weights, blended = select_members(np.stack([base, noise, as_good]), y, fold, site)
+    assert weights[1] < 0.05 and 0.3 < weights[2] < 0.7 and np.isclose(weights.sum(), 1)
+    assert ((blended - y) ** 2).mean() < 0.7 * ((base - y) ** 2).mean()
+    assert select_members(np.stack([base, noise * 0]), y, fold, site)[0][0] > 0.95
+    assert select_members(np.stack([base, as_good]), y, fold * 0, site)[0].tolist() == [1, 0]  # no inner folds: the base alone
+
+
+def test_penalty_may_be_almost_none_and_very_large():
+    X, y, site = paddock(n=80, d=400, sites=16)
+    told = PastureRegressor(**FAST).fit(X, y, site).members_[0].penalty_
+    blind = PastureRegressor(**FAST).fit(np.random.default_rng(0).normal(size=X.shape), y, site).members_[0].penalty_
+    assert told < 1 < blind
 
 
 def test_grams_on_average_are_what_was_measured(data):
     X, y, site = data
     for transform in ("none", "sqrt", "log1p"):
-        member = PastureRegressor(members=("linear",), transform=transform).fit(X, y, site).members_[0]
+        member = PastureRegressor(members=("ridge",), transform=transform).fit(X, y, site).members_[0]
         off, before = (np.abs(grams.mean(0) / y.mean(0) - 1) for grams in (member.inner_, member.inner_ / member.ratio_))
         assert (off <= before / 3).all(), transform  # all of it but for the prior of twenty photos
-    assert np.isclose(boosting.mass_ratio(y[:2], y[:2] / 2), 22 / 21).all() and boosting.mass_ratio(y * 0, y).tolist() == [1.0] * 5
+    assert np.isclose(boosting.bias_correction_ratio(y[:2], y[:2] / 2), 22 / 21).all() and boosting.bias_correction_ratio(y * 0, y).tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("name", ["mint", "euclid", "no"])
@@ -169,7 +172,7 @@ def test_errors_that_go_together_decide_which_part_is_believed(data):
     told = {name: ((reconcile(y + errors, error_weighting(name, errors)) - y) ** 2).mean(0) @ WEIGHTS for name in ("mint", "euclid")}
     assert told["mint"] < 0.8 * told["euclid"]
     assert np.array_equal(error_weighting("mint", errors[:10]), np.eye(5)) and not np.allclose(error_weighting("mint", errors[:11]), np.eye(5))
-    with pytest.raises(InputError, match="boosting.reconcile: unknown 'mean'; known: mint, euclid, no"):
+    with pytest.raises(InputError, match="boosting.reconcile: unknown .mean.; choose from mint, euclid, no"):
         error_weighting("mean", errors)
 
 
@@ -178,14 +181,14 @@ def test_errors_that_go_together_decide_which_part_is_believed(data):
 
 def test_clone_and_repeat(data):
     X, y, site = data
-    one = PastureRegressor(members=("linear", "lightgbm"), rounds=0.02, seed=3)
+    one = PastureRegressor(members=("ridge", "lightgbm"), rounds=0.02, seed=3)
     assert np.array_equal(one.fit(X, y, site).predict(X), clone(one).fit(X, y, site).predict(X))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
 def test_very_few_photos(n):
     X, y, site = paddock(n=40)
-    fit = PastureRegressor(members=("linear", "spectrum", "looks", "lightgbm"), rounds=0.02).fit(X[:n], y[:n], site[:n])
+    fit = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm"), rounds=0.02).fit(X[:n], y[:n], site[:n])
     assert np.isfinite(fit.predict(X)).all()
     proba = StateClassifier().fit(X[:n], ["NSW"] * (n - 1) + ["WA"], site[:n]).predict_proba(X)
     assert np.allclose(proba.sum(1), 1)
@@ -196,7 +199,7 @@ def test_target_of_zeros_and_constant_columns(data):
     y = y.copy()
     y[:, 2] = 0
     X = np.concatenate([X, np.full((len(X), 2), 7.0)], 1)
-    fit = PastureRegressor(members=("linear", "catboost_joint", "lightgbm", "histgb", "gb"), rounds=0.02).fit(X[:60], y[:60], site[:60])
+    fit = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm", "histgb", "gb"), rounds=0.02).fit(X[:60], y[:60], site[:60])
     assert np.abs(fit.predict(X)[:, 2]).max() < 0.05  # though the others do not add up without it
     X[60:, -1] = 900  # constant in training, so it must not count
     assert np.allclose(fit.predict(X)[60:], fit.predict(np.where(X == 900, 7, X))[60:])
@@ -219,7 +222,7 @@ def test_lightgbm_says_what_its_wrapper_says_and_nothing_else():
 @pytest.mark.parametrize("told", [False, True])
 def test_states_are_no_surer_than_they_should_be(told):
     X, y, site = paddock(120, sites=16)
-    r, fold, names = np.random.default_rng(0), inner_folds(site, 4, 0), np.array(["NSW", "Tas", "Vic", "WA"])
+    r, fold, names = np.random.default_rng(0), group_folds(site, 4, 0), np.array(["NSW", "Tas", "Vic", "WA"])
     state = names[r.permutation(np.arange(16) % 4)[[int(s[1:]) for s in site]]]  # that the photos do not tell
     if told:
         X[:, :4] += 1.5 * (state[:, None] == names)
@@ -234,18 +237,11 @@ def test_clusters_fewer_than_photos_allow():
     assert np.isfinite(CompactFeatures().fit(S, S[:, :1]).transform(S)).all()
 
 
-def test_wide_blocks_weigh_no_more_than_narrow_ones():
-    r = np.random.default_rng(0)
-    X = r.normal(size=(30, 505))
-    view = Space((("wide", 500), ("narrow", 5))).fit(X).transform(X)
-    assert np.allclose(np.trace(view.grams, axis1=1, axis2=2), 30, atol=0.5)
-
-
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 5), st.integers(4, 30), st.floats(0, 10), st.integers(0, 1000))
 def test_weights_are_shares(members, n, pull, seed):
     r = np.random.default_rng(seed)
-    weights = stack_weights(r.gamma(1, 20, (members + 1, n, 5)), r.gamma(1, 20, (n, 5)), pull)
+    weights = simplex_weights(r.gamma(1, 20, (members + 1, n)), r.gamma(1, 20, n), pull)
     assert weights.min() >= 0 and np.isclose(weights.sum(), 1) and np.isfinite(weights).all()
 
 
@@ -253,7 +249,7 @@ def test_weights_are_shares(members, n, pull, seed):
 @given(st.integers(1, 40), st.integers(2, 9), st.integers(0, 1000))
 def test_inner_folds_keep_sites_whole(n, k, seed):
     groups = np.random.default_rng(seed).integers(0, 6, n)
-    folds = inner_folds(groups, k, seed)
+    folds = group_folds(groups, k, seed)
     if len(set(groups)) > 1:
         assert all(len(set(folds[groups == g])) == 1 for g in groups)
     assert len(set(folds)) == min(k, len(set(groups)) if len(set(groups)) > 1 else n)
@@ -352,10 +348,10 @@ def no_catboost(monkeypatch):
 
 
 def test_unknown_member_and_missing_library(no_catboost):
-    with pytest.raises(InputError, match="unknown member 'forest'; known: linear"):
+    with pytest.raises(InputError, match="unknown member .forest.; choose from ridge"):
         available(("forest",))
     told = []
-    assert available(("linear", "catboost", "catboost_joint"), told.append) == ("linear",)
+    assert available(("ridge", "catboost", "catboost_joint"), told.append) == ("ridge",)
     assert len(told) == 2 and "catboost is not installed" in told[0]
     with pytest.raises(InputError, match="none can be used"):
         available(("catboost",), told.append)
@@ -396,7 +392,7 @@ def competition(folder, n=60):
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boosting")
     X, y = competition(folder / "in")
-    run = open_run(folder / "in", folder / "out", "demo", overrides=["boosting.members=linear,matern,lightgbm", "boosting.rounds=0.02", "run.folds=3"])
+    run = open_run(folder / "in", folder / "out", "demo", overrides=["boosting.members=ridge,lightgbm", "boosting.rounds=0.02", "run.folds=3"])
     order = np.random.default_rng(0).permutation(len(X) + 1)  # one photo more than the table knows
     np.savez(run.art("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(len(X))] + ["ID999"])[order],
              embedding=np.concatenate([X, X[:1]])[order], semantic=np.concatenate([X, X[:1]])[order, :3].astype(np.float64))
@@ -417,6 +413,18 @@ def test_oof_is_what_the_saved_folds_say(ran):
         assert np.allclose(again, table.loc[held, list(TARGETS)], atol=1e-6)
 
 
+def test_random_draws_of_sites_are_predicted_and_scored(ran):
+    run, summary, X, y = ran
+    ids = [f"ID{i:03}" for i in range(len(X))]
+    folds, oof = read_draws(run, "boosting", ids)
+    assert oof.shape == (5, len(X), 5) and len({tuple(f) for f in folds}) == 5
+    scores = [weighted_r2_score(y, p) for p in oof]
+    assert np.isclose(np.mean(scores), summary["draws"]["r2"]) and np.isclose(np.std(scores, ddof=1), summary["draws"]["sd"])
+    groups = pd.read_csv(run.input / "train.csv").drop_duplicates("image_path")
+    site = (groups["State"] + groups["Sampling_Date"]).to_numpy()
+    assert all(len(set(f[site == s])) == 1 for f in folds for s in site)
+
+
 def test_states_and_intervals(ran):
     run, _, X, _ = ran
     states = pd.read_parquet(run.artefacts / "boosting" / "state.parquet")
@@ -429,7 +437,7 @@ def test_states_and_intervals(ran):
 
 def test_fewer_photos_than_folds(tmp_path):
     X, _ = competition(tmp_path / "in", 4)
-    run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=["boosting.members=linear,looks,lightgbm", "boosting.rounds=0.02", "run.folds=5"])
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=["boosting.members=ridge,catboost_joint,lightgbm", "boosting.rounds=0.02", "run.folds=5"])
     np.savez(run.art("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(4)]), embedding=X)
     assert np.isfinite(run_boosting(run)["grouped"]["r2"])
     told = predict(run.artefacts, {"eyes": (["p"], X[:1], None)})[0]
@@ -458,7 +466,7 @@ def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, no_catboo
     beside.write_text(json.dumps(told))
     warnings = []
     y, _, _ = predict(tmp_path / "artefacts", {"eyes": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
-    assert np.isfinite(y).all() and "catboost 1.2 (here none)" in warnings[0] and "catboost is left out" in warnings[1]
+    assert np.isfinite(y).all() and "catboost 1.2 (here none)" in warnings[0] and "catboost is not installed" in warnings[1]
 
 
 def test_other_versions_are_refused_or_fitted_anew(ran, tmp_path):

@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nbs_lib import frozen, siglip
+from nbs_lib import features, frozen, siglip
 from nbs_lib.core import InputError, installed, load_settings, open_run, read_json
 from nbs_lib.photos import FULL, ROW, store_folder
 
@@ -292,22 +292,22 @@ def test_versions_stand_beside_features_and_a_difference_is_one_warning(open_her
     names, given = ["siglip", "frozen", "colour", "of somebody else"], []
     for name in names[:2]:
         made = read_json(run.artefacts / f"features/{name}.json")["versions"]
-        assert made == installed(siglip.FEATURE_PACKAGES)
+        assert made == installed(features.FEATURE_PACKAGES)
         assert made.keys() == {"transformers", "timm", "torchvision"}
-    siglip.warn_version_drift(run.artefacts, names, given.append)
+    features.warn_version_drift(run.artefacts, names, given.append)
     assert given == []
     for name, package in (("siglip", "transformers"), ("siglip", "torchvision"), ("frozen", "torchvision")):
         path = run.artefacts / f"features/{name}.json"
         beside = read_json(path)
         beside["versions"][package] = "0.0.1"
         path.write_text(json.dumps(beside))
-    siglip.warn_version_drift(run.artefacts, names, given.append)
-    here = installed(siglip.FEATURE_PACKAGES)
+    features.warn_version_drift(run.artefacts, names, given.append)
+    here = installed(features.FEATURE_PACKAGES)
     assert len(given) == 1 and "\n" not in given[0]
     assert f"siglip by transformers 0.0.1 (here {here['transformers']})" in given[0]
     assert f"siglip, frozen by torchvision 0.0.1 (here {here['torchvision']})" in given[0]
     (run.artefacts / "features/siglip.json").write_text("{")
-    siglip.warn_version_drift(run.artefacts, names, given.append)
+    features.warn_version_drift(run.artefacts, names, given.append)
     assert "not readable" in given[1] and "frozen by torchvision" in given[2]  # an error would stop a submission
 
 

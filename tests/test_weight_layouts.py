@@ -226,7 +226,7 @@ LAYOUTS = (
 def difference(net: Backbone, reference, shape=(1, 3, 64, 96)) -> float:
     "Largest difference from transformers' last map and prefix tokens."
     photo = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    maps, prefix = net.eval()(photo)
+    maps, prefix = net.eval().encode(photo)
     tokens = torch.cat([prefix, maps[-1].flatten(2).transpose(1, 2)], 1)
     wanted = reference.eval()(photo).last_hidden_state
     assert wanted.std() > 0.1
