@@ -34,8 +34,8 @@ from safetensors.torch import load_file
 from timm.models import register_model
 from torch import Tensor, nn
 
-from .core import (BUILDING, FULL_DISK, InputError, KaggleSettings, atomic, attached_files, kaggle_input,
-                          pick_device, pick_dtype, read_json, select_attached, walk_files)
+from .core import (BUILDING, FULL_DISK, InputError, KaggleSettings, atomic, attached_files,
+                          kaggle_input, pick_device, pick_dtype, read_json, select_attached, walk_files)
 from .photos import Shape, resize_half, to_tensor, tta_views
 
 # %% ../notebooks/31_backbones.ipynb #b06e6cc3
