@@ -8,10 +8,10 @@ __all__ = ['SECTIONS', 'BUILDING', 'WRITERS', 'FULL_DISK', 'InputError', 'atomic
            'TrainDinov3Settings', 'SiglipSettings', 'FrozenSettings', 'BoostingSettings', 'EnsembleSettings',
            'SubmitSettings', 'LedgerSettings', 'Settings', 'parse_value', 'package_folder', 'shipped', 'settings_file',
            'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'on_kaggle', 'mount_candidates',
-           'resolve_mount', 'find_attached', 'keep_memory', 'peak_memory', 'seed_everything', 'pick_device',
-           'pick_dtype', 'progress', 'hash_file', 'installed', 'rooms_behind', 'hash_code', 'Run', 'check_output',
-           'open_run', 'is_litter', 'hash_inputs', 'hash_weights', 'describe', 'manifest_path', 'is_fresh', 'stage',
-           'check_reads']
+           'resolve_mount', 'walk_files', 'attached_files', 'select_attached', 'keep_memory', 'peak_memory',
+           'seed_everything', 'pick_device', 'pick_dtype', 'progress', 'hash_file', 'installed', 'rooms_behind',
+           'hash_code', 'Run', 'check_output', 'open_run', 'is_litter', 'hash_inputs', 'hash_weights', 'describe',
+           'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
 import configparser
@@ -472,18 +472,38 @@ def resolve_mount(
     raise InputError(f"no {sentinel} of {name}: looked in {', '.join(map(str, tried))} and below {root}, where there is {there}; attach it to the kernel" + (f" or set {env}" if env else ""))
 
 # %% ../notebooks/00_core.ipynb #971a2224
-def find_attached(
-    wanted: str,  # a file or folder
-    dataset: str,  # owner/slug, where a Kaggle kernel has it
-    inside: str = "",  # a file that a wanted folder holds; empty: `wanted` is a file
+def walk_files(folder: str | Path, suffixes: tuple[str, ...], depth: int = 7) -> list[Path]:
+    "Files whose names end in one of `suffixes`, in `folder` and up to `depth` folders below it, sorted."
+    found = []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        deep = len(Path(where).relative_to(folder).parts) >= depth
+        folders[:] = [] if deep else [name for name in folders if not name.startswith(".")]
+        found += [Path(where, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+    return sorted(found)
+
+
+def attached_files(suffixes: tuple[str, ...], root: str | Path = "") -> list[Path]:
+    "Files with these `suffixes` in what is attached to a kernel, but for the competition's."
+    root = Path(root or kaggle_input())
+    return [path for path in walk_files(root, suffixes) if path.relative_to(root).parts[0] != "competitions"]
+
+
+def select_attached(
+    paths: list[Path],  # of `attached_files`, or folders of them
+    wanted: str,  # what the settings name: a file, a folder, or the end of a path
+    dataset: str,  # owner/slug
     root: str | Path = "",  # empty: kaggle_input()
-    env: str = "",  # as in `resolve_mount`
-) -> str:
-    "`wanted` itself where it is there or this is no Kaggle kernel, else its place in the attached dataset; raise `InputError` when it is nowhere."
-    if Path(wanted).exists() or not Path(root or kaggle_input()).is_dir():
-        return wanted
-    folder = resolve_mount("datasets", dataset, inside or wanted, root, env)
-    return str(folder if inside else folder / wanted)
+    fits: Callable[[Path], bool] = lambda path: True,  # whether a file or folder will do
+) -> list[Path]:
+    "The one path that `wanted` names; else those that fit, of these rather those in the dataset than others."
+    named = []
+    for name in (wanted, Path(wanted).name):
+        named = named or [path for path in paths if f"/{name.strip('/')}/" in f"/{path.as_posix()}/"]
+    if len(named) == 1:
+        return named
+    fitting = [path for path in named or paths if fits(path)]
+    mounts = mount_candidates("datasets", dataset, root)
+    return [path for path in fitting if any(path.is_relative_to(mount) for mount in mounts)] or fitting
 
 # %% ../notebooks/00_core.ipynb #7d1f3a53
 @functools.cache

@@ -49,7 +49,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from .backbones import (VIEWS, BackboneFeatures, FeatureExtractor, concat_features, files_of, fitting_shape, find_weights, oom_as_input_error, pixel_stats,
-                               run_autocast, weights_file)
+                               run_autocast, shard_files)
 from .biomass_net import (INTERVALS, BiomassNet, ModelConfig, build_model, fit_probe, load_model, parts_to_targets, roots_to_parts,
                                  save_model)
 from .core import InputError, Run, TrainDinov3Settings, atomic, hash_file, open_run, pick_device, pick_dtype, progress, read_json, seed_everything, stage, write_json
@@ -865,9 +865,8 @@ def finished(path: Path, key: str) -> dict | None:
 
 
 def weights_key(weights: str) -> str:
-    "A hash of the file of pretrained weights, or the word that stands for them: a file may be replaced under its name, or move."
-    file = weights_file(weights)
-    return weights if file is None else hash_file(file)
+    "A hash of the files of pretrained weights, or the word that stands for them: a file may be replaced under its name, or move."
+    return "-".join(hash_file(file) for file in shard_files(weights)) or weights
 
 
 def fold_key(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int) -> str:
@@ -952,12 +951,12 @@ def remove_stale_artefacts(run: Run, schemes: dict[str, np.ndarray]) -> None:
 
 @stage("train_dinov3", reads=("input/train.csv", "artefacts/folds.*", "artefacts/photos/train_*/store.json", "artefacts/photos/train_*/rows.npy",
                               "artefacts/photos/test_*/rows.npy", "artefacts/photos/photos*.csv"), sections=("photos", "inpaint", "run", "kaggle"),
-       weights=lambda run: files_of(run.settings.train_dinov3.weights, run.settings.kaggle))
+       weights=lambda run: files_of(run.settings.train_dinov3.weights, run.settings.train_dinov3.backbone, run.settings.kaggle))
 def run_train_dinov3(run: Run) -> dict:
     "Train model 1 on every fold of every scheme; write weights, out-of-fold predictions, and return the scores."
     s = run.settings.train_dinov3
     check_settings(s)
-    s = dataclasses.replace(s, weights=find_weights(s.weights, run.settings.kaggle))
+    s = dataclasses.replace(s, weights=find_weights(s.weights, s.backbone, run.settings.kaggle))
     run = dataclasses.replace(run, settings=dataclasses.replace(run.settings, train_dinov3=s))
     seed_everything(run.settings.run.seed)
     accelerator(pick_device())  # of several processes, each takes its own GPU
