@@ -36,12 +36,12 @@ def check_settings(settings: FrozenSettings) -> None:
             raise InputError(f"frozen.{key}: too small ({number or 'empty or 0'}); give {least} or more")
 
 
-def make_extractor(settings: FrozenSettings, folder: Path | None = None, device: torch.device | None = None, warn=print) -> FeatureExtractor:
+def make_extractor(settings: FrozenSettings, folder: Path | None = None, device: torch.device | None = None, warn=print, **more) -> FeatureExtractor:
     "Return the extractor that the settings describe; raise `InputError` when weights do not fit."
     check_settings(settings)
     backbone = load_backbone(settings.backbone, settings.weights, settings.depths)
     mean, std = pixel_stats(settings.backbone, settings.weights)
-    return FeatureExtractor(backbone, mean, std, folder, device or pick_device(), warn)
+    return FeatureExtractor(backbone, mean, std, folder, device or pick_device(), warn, **more)
 
 
 def frozen_features(store, index: Sequence[int], extractor: FeatureExtractor, settings: FrozenSettings) -> np.ndarray:
@@ -162,10 +162,11 @@ def colour_features(pairs: np.ndarray, settings: FrozenSettings) -> tuple[np.nda
     return np.concatenate([sides.mean(1), np.abs(sides[:, 0] - sides[:, 1])], 1).astype(np.float32), names
 
 # %% ../notebooks/41_frozen.ipynb #31ec1428
-def open_extractor(run: Run, device: torch.device | None = None) -> FeatureExtractor:
-    "Return the extractor of this run, which reads and fills its feature cache."
+def open_extractor(run: Run, device: torch.device | None = None, photos: int = 0) -> FeatureExtractor:
+    "Return the extractor of this run, which reads and fills its feature cache; `photos` it will be asked for."
     found = replace(run.settings.frozen, weights=find_weights(run.settings.frozen.weights, run.settings.kaggle))
-    return make_extractor(found, run.artefacts / "cache" / "features", device, run.warn)
+    expected = photos if run.settings.run.compile else 0
+    return make_extractor(found, run.artefacts / "cache" / "features", device, run.warn, expected=expected)
 
 
 def compute_features(
@@ -178,7 +179,7 @@ def compute_features(
     "Return {name: (ids, embedding, None)} of the photos in `store`; colour needs no weights."
     settings, describe = run.settings.frozen, {}
     if "frozen" in names:
-        extractor = extractor or open_extractor(run, device)
+        extractor = extractor or open_extractor(run, device, len(store))
         describe["frozen"] = lambda part: frozen_features(store, part, extractor, settings)
     if "colour" in names and settings.colour_width:
         describe["colour"] = lambda part: colour_features(np.stack([at_full(store[i]) for i in part]), settings)[0]

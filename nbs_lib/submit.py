@@ -172,6 +172,7 @@ class FoldGroup:
     nets: tuple[BiomassNet, ...]  # on the CPU
     cache: Path | None = None  # of features, where the backbone is frozen
     warn: Callable = print
+    expected: int = 0  # photos that will be asked for
     copies: dict[torch.device, tuple[tuple[BiomassNet, ...], FeatureExtractor]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -180,7 +181,7 @@ class FoldGroup:
         with self.lock:
             if device not in self.copies:
                 nets = self.nets if device.type == "cpu" else tuple(net.to(device) for net in copy.deepcopy(self.nets))
-                self.copies[device] = nets, make_extractor(nets[0], device, self.cache, self.warn, keep_grid=False)
+                self.copies[device] = nets, make_extractor(nets[0], device, self.cache, self.warn, keep_grid=False, expected=self.expected)
             return self.copies[device]
 
     def predict_view(self, store, index: Sequence[int], view: str, device: torch.device) -> np.ndarray:
@@ -204,7 +205,7 @@ def plan_fold_groups(artefacts: Path) -> list[tuple[int, ...]]:
     return [tuple(folds) for folds in teams.values()]
 
 
-def load_fold_group(artefacts: Path, folds: Sequence[int], warn: Callable = print) -> FoldGroup | None:
+def load_fold_group(artefacts: Path, folds: Sequence[int], warn: Callable = print, expected: int = 0) -> FoldGroup | None:
     "Load the folds that can be loaded, with one backbone among them; None when none can."
     nets = {}
     for k in folds:
@@ -217,7 +218,7 @@ def load_fold_group(artefacts: Path, folds: Sequence[int], warn: Callable = prin
             net.backbone = next(iter(nets.values())).backbone
     frozen_whole = nets and read_json(Path(artefacts, "dinov3", f"fold{next(iter(nets))}.json")).get("shared")
     cache = Path(artefacts, "cache", "features") if frozen_whole else None
-    return FoldGroup(tuple(nets), tuple(nets.values()), cache, warn) if nets else None
+    return FoldGroup(tuple(nets), tuple(nets.values()), cache, warn, expected if cache else 0) if nets else None
 
 # %% ../notebooks/60_submit.ipynb #1fa1d049
 class PredictionAverager:
@@ -498,7 +499,8 @@ class Model1:
     def group(self, folds: tuple[int, ...]) -> FoldGroup | None:
         "The team of `folds`; of several only the last is kept in memory, and what is wrong with one is told once."
         if folds not in self.groups:
-            self.groups = {folds: load_fold_group(self.job.run.artefacts, folds, self.job.run.warn if folds not in self.met else lambda text: None)}
+            job, expected = self.job, len(self.job.task.ids) if self.job.run.settings.run.compile else 0
+            self.groups = {folds: load_fold_group(job.run.artefacts, folds, job.run.warn if folds not in self.met else lambda text: None, expected)}
             self.met.add(folds)
         return self.groups[folds]
 
@@ -619,7 +621,7 @@ class Model2:
         "Return frozen features, from a backbone that is loaded once a device."
         with self.lock:
             if device not in self.extractors:
-                self.extractors[device] = frozen.open_extractor(run, device)
+                self.extractors[device] = frozen.open_extractor(run, device, len(self.job.task.ids))
         return frozen.compute_features(run, store, device, extractor=self.extractors[device])
 
     def features(self, store: Part, device: torch.device) -> siglip.Features:

@@ -206,9 +206,9 @@ def extract_store(
     return out
 
 
-def make_extractor(net: BiomassNet, device=None, folder: Path | None = None, warn: Callable = print, keep_grid: bool = True) -> FeatureExtractor:
-    "Return an extractor for the backbone of `net`; `folder` of the cache, None: nothing is kept."
-    return FeatureExtractor(net.backbone, net.config.mean, net.config.std, folder, device or pick_device(), warn, keep_grid)
+def make_extractor(net: BiomassNet, device=None, folder: Path | None = None, warn: Callable = print, **more) -> FeatureExtractor:
+    "Return an extractor for the backbone of `net`; `folder` of the cache, None: nothing is kept; `more` as FeatureExtractor has it."
+    return FeatureExtractor(net.backbone, net.config.mean, net.config.std, folder, device or pick_device(), warn, **more)
 
 
 def predict(
@@ -818,7 +818,8 @@ def load_fold_data(run: Run) -> tuple[FoldData, np.ndarray, dict[str, np.ndarray
     if s.pseudo_rounds and "test" in s.pseudo_from and "test" in stores:
         m = add_unlabelled(m, stores["test"])
     if s.unfreeze == 0 or s.probe:
-        extractor = make_extractor(net, folder=cache_folder(run), warn=run.warn)
+        expected = len(m.store) if run.settings.run.compile else 0
+        extractor = make_extractor(net, folder=cache_folder(run), warn=run.warn, expected=expected)
         m.features = extract_store(net, m.store, s.views if s.unfreeze == 0 else ("id",), s.batch, extractor=extractor, tokens=s.unfreeze == 0)
     return m, ids, {c: folds[f"fold_{c}"].to_numpy() for c in s.schemes}
 

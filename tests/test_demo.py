@@ -1,4 +1,4 @@
-"""The synthetic paddock and the look at the data: form, truth, determinism, faults."""
+"""The synthetic paddock: form, truth, determinism, faults."""
 import errno
 import os
 import signal
@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbs_lib import demo
-from nbs_lib.core import InputError, open_run
+from nbs_lib.core import InputError
 from nbs_lib.data import read_competition
 from nbs_lib.demo import FONTS, Site, burn_stamp, plan_shots, polygon_area, render_photo, sow_grass, stamp_glyphs, write_demo
-from nbs_lib.eda import group_table, photo_facts, plot_composition, plot_sites, run_eda, simple_predictions, site_names, thumbnail
+from nbs_lib.eda import photo_facts
 from nbs_lib.targets import TARGETS, imbalance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -185,41 +185,3 @@ def test_renderer_number_guards_the_reuse(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "RENDERER", demo.RENDERER + 1)
     write_demo(folder, 6, 2, width=240, workers=1)
     assert (folder / "train.csv").stat().st_mtime_ns != before
-
-
-def test_eda_stage(small, tmp_path, capsys):
-    run = open_run(small, tmp_path / "out", "demo")
-    summary = run_eda(run)
-    folds = pd.read_csv(run.artefacts / "folds.csv")
-    comp = read_competition(small)
-    assert list(folds["image_id"]) == list(comp.train["image_id"])
-    assert all(len(set(folds["fold_grouped"][comp.groups == g])) == 1 for g in set(comp.groups))
-    assert summary["photos"] == 42 and summary["zeros"]["Dry_Dead_g"] == (comp.y[:, 1] == 0).sum()
-    assert {p.stem for p in (run.artefacts / "eda").glob("*.csv")} >= {"facts", "targets", "zeros", "species", "yardsticks"}
-    assert run_eda(run) == summary and "up to date" in capsys.readouterr().out
-
-
-def test_a_site_is_a_state_on_a_date_of_a_year():
-    "Two states may be visited on one day, and one state on the same day of two years."
-    dates = pd.to_datetime(["2015-06-26", "2015-06-26", "2015-06-26", "2014-06-26"])
-    train = pd.DataFrame({"date": dates, "state": ["WA", "WA", "Vic", "Vic"], "species": "Clover", **dict.fromkeys(TARGETS, 1.0)})
-    assert group_table(train).loc["Clover", ["photos", "sites"]].tolist() == [4, 3]
-    assert site_names(train).tolist() == ["26 Jun 2015 WA"] * 2 + ["26 Jun 2015 Vic", "26 Jun 2014 Vic"]
-    assert site_names(train[:3]).tolist() == ["26 Jun WA"] * 2 + ["26 Jun Vic"]
-    assert [t.get_text() for t in plot_sites(train).axes[0].get_xticklabels()] == [t.get_text() for t in plot_composition(train).axes[0].get_xticklabels()] == ["26 Jun 2014 Vic", "26 Jun 2015 Vic", "26 Jun 2015 WA"]
-
-
-def test_a_rare_fact_does_not_blow_up_the_yardstick():
-    rng = np.random.default_rng(0)
-    facts = pd.DataFrame({"excess_green": rng.normal(0.3, 0.1, 40), "lamps": 1e-9 * rng.random(40)})
-    facts.loc[39, "lamps"] = 0.004
-    y = 50 * facts[["excess_green"]].to_numpy() + np.zeros((40, 5))
-    predicted = simple_predictions(facts, y, np.arange(40) // 8)["ridge on facts"]
-    assert np.abs(predicted - y).max() < 2
-
-
-@pytest.mark.parametrize("bytes_", [b"", b"\xff\xd8\xff\xe0 half", b"no photo at all"])
-def test_eda_names_the_torn_photo(tmp_path, bytes_):
-    (tmp_path / "ID7.jpg").write_bytes(bytes_)
-    with pytest.raises(InputError, match="ID7.jpg"):
-        thumbnail(tmp_path / "ID7.jpg")

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from tiny import claim_size, grass
 
 from nbs_lib.core import InputError, open_run, peak_memory
-from nbs_lib.eda import facts_table, run_eda, thumbnail
+from nbs_lib.eda import describe_photo, describe_photos, run_eda
 from nbs_lib.reading import MAX_PIXELS, decode_photo, lying, read_photo
 
 
@@ -229,15 +229,15 @@ def test_a_standing_photo_is_looked_at_lying(tmp_path):
     picture[:, :100] = (250, 20, 20)
     Image.fromarray(np.rot90(picture, -1)).save(tmp_path / "stands.png")
     assert (lying(read_photo(tmp_path / "stands.png")) == picture).all()
-    assert thumbnail(tmp_path / "stands.png", 160)[:, :15].mean((0, 1)) == pytest.approx((250, 20, 20), abs=3)
+    assert describe_photo(tmp_path / "stands.png")[1][:, :28].mean((0, 1)) == pytest.approx((250, 20, 20), abs=3)
 
 
 def test_facts_do_not_depend_on_how_a_photo_lies(tmp_path):
     from nbs_lib.data import read_competition
 
     folder = write_paddock(tmp_path)
-    before = facts_table(read_competition(folder))
+    before, _ = describe_photos(read_competition(folder))
     for photo in (folder / "train").glob("*.jpg"):
         turned = np.rot90(read_photo(photo), -1)
         Image.fromarray(turned).save(photo, format="PNG")  # a PNG inside .jpg: nothing is lost
-    assert facts_table(read_competition(folder)).equals(before)
+    assert describe_photos(read_competition(folder))[0].equals(before)
