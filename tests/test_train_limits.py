@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
 
+from nbs_lib import backbones
 from nbs_lib import train_dinov3 as room
 from nbs_lib.core import InputError
 from nbs_lib.train_dinov3 import CachedFeatures, Fit, load_state, predict, train
@@ -30,7 +31,8 @@ def one_thread():
 @pytest.fixture
 def half_precision(monkeypatch):
     "A CPU that computes in float16, as a T4 does."
-    monkeypatch.setattr(room, "pick_dtype", lambda device: torch.float16)
+    for module in (room, backbones):
+        monkeypatch.setattr(module, "pick_dtype", lambda device: torch.float16)
 
 
 def too_large():
@@ -60,8 +62,8 @@ def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkey
 
 def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
     net, calls = net_on(VIT, head="pooled"), []
-    real = net.encode
-    monkeypatch.setattr(net, "encode", lambda x: (calls.append(1), real(x))[1])
+    real = net.backbone.encode
+    monkeypatch.setattr(net.backbone, "encode", lambda x: (calls.append(1), real(x))[1])
     assert np.isfinite(predict(net, np.zeros((1, 2, 64, 64, 3), dtype=np.uint8))).all() and len(calls) == 1
 
 
@@ -293,7 +295,7 @@ def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
         assert len(np.load(run.artefacts / "dinov3/density.npz")["image_id"]) == 3
 
 
-def fail_or_sleep(run, kept_at, jobs, threads):
+def fail_or_sleep(run, jobs, threads):
     "In place of `train_some`: fold 0 fails as soon as the other one has begun, which lasts for three minutes."
     Path(run.output, f"began{jobs[0][1]}").touch()
     start = time.monotonic()
