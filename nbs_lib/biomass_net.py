@@ -42,13 +42,14 @@ class ModelConfig:
     depths: int = 1  # maps that the probe pools, counted back from the final one
     poolings: tuple[str, ...] = ("mean", "sd", "max", "gem")  # of each map
     probe: bool = True  # start from a ridge on pooled features
-    head: str = "density"  # pooled, density, or none: the probe alone
+    head: str = "density"  # pooled, recipe, density, or none: the probe alone
     fusion: str = "gated_conv"  # a mixer of `30_fusion`
     layers: int = 2  # mixers in a row
     dim: int = 0  # width of the neck; 0: that of the backbone
     order: str = "panorama"  # tokens row by row across both halves; left_right: all of the left half first
     prefix: bool = False  # keep a ViT's class and register tokens in the neck
-    dropout: float = 0.1
+    dropout: float = 0.1  # in the mixers
+    head_dropout: float = 0.1
     halves: bool = False  # each half answers for itself, and the two are added
     aux: tuple[str, ...] = ()  # asked in training beside the grams: intervals, state, ndvi, height
     states: int = 0  # how many states there are, for aux = state
@@ -57,7 +58,7 @@ class ModelConfig:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self):
-        for key, known in {"head": ("pooled", "density", "none"), "order": ("panorama", "left_right")}.items():
+        for key, known in {"head": ("pooled", "recipe", "density", "none"), "order": ("panorama", "left_right")}.items():
             if getattr(self, key) not in known:
                 raise InputError(f"model: {key} '{getattr(self, key)}' is unknown; take one of {', '.join(known)}")
         if not self.probe and self.head == "none":
@@ -139,12 +140,12 @@ class Probe(nn.Module):
 
 # %% ../notebooks/32_biomass_net.ipynb #9a54f475
 class Head(nn.Module):
-    "Tokens and base → green, clover, dead in grams; `kind` is pooled or density."
+    "Tokens and base → green, clover, dead in grams; `kind` is pooled, recipe (pooled, without layer norms) or density."
 
     def __init__(self, kind: str, dim: int, dropout: float = 0.0):
         super().__init__()
         self.kind = kind
-        self.norm = nn.LayerNorm(dim)
+        self.norm = nn.Identity() if kind == "recipe" else nn.LayerNorm(dim)
         self.parts = nn.ModuleList(nn.Sequential(nn.Linear(dim, max(dim // 2, 8)), nn.GELU(), nn.Dropout(dropout), nn.Linear(max(dim // 2, 8), 1)) for _ in range(3))
         for part in self.parts:
             nn.init.zeros_(part[-1].weight)
@@ -153,12 +154,12 @@ class Head(nn.Module):
 
     def forward(self, tokens: Tensor, base: Tensor) -> Tensor:
         "tokens (B, N, dim), base (B, 3) grams → (B, 3) grams for pooled, (B, N, 3) for density (mean over N is the answer)."
-        if self.kind == "pooled":
+        if self.kind != "density":
             tokens = tokens.mean(1)
         raw = torch.cat([part(self.norm(tokens)) for part in self.parts], -1).float()
         start = (base.float() / self.unit).clamp(min=1e-3).expm1().log()  # the inverse of softplus
         start = torch.where(base / self.unit > 15, base / self.unit, start)
-        return self.unit * F.softplus(raw + (start if self.kind == "pooled" else start[:, None]))
+        return self.unit * F.softplus(raw + (start[:, None] if self.kind == "density" else start))
 
 # %% ../notebooks/32_biomass_net.ipynb #95793765
 class BiomassNet(nn.Module):
@@ -175,9 +176,10 @@ class BiomassNet(nn.Module):
         self.probe = Probe(columns * len(config.probe_shapes)) if config.probe else None
         self.register_buffer("prior", torch.zeros(3))  # grams; the base where there is no probe
         if config.head != "none":
-            self.neck = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dim) if dim != width else nn.Identity())
+            norm = nn.Identity() if config.head == "recipe" else nn.LayerNorm(width)
+            self.neck = nn.Sequential(norm, nn.Linear(width, dim) if dim != width else nn.Identity())
             self.fusion = self.mixers(dim)
-            self.head = Head(config.head, dim, config.dropout)
+            self.head = Head(config.head, dim, config.head_dropout)
             sizes = {"intervals": 5 * INTERVALS, "state": config.states, "ndvi": 1, "height": 1}
             self.aux = nn.ModuleDict({name: nn.Linear(dim, sizes[name]) for name in config.aux})
 

@@ -9,8 +9,8 @@ __all__ = ['CLIP', 'TRANSFORMS', 'RATIO_PRIOR', 'BOOSTERS', 'JOINT', 'RECONCILE'
            'cross_stack', 'select_members', 'error_weighting', 'PastureRegressor', 'StateClassifier',
            'temperature_softmax', 'log_loss', 'versions', 'available', 'load_fitted', 'why_not', 'refit', 'predict',
            'make_regressor', 'Labelled', 'fit_rows', 'cross_validate', 'cross_validate_states', 'save_fitted',
-           'write_states', 'run_boosting', 'score_draws', 'read_labelled', 'score', 'write_intervals', 'save_labels',
-           'show_boosting', 'synthetic_labelled', 'time_boosting', 'bench_boosting']
+           'write_states', 'run_boosting', 'score_draws', 'wanted_features', 'read_labelled', 'score',
+           'write_intervals', 'save_labels', 'show_boosting', 'synthetic_labelled', 'time_boosting', 'bench_boosting']
 
 # %% ../notebooks/42_boosting.ipynb #45faceb1
 import json
@@ -641,9 +641,18 @@ def score_draws(run: Run, regressor: PastureRegressor, data: Labelled, workers: 
     return {"r2": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1)), "draws": len(scores)} if len(scores) > 1 else {}
 
 
+def wanted_features(run: Run) -> dict[str, Table]:
+    "Return the features files that `boosting.features` names; all, with a warning, where none of them is there."
+    tables, names = find_features(run.artefacts / "features"), run.settings.boosting.features
+    kept = {name: table for name, table in tables.items() if name in names}
+    if names and not kept:
+        run.warn(f"boosting.features: no such features ({', '.join(names)}); all that are there are used: {', '.join(tables)}")
+    return kept or tables
+
+
 def read_labelled(run: Run, comp: Competition) -> tuple[Labelled, Blocks]:
     "Read train.csv and every features file, aligned; warn of photos that only the features know."
-    ids, tables = list(comp.train["image_id"]), find_features(run.artefacts / "features")
+    ids, tables = list(comp.train["image_id"]), wanted_features(run)
     for name, (has, _, _) in tables.items():
         if extra := len(set(has) - set(ids)):
             run.warn(f"features '{name}': {extra} photos are not in train.csv; they are left out")

@@ -287,9 +287,10 @@ def count_looks(s: TrainDinov3Settings, folds: int, photos: int) -> Looks:
     out, index = photos / folds, photos * (1 - 1 / folds)
     watched = {"outer": out, "last": 0.0}.get(s.select, index / s.inner_folds)
     trained = index - watched if s.select in ("holdout", "inner") else index
+    refitted = index * s.epochs if s.select == "holdout" and s.refit and not s.pseudo_rounds else 0  # at the most
     kept = photos / (folds * len(s.schemes)) if s.probe else 0
     epochs = s.epochs * (1 + s.pseudo_rounds)
-    return Looks(math.ceil(trained * epochs), math.ceil(watched * epochs + out * len(s.views) + kept))
+    return Looks(math.ceil(trained * epochs + refitted), math.ceil(watched * epochs + out * len(s.views) + kept))
 
 # %% ../notebooks/80_budget.ipynb #0da13915
 STATE_BYTES = 20  # of a saved state, for each trained number: itself, AdamW's two moments, the average, the best epoch's

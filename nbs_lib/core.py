@@ -113,6 +113,9 @@ class KaggleSettings:
     models_dataset: str  # what training wrote
     kernel_prefix: str  # slugs of the kernels begin with it
     machine: str  # machine_shape of kernels that want a GPU
+    docker_image: str  # of every kernel; users report Python 3.12 and torch 2.10 in this one; empty: Kaggle's choice
+    docker_image_pinning_type: str  # original (later versions of a kernel keep the image of its first) or latest
+    pin_versions: str  # sources attached in the version found: datasets, all (kernels too, undocumented) or none
     trained: str  # where the submission finds trained models: kernels (outputs of train and features) or dataset
 
 
@@ -141,7 +144,9 @@ class PhotosSettings:
     flips: bool  # augmentation: mirror the panorama, left to right and top to bottom
     rotate90: bool  # turn each half by quarters, with flips: D4; one that is not square is shrunk to fit and mirrored
     rotate: float  # turn the panorama by up to so many degrees to either side, 0 to 45
-    jitter: float  # strength of the change of colour, 0 to 1
+    rotate_chance: float  # chance that it is turned, 0 to 1
+    jitter: float  # strength of the change of brightness, contrast and saturation, 0 to 1
+    hue: float  # strength of the change of hue, 0 to 0.5
     scale_pad: float  # shrink by up to this share and mirror the rest, 0 to 0.9
     lamps: float  # chance that a sensor's red lamps are drawn over a darkened photo, 0 to 1
     stamps: float  # chance that a date stamp is drawn, as one that the search missed, 0 to 1
@@ -166,13 +171,14 @@ class TrainDinov3Settings:
     depths: int  # maps of the backbone that the probe pools, counted back from the final one
     poolings: tuple[str, ...]  # of each map: mean, sd, max, gem
     probe: bool  # start from a ridge on pooled features
-    head: str  # density, pooled (the recipe), or none: the probe alone
+    head: str  # density, pooled, recipe (pooled, without layer norms), or none: the probe alone
     fusion: str  # gated_conv, mamba, film, attention, none
     layers: int  # mixers in a row
     dim: int  # width of the mixers; 0: that of the backbone
     order: str  # of the tokens: panorama, left_right (the recipe)
     prefix: bool  # keep a ViT's class and register tokens in the mixers
-    dropout: float  # in mixers and head
+    dropout: float  # in the mixers
+    head_dropout: float  # in the head
     halves: bool  # each half answers for itself with half the label
     aux: tuple[str, ...]  # asked in training beside the grams: intervals, state, ndvi, height
     aux_weight: float  # of their losses
@@ -188,6 +194,7 @@ class TrainDinov3Settings:
     layer_decay: float  # of the backbone's learning rate, from a layer to the one before it
     select: str  # what decides the epoch: inner, holdout, last, outer (see 32_train_dinov3)
     inner_folds: int  # folds inside the training photos, for select = inner or holdout
+    refit: bool  # select = holdout: train anew on all of the fold's training photos for the chosen epochs, if time allows
     epochs: int  # 0: the probe alone
     warmup: int  # epochs in which the learning rates climb
     freeze_epochs: int  # first epochs in which the backbone stays as it is
@@ -240,6 +247,7 @@ class FrozenSettings:
 @dataclass(frozen=True)
 class BoostingSettings:
     "Regressors on frozen features."
+    features: tuple[str, ...]  # names of the features files that are used; empty: all
     members: tuple[str, ...]  # the base first: ridge, catboost_joint, catboost, lightgbm, histgb, gb
     transform: str  # of the grams: none, sqrt or log1p
     stack: bool  # members join the base where inner folds say so clearly; no: the plain mean
@@ -262,6 +270,7 @@ class EnsembleSettings:
     pull: float  # towards equal weights when they are learned; counts as so many photos (those of a site err alike: 200 are worth about 40)
     weighting: tuple[str, ...]  # candidates of the balance: euclid, metric, mint; the first needs no proof
     rules: tuple[str, ...]  # candidates, state:target: that target is zero where the state is sure
+    rules_last: bool  # yes: after the balance, the part set to zero and the sums built anew (the recipe)
     state_threshold: float  # sure: P(state) exceeds this
     shrink: bool  # a candidate: pull each target towards its mean
     judge: bool  # no: take the first of each and all rules; yes: only what is better out of fold
@@ -403,9 +412,10 @@ def load_settings(
         known = parse_value(ini["overlays"].get(key, ""), tuple[str, ...], key)
         if word not in known and not (key == "presets" and word == ""):
             raise InputError(f"unknown {key[:-1]} '{word}'; {path.name} knows: {', '.join(known)}")
+    presets = [p for p in known if preset.startswith(p)] if preset else []  # recipe_t4 is laid over recipe
     sections = {}
     for name, kind in SECTIONS.items():
-        layers = [name, f"{profile}.{name}", f"{preset}.{name}"]
+        layers = [name, f"{profile}.{name}", *(f"{p}.{name}" for p in presets)]
         values = {}
         for f in fields(kind):
             where, text = next(((layer, ini[layer][f.name]) for layer in reversed(layers) if ini.has_option(layer, f.name)), (name, None))

@@ -25,7 +25,7 @@ from sklearn.preprocessing import StandardScaler
 
 from .core import Run, atomic, progress, stage
 from .data import SCHEMES, Competition, read_competition, read_folds, write_folds
-from .reading import lying, read_photo
+from .reading import to_landscape, read_photo
 from .targets import TARGETS, constant_baseline, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/10_eda.ipynb #fc03970c
@@ -214,7 +214,7 @@ def describe_photo(path: str | Path) -> tuple[dict[str, float], np.ndarray]:
 
     Raises `InputError` naming a photo that cannot be read.
     """
-    small = cv2.resize(lying(read_photo(path)), (800, 400), interpolation=cv2.INTER_AREA)
+    small = cv2.resize(to_landscape(read_photo(path)), (800, 400), interpolation=cv2.INTER_AREA)
     return photo_facts(small), cv2.resize(small, THUMBNAIL, interpolation=cv2.INTER_AREA)
 
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .core import InputError, Run, atomic, read_json, stage, write_json
 from .data import SCHEMES, Competition, draws_path, read_competition, read_draws, read_folds, read_oof, write_draws, write_oof
-from .targets import CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, make_weighting, per_target_r2_score, reconcile, weighted_r2_score
+from .targets import CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, from_parts, make_weighting, per_target_r2_score, reconcile, weighted_r2_score
 from .validation import compare_predictions, simplex_weights
 
 # %% ../notebooks/51_ensemble.ipynb #7fedbf2f
@@ -146,6 +146,7 @@ class Policy:
     rules: tuple[str, ...] = ()  # such as WA:Dry_Dead_g: that part is zero where the state is sure
     carry: bool = False  # where a rule sets a part to zero, correct the other targets by what their errors share with it
     shrink: bool = False  # pull each target towards its mean
+    rules_last: bool = False  # rules after the balance: the part is zero and the sums are built anew
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,7 @@ class Blend:
     carry: np.ndarray  # (3, 5) grams by which each target is too high when green, clover or dead is a gram too high
     rules: tuple[str, ...] = ()
     threshold: float = 0.75  # of a state's probability
+    rules_last: bool = False  # rules after the balance, as the recipe has them
 
 
 PARTS = (GREEN, CLOVER, DEAD)  # in the order of `balance`: green, clover, dead
@@ -209,7 +211,7 @@ def fit_blend(policy: Policy, members: Members, settings) -> Blend:
         mixed = means + shrink * apart
     weighting = make_weighting(policy.weighting, mixed - members.y)
     carry = fit_carry(mixed - members.y) if policy.carry else np.eye(5)[list(PARTS)]
-    return Blend(models, weights, shrink, means, weighting, carry, policy.rules, settings.state_threshold)
+    return Blend(models, weights, shrink, means, weighting, carry, policy.rules, settings.state_threshold, policy.rules_last)
 
 
 def apply_blend(
@@ -224,9 +226,12 @@ def apply_blend(
     mixed = mix([predictions.get(m, np.full((n, 5), np.nan)) for m in blend.models], blend.weights)
     mixed = blend.means + blend.shrink * (mixed - blend.means)
     zero = known_zero(blend.rules, blend.threshold, states, n)
-    mixed = drop_parts(mixed, zero, blend.carry)
     out, whole = np.full((n, 5), np.nan), np.isfinite(mixed).all(axis=1)
-    out[whole] = reconcile(mixed[whole], blend.weighting, zero[whole])
+    if blend.rules_last:  # dead := 0, total := green + clover; nothing else moves
+        balanced = reconcile(mixed[whole], blend.weighting)
+        out[whole] = from_parts(*np.where(zero[whole], 0, balanced[:, list(PARTS)]).T)
+    else:
+        out[whole] = reconcile(drop_parts(mixed, zero, blend.carry)[whole], blend.weighting, zero[whole])
     return out
 
 # %% ../notebooks/51_ensemble.ipynb #b2e968ef
@@ -259,7 +264,7 @@ def choose_policy(members: Members, settings, seed: int) -> tuple[Policy, list[d
     names = candidate_names(settings.weights, list(members.predictions))
     policy = Policy(names[0], settings.weighting[0])
     if not settings.judge:
-        return replace(policy, rules=settings.rules, shrink=settings.shrink), []
+        return replace(policy, rules=settings.rules, shrink=settings.shrink, rules_last=settings.rules_last), []
     if len(np.unique(members.fold)) < 2:  # nothing was held out from a fit
         return policy, []
     trials = []
@@ -340,7 +345,7 @@ def load_blend(path: str | Path) -> Blend:
     "The blend that `run_ensemble` wrote; raises `InputError` when the file is missing, broken or of another shape."
     raw = read_json(path)
     try:
-        blend = Blend(tuple(raw["models"]), *(np.array(raw[k], float) for k in ("weights", "shrink", "means", "weighting", "carry")), tuple(raw["rules"]), float(raw["threshold"]))
+        blend = Blend(tuple(raw["models"]), *(np.array(raw[k], float) for k in ("weights", "shrink", "means", "weighting", "carry")), tuple(raw["rules"]), float(raw["threshold"]), bool(raw["rules_last"]))
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: is no blend ({e}); run stage ensemble again") from e
     if blend.weights.shape != (len(blend.models), 5) or blend.means.shape != (5,) or blend.weighting.shape != (5, 5) or blend.carry.shape != (3, 5):

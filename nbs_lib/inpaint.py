@@ -10,7 +10,7 @@ __all__ = ['CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'WARM', 'MAYBE', '
            'ink_colours', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'expose',
            'draw_piece', 'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets',
            'reader_loss', 'fit_net', 'fit_finder', 'fit_reader', 'draw_all', 'keep_net', 'inpaint_stamp', 'paint_mask',
-           'clean_photo', 'split_halves', 'tell_scores', 'main']
+           'clean_photo', 'crop_bottom', 'clean_by_colour', 'split_halves', 'tell_scores', 'main']
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
 import argparse
@@ -32,14 +32,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .core import InputError, InpaintSettings, atomic, package_folder
-from .reading import decode_photo, lying, read_bytes, read_photo  # noqa: F401 - who cleans a photo reads it first: also to be had from here
+from .reading import decode_photo, read_bytes, read_photo, to_landscape  # noqa: F401 - who cleans a photo reads it first: also to be had from here
 from .stamps import FIT_FONTS, FIT_GROUNDS, HELD_FONTS, HELD_GROUNDS, burn, composites, draw_confusion, draw_ground, draw_lamps, through_jpeg
 
 # %% ../notebooks/20_inpaint.ipynb #1e07248b
 def orange_rule(photo: np.ndarray) -> np.ndarray:
-    "(H, W) bool: HSV hue 5-25, saturation > 150, value > 150 in OpenCV's units, grown by two pixels; the rule of the public notebooks."
+    "(H, W) bool: HSV hue 5-25, saturation and value >= 150 in OpenCV's units, grown by two pixels; the recipe's rule."
     hsv = cv2.cvtColor(photo, cv2.COLOR_RGB2HSV)
-    mask = cv2.inRange(hsv, (5, 151, 151), (25, 255, 255))
+    mask = cv2.inRange(hsv, (5, 150, 150), (25, 255, 255))
     return cv2.dilate(mask, np.ones((3, 3), np.uint8), iterations=2).view(bool)
 
 # %% ../notebooks/20_inpaint.ipynb #53572129
@@ -614,11 +614,29 @@ def clean_photo(photo: np.ndarray, settings: InpaintSettings, with_mask: bool = 
     "The photo without stamp, in landscape, its bottom cropped; with `with_mask` also what was painted over: (H, W) bool, or None when nothing."
     if not 0 <= settings.crop_bottom <= 0.5:
         raise InputError(f"settings [inpaint] crop_bottom: {settings.crop_bottom} is not in 0 to 0.5")
-    mask = paint_mask(photo, settings.rule)
-    clean = photo if mask is None else inpaint_stamp(photo, mask)
-    clean = lying(clean)
-    clean = clean[: max(1, round(clean.shape[0] * (1 - settings.crop_bottom)))]
+    if settings.rule == "orange":
+        clean, mask = clean_by_colour(photo, settings.crop_bottom)
+    else:
+        mask = paint_mask(photo, settings.rule)
+        clean = crop_bottom(to_landscape(photo if mask is None else inpaint_stamp(photo, mask)), settings.crop_bottom)
     return (clean, mask) if with_mask else clean
+
+
+def crop_bottom(photo: np.ndarray, share: float) -> np.ndarray:
+    "Return the photo (H, W, 3) without the lowest `share` of its rows."
+    return photo[: max(1, round(photo.shape[0] * (1 - share)))]
+
+
+def clean_by_colour(photo: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray | None]:
+    "Crop first, then paint over what the orange rule finds, as the recipe does; the mask (H, W) is of the whole photo."
+    cropped = crop_bottom(to_landscape(photo), share)
+    found = paint_mask(cropped, "orange")
+    if found is None:
+        return cropped, None
+    mask = np.zeros(sorted(photo.shape[:2]), bool)  # in landscape
+    mask[: len(found)] = found
+    turned = photo.shape[0] > photo.shape[1]
+    return inpaint_stamp(cropped, found), np.ascontiguousarray(np.rot90(mask, -1)) if turned else mask
 
 
 def split_halves(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

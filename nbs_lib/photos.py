@@ -403,14 +403,14 @@ def tta_views(pair: np.ndarray) -> list[np.ndarray]:
 
 # %% ../notebooks/21_photos.ipynb #9b85f2a2
 @functools.lru_cache(maxsize=8)
-def _colour(jitter: float):
-    "Albumentations' colour jitter of the strength `jitter`."
+def _colour(jitter: float, hue: float):
+    "Albumentations' colour jitter of strengths `jitter` (brightness, contrast, saturation) and `hue`."
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import albumentations as A
 
-    return A.Compose([A.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=jitter / 4, p=0.5)])
+    return A.Compose([A.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=hue, p=0.5)])
 
 
 def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings) -> np.ndarray:
@@ -422,11 +422,12 @@ def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings
         pair = quarter_turns(pair, int(rng.integers(4)))
     panorama = join(pair)
     if settings.scale_pad > 0 or settings.rotate > 0:
-        panorama = move_camera(panorama, 1 - rng.uniform(0, settings.scale_pad), rng.uniform(-settings.rotate, settings.rotate))
+        scale, degrees = 1 - rng.uniform(0, settings.scale_pad), rng.uniform(-settings.rotate, settings.rotate)
+        panorama = move_camera(panorama, scale, degrees if rng.random() < settings.rotate_chance else 0.0)
     if settings.lamps > 0 and rng.random() < settings.lamps:
         panorama = draw_lamps(panorama, rng)
-    if settings.jitter > 0:
-        change = _colour(settings.jitter)
+    if settings.jitter > 0 or settings.hue > 0:
+        change = _colour(settings.jitter, settings.hue)
         change.set_random_seed(int(rng.integers(2**31)))
         panorama = change(image=np.ascontiguousarray(panorama))["image"]
     if settings.stamps > 0 and rng.random() < settings.stamps:
@@ -434,7 +435,7 @@ def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings
     return split(panorama)
 
 
-BOUNDS = {"rotate": 45, "jitter": 1, "scale_pad": 0.9, "lamps": 1, "stamps": 1}
+BOUNDS = {"rotate": 45, "rotate_chance": 1, "jitter": 1, "hue": 0.5, "scale_pad": 0.9, "lamps": 1, "stamps": 1}
 
 
 def check_augmentation(settings: PhotosSettings) -> None:

@@ -8,12 +8,12 @@ __all__ = ['STAGES', 'PHOTO_STAGES', 'CLONE_NEWNS', 'CLONE_NEWUSER', 'CLONE_NEWN
            'LANDLOCK_ADD', 'LANDLOCK_RESTRICT', 'LANDLOCK_VERSION', 'PR_SET_NO_NEW_PRIVS', 'CHANGES', 'CHANGES_A_FILE',
            'PACKAGES', 'BARE', 'choose_stages', 'enter_namespaces', 'raise_loopback', 'mount_read_only', 'build_walls',
            'may_build', 'guard_sockets', 'guard_folder', 'guard_environment', 'forbid_changes', 'may_forbid', 'Sandbox',
-           'choose_sandbox', 'enter_sandbox', 'is_run_cell', 'papermill_engine', 'notebook_path', 'execute_stage',
-           'die_with_parent', 'keep_last_words', 'last_cell', 'tree', 'rss_gb', 'pss_gb', 'Memory', 'LimitPassed',
-           'Limits', 'folder_gb', 'end_all', 'nobody_left', 'adopt_orphans', 'check_limits', 'watch', 'keep_notebook',
-           'run_stage', 'snapshot', 'tell_changes', 'versions', 'describe_run', 'alone_in', 'run_chain',
-           'tell_unfinished', 'tell_left', 'tell_limits', 'find_input', 'open_here', 'make_call', 'parse_call',
-           'shorten', 'run_call', 'try_report', 'print_scores', 'main', 'bench_run']
+           'choose_sandbox', 'enter_sandbox', 'is_run_cell', 'papermill_engine', 'own_kernel_manager', 'notebook_path',
+           'execute_stage', 'die_with_parent', 'keep_last_words', 'last_cell', 'tree', 'rss_gb', 'pss_gb', 'Memory',
+           'LimitPassed', 'Limits', 'folder_gb', 'end_all', 'nobody_left', 'adopt_orphans', 'check_limits', 'watch',
+           'keep_notebook', 'run_stage', 'snapshot', 'tell_changes', 'versions', 'describe_run', 'alone_in',
+           'run_chain', 'tell_unfinished', 'tell_left', 'tell_limits', 'find_input', 'open_here', 'make_call',
+           'parse_call', 'shorten', 'run_call', 'try_report', 'print_scores', 'main', 'bench_run']
 
 # %% ../notebooks/90_run.ipynb #2a221625
 import argparse
@@ -301,6 +301,21 @@ def papermill_engine(place: Path):
     return RunCells
 
 
+def own_kernel_manager() -> type:
+    """Return a kernel manager class for nbclient and papermill whose kernel is this interpreter.
+
+    Kernelspecs in $JUPYTER_PATH or in the user's folders may start another Python, without the library.
+    """
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class OwnKernelManager(AsyncKernelManager):
+        def _kernel_spec_manager_default(self) -> KernelSpecManager:
+            return KernelSpecManager(kernel_dirs=[])  # no spec is found: ipykernel's own starts sys.executable
+
+    return OwnKernelManager
+
+
 def notebook_path(name: str) -> Path:
     "The notebook of stage `name`: in $NBS_NOTEBOOKS when that is set, else the one that travels with the library."
     folder = os.environ.get("NBS_NOTEBOOKS")
@@ -319,8 +334,12 @@ def execute_stage(name: str, call: dict, sandbox: Sandbox, place: Path) -> dict:
 
     papermill_engines.register("run-cells", papermill_engine(place))
     try:
-        papermill.execute_notebook(notebook_path(name), place / "notebook.ipynb", parameters=call, engine_name="run-cells", request_save_on_cell_execute=False, progress_bar=False,
-                                   stdout_file=sys.stdout, stderr_file=sys.stderr, kernel_name="python3", cwd=os.getcwd(), extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
+        papermill.execute_notebook(
+            notebook_path(name), place / "notebook.ipynb", parameters=call, engine_name="run-cells",
+            request_save_on_cell_execute=False, progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr,
+            kernel_name="python3", kernel_manager_class=own_kernel_manager(), cwd=os.getcwd(),
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+        )
     except PapermillExecutionError as e:
         return {"ename": e.ename, "evalue": e.evalue, "cell": e.exec_count}
     except DeadKernelError:

@@ -9,13 +9,13 @@ __all__ = ['BAD_STEPS', 'SKIPPED_STEPS', 'MIXED', 'SURE', 'SELECT', 'FUSION_NAME
            'save_state', 'load_state', 'Stopwatch', 'Fit', 'weighed', 'train_step', 'Progress', 'accelerator',
            'take_step', 'run_epoch', 'keep_state', 'keep_end', 'go_on', 'train', 'cut_short', 'split_groups',
            'gain_by_group', 'set_start', 'honest_answers', 'score_epoch', 'checked', 'try_inside', 'FoldData',
-           'check_settings', 'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'ConcatStore',
-           'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_rounds', 'pseudo_round', 'fold_path', 'load_fold',
-           'open_stores', 'cache_folder', 'load_fold_data', 'digest', 'finished', 'weights_key', 'fold_key',
-           'backbone_path', 'run_fold', 'probe_alone', 'score_scheme', 'remove_stale_artefacts', 'run_train_dinov3',
-           'is_probe', 'describe_model', 'score_draws', 'is_first', 'gpus', 'unfinished', 'end_on', 'train_some',
-           'train_folds_parallel', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'map_inputs', 'predict_maps',
-           'density_maps', 'write_maps', 'show_train', 'main']
+           'check_settings', 'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'split_selection',
+           'refit_on_all', 'ConcatStore', 'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_rounds', 'pseudo_round',
+           'fold_path', 'load_fold', 'open_stores', 'cache_folder', 'load_fold_data', 'digest', 'finished',
+           'weights_key', 'fold_key', 'backbone_path', 'run_fold', 'predict_held_out', 'probe_alone', 'score_scheme',
+           'remove_stale_artefacts', 'run_train_dinov3', 'is_probe', 'describe_model', 'score_draws', 'is_first',
+           'gpus', 'unfinished', 'end_on', 'train_some', 'train_folds_parallel', 'environment', 'out_of_fold', 'ablate',
+           'sum_up', 'map_inputs', 'predict_maps', 'density_maps', 'write_maps', 'show_train', 'main']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -124,11 +124,15 @@ def halve_frozen(net: BiomassNet, dtype: torch.dtype) -> None:
             layer.to(dtype)
 
 # %% ../notebooks/32_train_dinov3.ipynb #b67df9a2
-def schedule(step: int, total: int, warmup: int) -> float:
-    "Factor on the learning rates at optimiser step `step` of `total`: linear over `warmup` steps, then a cosine to zero."
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+def schedule(step: int, total: int, warmup: int, release: int = 0) -> float:
+    """Return the factor on the learning rates at optimiser step `step` of `total`: a linear warm-up, then a cosine to zero.
+
+    At step `release`, where the backbone is no longer frozen, the warm-up starts again, as in the recipe.
+    """
+    start = release if step >= release else 0
+    if step - start < warmup:
+        return (step - start + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - start - warmup) / max(1, total - start - warmup)))
 
 # %% ../notebooks/32_train_dinov3.ipynb #17797af7
 class EMA:
@@ -428,7 +432,7 @@ def run_epoch(model: nn.Module, p: Progress, fit: Fit, rates: list[float]) -> No
     p.net.train()
     p.net.backbone_frozen = p.epoch < s.freeze_epochs
     while p.step < len(plan) and not p.stopped:
-        factor = schedule(p.epoch * len(plan) + p.step, fit.epochs * len(plan), s.warmup * len(plan))
+        factor = schedule(p.epoch * len(plan) + p.step, fit.epochs * len(plan), s.warmup * len(plan), s.freeze_epochs * len(plan))
         for g, rate in zip(p.optimiser.param_groups, rates, strict=True):
             g["lr"] = rate * factor
         take_step(model, p, fit, plan[p.step])
@@ -676,12 +680,14 @@ def fit_fold(m: FoldData, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
     "The network of one fold, trained on photographs `index`; and notes: penalty, verdict, history."
     device = device or pick_device()
     index = index if m.weights is None else index[m.weights[index] > 0]  # a photograph without weight is left out altogether
-    net, base, notes = begin(m, s, index, seed, device)
+    trains = s.epochs > 0 and s.head != "none"
+    inside, asked = split_selection(m, s, index, out, seed) if trains else (index, None)
+    net, base, notes = begin(m, s, inside, seed, device)
     data = CachedFeatures(m.features["id"]) if s.unfreeze == 0 else ImageBatches(m.store, net.config, m.augmentation)
     aux = aux_targets(m.y, m.meta, index) if net.config.aux else None
     clock = Stopwatch(s.budget_minutes, state and state.with_suffix(".clock.json"), key)
-    fit = Fit(data, m.y, index, s, seed, s.epochs, base=base, aux=aux, state=state, key=key, device=device, names=m.names, weights=m.weights, clock=clock)
-    if net.config.head == "none" or s.epochs == 0:
+    fit = Fit(data, m.y, inside, s, seed, s.epochs, base=base, aux=aux, state=state, key=key, device=device, names=m.names, weights=m.weights, clock=clock)
+    if not trains:
         return net, notes
     if s.select == "inner":
         notes["verdict"] = try_inside(lambda: fresh(m, True), fit, m.groups, m.features["id"].pooled.numpy(), m.features, warn)
@@ -689,16 +695,38 @@ def fit_fold(m: FoldData, s: TrainDinov3Settings, index: np.ndarray, out: np.nda
         if not notes["verdict"]["keep"]:
             net.drop_head()
             return net, notes
-    elif s.select != "last":
-        inside, held_out = split_groups(m.groups[index], s.inner_folds, seed)[0]
-        asked = out if s.select == "outer" else index[held_out]
-        fit.index = index if s.select == "outer" else index[inside]
+    elif asked is not None:
         features = m.features if s.unfreeze == 0 else None
         fit.watch = lambda epoch, n: score_epoch(m.y[asked], predict(n, m.store, batch=s.batch, device=device, index=asked, features=features), epoch, warn)
     notes["history"] = train(net, fit, warn)
     if s.pseudo_rounds:
-        net, notes["rounds"] = pseudo_rounds(m, fit, net, index, unlabelled(m, s, index, out), warn)
+        net, notes["rounds"] = pseudo_rounds(m, fit, net, inside, unlabelled(m, s, index, out), warn)
+    elif s.select == "holdout" and s.refit:
+        net, notes["refit"] = refit_on_all(m, fit, net, index, notes["history"], warn)
     return net, notes
+
+
+def split_selection(m: FoldData, s: TrainDinov3Settings, index: np.ndarray, out: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
+    "Return the photographs that are trained on, and those that choose the epoch (None: nobody)."
+    if s.select == "outer":
+        return index, out
+    if s.select != "holdout":
+        return index, None
+    inside, held_out = split_groups(m.groups[index], s.inner_folds, seed)[0]
+    return index[inside], index[held_out]
+
+
+def refit_on_all(m: FoldData, fit: Fit, net: BiomassNet, index: np.ndarray, history: list[dict], warn: Callable = print) -> tuple[BiomassNet, list[dict]]:
+    "Train anew on all photographs `index` for the epochs that the holdout chose, if the time budget allows; else return `net`."
+    s, epochs = fit.settings, 1 + max(range(len(history)), key=lambda e: -math.inf if history[e]["score"] is None else history[e]["score"])
+    needed = epochs * history[-1]["seconds"] / len(history) * len(index) / len(fit.index)
+    if 0 < 60 * s.budget_minutes < fit.clock.seconds() + needed:
+        warn(f"train_dinov3.budget_minutes: no time to train on the {len(index) - len(fit.index)} photos that chose the epoch; they are left out")
+        return net, []
+    again, base, _ = begin(m, s, index, fit.seed, fit.device)
+    state = fit.state and fit.state.with_name(f"{fit.state.stem}_refit.pt")
+    own = train(again, dataclasses.replace(fit, index=index, base=base, stop=epochs, watch=None, state=state, key=f"{fit.key} refit"), warn)
+    return (net, []) if cut_short(own) else (again, own)
 
 # %% ../notebooks/32_train_dinov3.ipynb #0b59b0e6
 class ConcatStore:
@@ -830,10 +858,10 @@ def digest(*things) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def finished(path: Path, key: str) -> np.ndarray | None:
-    "The held-out predictions of a fold that was finished under `key`, else None."
+def finished(path: Path, key: str) -> dict | None:
+    "Return what stands beside a fold that was finished under `key`, else None."
     meta = read_json(path.with_suffix(".json")) if path.is_file() and path.with_suffix(".json").is_file() else {}
-    return np.array(meta["held_out"]) if meta.get("key") == key else None
+    return meta if meta.get("key") == key else None
 
 
 def weights_key(weights: str) -> str:
@@ -845,8 +873,9 @@ def weights_key(weights: str) -> str:
 def fold_key(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int) -> str:
     "All that the result of fold `k` depends on, in a word."
     s = run.settings.train_dinov3
-    s = dataclasses.replace(s, parallel_folds=1, maps=0, weights=weights_key(s.weights))
-    return digest(s, run.settings.photos, run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys())
+    told = {"parallel_folds": 1, "maps": 0, "views": (), "patience": 0, "save_minutes": 0.0, "schemes": (), "checkpointing": False}
+    s = dataclasses.replace(s, **told, weights=weights_key(s.weights))  # `told` changes no weight of a training that has ended
+    return digest(s, dataclasses.replace(run.settings.photos, workers=0), run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys())
 
 
 def backbone_path(run: Run) -> Path | None:
@@ -864,20 +893,30 @@ def run_fold(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int
     key = fold_key(run, m, ids, numbers, k)
     out, index = np.flatnonzero(numbers == k), np.flatnonzero(numbers != k)
     run.wrote(path)
-    if (done := finished(path, key)) is not None:
-        return done, read_json(path.with_suffix(".json"))["notes"]
+    if (meta := finished(path, key)) is not None:
+        if meta["views"] != list(s.views):  # other views need no other training
+            net, notes = load_model(path), meta["notes"]
+            meta |= {"views": list(s.views), "held_out": predict_held_out(m, s, net, notes, ids, out, f"fold {k} ({scheme})").tolist()}
+            write_json(path.with_suffix(".json"), meta)
+        return np.array(meta["held_out"]), meta["notes"]
     state = run.art("dinov3", "state", path.stem + ".pt")
     start = time.monotonic()
     net, notes = fit_fold(m, s, index, out, seed, state, key, warn=run.warn)
     notes["seconds"] = round(time.monotonic() - start, 1)
-    features = m.features if s.unfreeze == 0 else None
-    held_out = checked(predict(net, m.store, s.views, s.batch, index=out, features=features), ids[out], f"fold {k} ({scheme})")
-    if "history" in notes and m.features is not None and s.unfreeze == 0 and s.probe:
-        notes["probe alone"] = predict(probe_alone(net), m.store, s.views, s.batch, index=out, features=features).tolist()
+    held_out = predict_held_out(m, s, net, notes, ids, out, f"fold {k} ({scheme})")
     save_model(net, path, backbone_path(run), **run.provenance, key=key, scheme=scheme, fold=k, views=s.views, notes=notes, held_out=held_out.tolist())
-    for leftover in itertools.chain(state.parent.glob(path.stem + ".*"), state.parent.glob(path.stem + "_round*")):
+    for leftover in itertools.chain(*(state.parent.glob(path.stem + form) for form in (".*", "_round*", "_refit*"))):
         leftover.unlink(missing_ok=True)  # several processes tidy up together
     return held_out, notes
+
+
+def predict_held_out(m: FoldData, s: TrainDinov3Settings, net: BiomassNet, notes: dict, ids: np.ndarray, out: np.ndarray, what: str) -> np.ndarray:
+    "Return predictions (m, 5) of the held-out photographs `out`; into `notes` those of the probe alone, where a head stands on it."
+    features = m.features if s.unfreeze == 0 else None
+    held_out = checked(predict(net, m.store, s.views, s.batch, index=out, features=features), ids[out], what)
+    if "history" in notes and features is not None and s.probe:
+        notes["probe alone"] = predict(probe_alone(net), m.store, s.views, s.batch, index=out, features=features).tolist()
+    return held_out
 
 
 def probe_alone(net: BiomassNet) -> BiomassNet:

@@ -14,6 +14,7 @@ import nbformat
 from nbclient import NotebookClient
 
 import nbs_lib  # noqa: F401 - it tells torch's threads how to wait, and the kernels inherit it: a lesson may load torch first
+from nbs_lib.run import own_kernel_manager
 
 HERE = Path(__file__).resolve().parent.parent / "notebooks"
 RUN = re.compile(r"^#\|\s*run\s*$", re.M)
@@ -33,7 +34,8 @@ def execute(path: Path, timeout: int = 300) -> nbformat.NotebookNode:
     nb.cells = [c for c in whole if c.cell_type != "code" or not RUN.search(c.source)]
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as home:  # lessons that write files write them here
-        NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": home}}).execute()
+        NotebookClient(nb, timeout=timeout, kernel_name="python3", kernel_manager_class=own_kernel_manager(),
+                       resources={"metadata": {"path": home}}).execute()
     nb.cells = whole
     return nb
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nbs_lib.model import ModelConfig, build_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -33,7 +34,6 @@ from nbs_lib.fusion import (
     to_map,
     to_tokens,
 )
-from nbs_lib.model import ModelConfig, build_model
 
 NAMES = ("gated_conv", "film", "attention", "mamba", "none")
 ALL_EXTRAS = ("D", "z", "delta_bias", "softplus")

@@ -1,4 +1,4 @@
-"""What goes to Kaggle: metadata, wheels, mounts, a rehearsed push, and the chain in a false Kaggle root."""
+"""What goes to Kaggle: metadata, notebooks, wheels, mounts, and the chain in a made-up Kaggle root; see test_push for the sending."""
 import contextlib
 import hashlib
 import io
@@ -8,8 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -17,7 +17,6 @@ from conftest import ROOT
 from nbs_lib import kaggle
 from nbs_lib.core import InputError, load_settings, mount_candidates, resolve_mount
 from nbs_lib.demo import write_demo
-from nbs_lib.ledger import add_entry, read_ledger
 from nbs_lib.run import STAGES
 
 SETTINGS = load_settings("kaggle", path=ROOT / "settings.ini")
@@ -28,13 +27,28 @@ NEW, OLD = 0, 1  # layouts of mounts
 
 
 def test_metadata_is_what_the_settings_say():
-    assert kaggle.stale_metadata(SETTINGS, ROOT / "datasets-metadata") == [], "python -m nbs_lib.kaggle metadata --write, and commit"
+    stale = kaggle.update_metadata(SETTINGS, ROOT / "datasets-metadata")
+    assert stale == [], "python -m nbs_lib.kaggle metadata --write, and commit"
 
 
-@pytest.mark.parametrize("name", kaggle.KERNELS)
+def test_metadata_that_differs_is_listed_and_written(tmp_path):
+    names = kaggle.update_metadata(SETTINGS, tmp_path)
+    assert len(names) == len(kaggle.KAGGLE_DATASETS) + len(kaggle.KAGGLE_KERNELS) and not list(tmp_path.iterdir())
+    assert kaggle.update_metadata(SETTINGS, tmp_path, write=True) == names and kaggle.update_metadata(SETTINGS, tmp_path) == []
+    (tmp_path / "old.json").write_text("{}")
+    (tmp_path / "wheels/dataset-metadata.json").write_text("{}")
+    assert kaggle.update_metadata(SETTINGS, tmp_path) == ["old.json", "wheels/dataset-metadata.json"]
+
+
+def dry_run(folder: Path) -> dict:
+    method = "kernels_push" if (folder / "kernel-metadata.json").is_file() else "dataset_create_new"
+    return kaggle.dry_run(SETTINGS.kaggle.username, method, str(folder))
+
+
+@pytest.mark.parametrize("name", kaggle.KAGGLE_KERNELS)
 def test_the_client_takes_every_kernel(name, tmp_path):
-    files = kaggle.stage_kernel(kaggle.KERNELS[name], SETTINGS, tmp_path / name, kaggle.ON_KAGGLE)
-    request = kaggle.rehearse(tmp_path / name)
+    files = kaggle.stage_kernel(kaggle.KAGGLE_KERNELS[name], SETTINGS, tmp_path / name, kaggle.KAGGLE_PARAMETERS)
+    request = dry_run(tmp_path / name)
     notebook = json.loads(request["text"])
     assert request["enableInternet"] is False and request["isPrivate"] is True
     assert request["competitionDataSources"] == ["csiro-biomass"]
@@ -42,58 +56,62 @@ def test_the_client_takes_every_kernel(name, tmp_path):
     assert files[0][1] < 50_000
 
 
-@pytest.mark.parametrize("name", kaggle.DATASETS)
+@pytest.mark.parametrize("name", kaggle.KAGGLE_DATASETS)
 def test_the_client_takes_every_dataset(name, tmp_path):
-    dataset, source = kaggle.DATASETS[name], tmp_path / "source"
-    file = source / dataset.sentinel(SETTINGS).replace("*", "0")
+    dataset, source = kaggle.KAGGLE_DATASETS[name], tmp_path / "source"
+    file = source / (dataset.sentinel or "weights.pth").replace("*", "0")
     file.parent.mkdir(parents=True)
     file.write_text("something")
     (source / "photos").mkdir()
     (source / "photos" / "halves.npy").write_text("big")
     sent = {n for n, _ in kaggle.stage_dataset(dataset, SETTINGS, tmp_path / name, source)}
-    request = kaggle.rehearse(tmp_path / name)
-    assert request["licenseName"] in kaggle.LICENCES and request["slug"] == dataset.slug(SETTINGS)
+    request = dry_run(tmp_path / name)
+    assert request["licenseName"] == dataset.licence and dataset.ref(SETTINGS).endswith(f"/{request['slug']}")
     assert sent == {str(file.relative_to(source))} | (set() if name == "trained-models" else {"photos/halves.npy"})
 
 
-@pytest.mark.parametrize("change, told", [
+@pytest.mark.parametrize("change, words", [
     ({"title": "Ab"}, "at least five characters"),
     ({"title": "Another name altogether"}, "does not resolve"),
     ({"language": "cobol"}, "valid language"),
     ({"code_file": "nowhere.ipynb"}, "Source file not found"),
     ({"dataset_sources": ["no-owner"]}, "username"),
+    ({"dataset_sources": ["owner/slug/versions/3"]}, "Invalid dataset specification"),  # so versions are owner/slug/3
     ({"model_sources": ["a/b/c/d/first"]}, "integer"),
 ])
-def test_what_the_client_refuses_is_told_in_one_line(change, told, tmp_path):
-    kaggle.stage_kernel(kaggle.KERNELS["eda"], SETTINGS, tmp_path, kaggle.ON_KAGGLE)
+def test_what_the_client_refuses_is_one_line(change, words, tmp_path):
+    kaggle.stage_kernel(kaggle.KAGGLE_KERNELS["eda"], SETTINGS, tmp_path, kaggle.KAGGLE_PARAMETERS)
     path = tmp_path / "kernel-metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(InputError, match=told):
-        kaggle.rehearse(tmp_path)
+    with pytest.raises(InputError, match=words):
+        dry_run(tmp_path)
 
 
-@pytest.mark.parametrize("override, told", [
-    ("kaggle.wheels_dataset=wheels of mine", "wants owner/slug"),
-    ("kaggle.wheels_dataset=whl", "6 to 50"),
-    ("kaggle.kernel_prefix=My_Kernels", "wants owner/slug"),
+@pytest.mark.parametrize("override, words", [
+    ("kaggle.wheels_dataset=wheels of mine", "no owner/slug"),
+    ("kaggle.wheels_dataset=whl", "no owner/slug"),
+    ("kaggle.wheels_dataset=w" + 50 * "x", "no owner/slug"),
+    ("kaggle.kernel_prefix=My_Kernels", "no owner/slug"),
+    ("kaggle.wheels_dataset=image2biomass-nbs-lib", "used twice"),
     ("kaggle.trained=disk", "kernels or dataset"),
 ])
-def test_settings_that_kaggle_would_refuse(override, told):
-    with pytest.raises(InputError, match=told):
+def test_settings_that_kaggle_would_refuse(override, words):
+    with pytest.raises(InputError, match=words):
         kaggle.metadata_files(load_settings("kaggle", overrides=[override]))
 
 
 def test_the_submission_takes_its_models_from_kernels_or_from_the_dataset():
     other = load_settings("kaggle", overrides=["kaggle.trained=dataset"])
-    first, second = (kaggle.kernel_metadata(kaggle.KERNELS["submit"], s) for s in (SETTINGS, other))
+    first, second = (kaggle.KAGGLE_KERNELS["submit"].metadata(s) for s in (SETTINGS, other))
     assert first["kernel_sources"] and not second["kernel_sources"]
-    assert [d for d in second["dataset_sources"] if d not in first["dataset_sources"]] == [f"{SETTINGS.kaggle.username}/{SETTINGS.kaggle.models_dataset}"]
+    added = [d for d in second["dataset_sources"] if d not in first["dataset_sources"]]
+    assert added == [kaggle.KAGGLE_DATASETS["trained-models"].ref(SETTINGS)]
 
 
 def test_kernels_run_every_stage_in_order():
-    alone = [n for name in ("eda", "train", "features", "submit") for n in kaggle.KERNELS[name].notebooks]
+    alone = [n for name in ("eda", "train", "features", "submit") for n in kaggle.KAGGLE_KERNELS[name].notebooks]
     assert sorted(set(alone)) == sorted(STAGES.values())
-    for kernel in kaggle.KERNELS.values():
+    for kernel in kaggle.KAGGLE_KERNELS.values():
         assert list(kernel.notebooks) == sorted(kernel.notebooks)
 
 
@@ -119,64 +137,60 @@ def nobody(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_push_is_rehearsed_without_credentials_and_sends_nothing(nobody, monkeypatch):
-    monkeypatch.setattr(kaggle, "send_folder", lambda *a: pytest.fail("sent"))
-    code, told, _ = call("push", "submit")
-    assert code == 0 and "enableInternet: False" in told and "nothing was sent" in told
+def test_a_dry_run_needs_no_credentials_and_sends_nothing(nobody, monkeypatch):
+    monkeypatch.setattr(kaggle, "sign_in", lambda *a: pytest.fail("signed in"))
+    code, out, _ = call("push", "submit")
+    assert code == 0 and "enableInternet: False" in out and "nothing was sent" in out
     assert {p.name for p in (nobody / "build/kaggle/submit").iterdir()} == {"kernel-metadata.json", "submit.ipynb"}
 
 
-@pytest.mark.parametrize("argv, told", [
+@pytest.mark.parametrize("argv, words", [
     (["push", "hay"], "no such dataset or kernel"),
     (["push", "siglip-weights", "--source", "nowhere"], "preprocessor_config.json"),
-    (["push", "eda", "--send"], "your-kaggle-name"),
-    (["--set", "kaggle.username=ann", "push", "eda", "--send"], "no Kaggle credentials"),
-    (["--set", "kaggle.username=ann", "submit", "--version", "2", "--send"], "no Kaggle credentials"),
+    (["push", "dinov3-weights", "--source", "nowhere"], "no .safetensors"),
+    (["push", "eda", "--send"], "no Kaggle credentials"),
+    (["submit", "--version", "2", "--send"], "no Kaggle credentials"),
+    (["data"], "no Kaggle credentials"),
     (["submit"], "VERSION"),
     (["--profile", "moon", "metadata"], "moon"),
     (["metadata"], "metadata --write"),
+    (["weights", "no_backbone_of_timm"], "owner/repository"),
 ])
-def test_what_is_missing_is_told_in_one_line(argv, told, nobody):
+def test_what_is_missing_is_one_line(argv, words, nobody):
     code, _, error = call(*argv)
-    assert code == 2 and told in error and len(error.splitlines()) == 1
+    assert code == 2 and words in error and len(error.splitlines()) == 1
 
 
-def test_a_submission_that_was_sent_becomes_a_line_of_the_ledger(nobody, monkeypatch, capsys):
-    sent, run = [], nobody / "run"
-    run.mkdir()
-    with pytest.raises(InputError, match="no ledger.jsonl"):
-        kaggle.submit(3, "", SETTINGS, run=run)
-    entry = add_entry(run / "ledger.jsonl", {"file": "submission.csv"})
-    open_client = kaggle.open_client
-
-    class Client:
-        def competition_submit_code(self, **call):
-            sent.append(call)
-            return SimpleNamespace(message="taken", ref=77)
-
-    monkeypatch.setattr(kaggle, "open_client", lambda owner="": open_client(owner) if owner else Client())
-    kaggle.submit(3, "", SETTINGS, run=run, ledger=nobody / "book.jsonl")
-    assert not sent and not (nobody / "book.jsonl").exists()
-    kaggle.submit(3, "the first", SETTINGS, send=True, run=run, ledger=nobody / "book.jsonl")
-    line = read_ledger(nobody / "book.jsonl").entries[entry]
-    assert len(sent) == 1 and line.get("message") == "the first" and line.get("reference") == "77" and line.get("kernel").endswith("image2biomass-submit/3")
-
-
-@pytest.mark.parametrize("name", ["kaggle", "kagglehub"])
-def test_a_client_that_is_not_installed_is_told(name, nobody, monkeypatch):
+def test_a_client_that_is_not_installed_is_one_line(nobody, monkeypatch):
     find = kaggle.importlib.util.find_spec
-    monkeypatch.setattr(kaggle.importlib.util, "find_spec", lambda n: None if n == name else find(n))
-    code, _, error = call(*(["push", "eda"] if name == "kaggle" else ["data"]))
-    assert code == 2 and f"{name}" in error and "pip install" in error
+    monkeypatch.setattr(kaggle.importlib.util, "find_spec", lambda n: None if n == "kaggle" else find(n))
+    code, _, error = call("push", "eda")
+    assert code == 2 and "pip install" in error
+
+
+@pytest.mark.parametrize("name, content, words", [("wheelhouse.lock", "", "empty or missing"), ("wheelhouse.lock", "x", "0 GB, and Kaggle takes 0")])
+def test_what_kaggle_would_not_take_is_refused(name, content, words, nobody, monkeypatch):
+    monkeypatch.setattr(kaggle, "MAX_DATASET_GB", 0)
+    (nobody / "source").mkdir()
+    (nobody / "source" / name).write_text(content)
+    assert words in call("push", "wheels", "--source", "source")[2]
+
+
+def test_a_link_that_leads_nowhere_is_refused(nobody):
+    (nobody / "source").mkdir()
+    (nobody / "source/wheelhouse.lock").write_text("x")
+    (nobody / "source/a.whl").symlink_to(nobody / "gone.whl")
+    code, _, error = call("push", "wheels", "--source", "source")
+    assert code == 2 and "a.whl: empty or missing" in error
 
 
 # Wheels
 
 
 def test_the_lock_holds_what_the_image_lacks():
-    lock = (ROOT / "datasets-metadata/wheels/wheelhouse.lock").read_text().splitlines()
+    lock = (ROOT / kaggle.LOCK).read_text().splitlines()
     assert all(re.fullmatch(r"[\w.]+==[\w.]+ --hash=sha256:[0-9a-f]{64}", line) for line in lock)
-    assert sorted(map(kaggle.package, lock)) == sorted(map(kaggle.package, kaggle.image_lacks(ROOT)))
+    assert sorted(map(kaggle.package_name, lock)) == sorted(map(kaggle.package_name, kaggle.missing_in_image(ROOT)))
 
 
 def test_a_wheel_that_changed_is_refused(tmp_path):
@@ -185,13 +199,73 @@ def test_a_wheel_that_changed_is_refused(tmp_path):
     lock = tmp_path / "wheelhouse.lock"
     lock.write_text(f"small==1.0 --hash=sha256:{'0' * 64}\n")
     with pytest.raises(InputError, match="pip download failed.*"):
-        kaggle.pip("download", *kaggle.ENOUGH, "--no-index", "--find-links", str(tmp_path), "--dest", str(tmp_path / "to"), "--require-hashes", "-r", str(lock))
+        kaggle.run_pip("download", *kaggle.KAGGLE_WHEELS, "--no-index", "--find-links", str(tmp_path), "--dest", str(tmp_path / "to"), "--require-hashes", "-r", str(lock))
 
 
 def test_the_test_environment_pins_only_what_the_image_has():
-    lines = [line for line in (ROOT / "constraints-kaggle.txt").read_text().splitlines() if kaggle.package(line)]
-    wanted = {kaggle.package(w) for w in kaggle.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
-    assert {kaggle.package(line) for line in lines} <= wanted
+    lines = [line for line in (ROOT / "constraints-kaggle.txt").read_text().splitlines() if kaggle.package_name(line)]
+    wanted = {kaggle.package_name(w) for w in kaggle.tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]}
+    assert {kaggle.package_name(line) for line in lines} <= wanted
+
+
+CUDA = "mamba_ssm-2.3.2+cu12torch2.10cxx11abiTRUE-cp312-cp312-linux_x86_64.whl"
+
+
+@pytest.mark.parametrize("name", [
+    CUDA, "a-1-py3-none-any.whl", "a-1-py2.py3-none-any.whl", "a-1-cp312-cp312-manylinux_2_28_x86_64.whl", "a-1-cp39-abi3-manylinux2014_x86_64.whl",
+    "a-1-cp312-cp312-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", "a-1-py3-none-linux_x86_64.whl", "a-1+local-py3-none-any.whl"])
+def test_a_wheel_that_fits_the_image_is_taken(name):
+    kaggle.check_wheel(Path(name), "2.10")
+
+
+@pytest.mark.parametrize("name, words", [
+    (CUDA.replace("torch2.10", "torch2.9"), "built for torch2.9; Kaggle needs torch2.10"), (CUDA.replace("cu12", "cu11"), "Kaggle needs cu12"),
+    (CUDA.replace("TRUE", "FALSE"), "Kaggle needs abitrue"), (CUDA.replace("cp312", "cp313"), "cp313-cp313-linux_x86_64; Kaggle needs cp312"),
+    (CUDA.replace("x86_64", "aarch64"), "aarch64"), ("a-1-cp312-cp312-manylinux_2_39_x86_64.whl", "manylinux_2_39"),
+    ("a-1-cp312-cp312-win_amd64.whl", "win_amd64"), ("a-1.tar.gz", "not a wheel"), ("mamba.whl", "not a wheel")])
+def test_a_wheel_that_does_not_fit_is_refused(name, words):
+    with pytest.raises(InputError, match="extra/.*" + re.escape(words)):
+        kaggle.check_wheel(Path("extra", name), "2.10")
+
+
+def write_wheel(folder: Path, name: str) -> Path:
+    "A wheel with one module, of the name `name`."
+    folder.mkdir(parents=True, exist_ok=True)
+    distribution, version = name.split("-")[:2]
+    info = f"{distribution}-{version}.dist-info"
+    with zipfile.ZipFile(folder / name, "w") as wheel:
+        wheel.writestr(f"{distribution}.py", f"version = '{version}'\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    return folder / name
+
+
+@pytest.mark.parametrize("relock", [False, True])
+def test_extra_wheels_are_in_the_lock_of_the_dataset_alone(relock, tmp_path, monkeypatch):
+    for name in (kaggle.LOCK, "constraints-kaggle.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    house = tmp_path / "wheelhouse"
+    for name in ("extra_one-1.0+cu12torch2.10-py3-none-any.whl", "peft-9.9-py3-none-any.whl", ".DS_Store"):
+        write_wheel(house / "extra", name) if name.endswith("whl") else (house / "extra" / name).write_text("")
+
+    def run_pip(command, *words):  # the registry's wheels
+        to = Path(words[words.index("--dest") + 1])
+        for name in ("accelerate-1.0-py3-none-any.whl", "peft-1.0-py3-none-any.whl"):
+            write_wheel(to, name)
+
+    monkeypatch.setattr(kaggle, "run_pip", run_pip)
+    monkeypatch.setattr(kaggle, "build_library", lambda checkout, to: write_wheel(to, "nbs_lib-0-py3-none-any.whl"))
+    kaggle.build_wheelhouse(tmp_path, house, relock)
+    lines = [line.split(" ")[0] for line in (house / "wheels/wheelhouse.lock").read_text().splitlines()]
+    assert lines == ["accelerate==1.0", "extra_one==1.0+cu12torch2.10", "peft==9.9"]
+    assert sorted(p.name for p in (house / "wheels").glob("*.whl")) == sorted(
+        ["accelerate-1.0-py3-none-any.whl", "extra_one-1.0+cu12torch2.10-py3-none-any.whl", "peft-9.9-py3-none-any.whl"])
+    assert ("accelerate==1.0 " in (tmp_path / kaggle.LOCK).read_text()) == relock and "extra" not in (tmp_path / kaggle.LOCK).read_text()
+    write_wheel(house / "extra", "bad-1-cp313-cp313-linux_x86_64.whl")
+    with pytest.raises(InputError, match="bad-1-cp313"):
+        kaggle.build_wheelhouse(tmp_path, house, relock)
 
 
 # Mounts
@@ -226,7 +300,7 @@ def test_a_variable_wins_over_mounts(tmp_path, monkeypatch):
     assert resolve_mount("competitions", "csiro-biomass", "train.csv", tmp_path, env="NBS_INPUT") == tmp_path / "here"
 
 
-def test_artefacts_are_taken_once_and_never_written_through(tmp_path):
+def test_artefacts_are_linked_once_and_never_written_through(tmp_path):
     first, second = tmp_path / "input/datasets/ann/models", tmp_path / "input/notebooks/ann/train/artefacts"
     for folder, text in ((first, "first"), (second, "second")):
         for name in ("stages/train_dinov3.json", "dinov3/fold0.safetensors", "photos/halves.npy"):
@@ -234,13 +308,13 @@ def test_artefacts_are_taken_once_and_never_written_through(tmp_path):
             (folder / name).write_text(text)
     (second / "dinov3/fold1.safetensors").write_text("second")
     out = tmp_path / "working"
-    assert list(kaggle.take_artefacts(out, tmp_path / "input").values()) == [2, 1]
+    assert list(kaggle.link_artefacts(out, tmp_path / "input").values()) == [2, 1]
     assert (out / "artefacts/dinov3/fold0.safetensors").read_text() == "first" and not (out / "artefacts/photos").exists()
     with kaggle.atomic(out / "artefacts/dinov3/fold0.safetensors") as temporary:
         temporary.write_text("mine")
     assert (first / "dinov3/fold0.safetensors").read_text() == "first"
-    assert kaggle.release_artefacts(out) == 2 and (out / "artefacts/dinov3/fold0.safetensors").read_text() == "mine"
-    assert kaggle.take_artefacts(tmp_path / "none", tmp_path / "nothing") == {}
+    assert kaggle.unlink_artefacts(out) == 2 and (out / "artefacts/dinov3/fold0.safetensors").read_text() == "mine"
+    assert kaggle.link_artefacts(tmp_path / "none", tmp_path / "nothing") == {}
 
 
 # The cell that installs
@@ -249,8 +323,8 @@ def test_artefacts_are_taken_once_and_never_written_through(tmp_path):
 def test_every_stage_notebook_begins_with_the_same_cell():
     for name in STAGES.values():
         code = [source for kind, source in kaggle.read_cells(name) if kind == "code"]
-        assert code[0].startswith("#| default_exp") and code[1] == kaggle.install_cell(), name
-    assert SETTINGS.kaggle.library_dataset in kaggle.install_cell()
+        assert code[0].startswith("#| default_exp") and code[1] == kaggle.read_install_cell(), name
+    assert SETTINGS.kaggle.library_dataset in kaggle.read_install_cell()
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +332,7 @@ def wheel(tmp_path_factory) -> Path:
     "The dataset with the library: its wheel and lock, as `make wheelhouse` writes them."
     folder = tmp_path_factory.mktemp("nbs-lib")
     kaggle.build_library(ROOT, folder)
-    (folder / "wheelhouse.lock").write_text("\n".join(kaggle.lock_lines(folder)) + "\n")
+    kaggle.write_lock(folder, folder / "wheelhouse.lock")
     return folder
 
 
@@ -293,13 +367,13 @@ def sealed(folder: Path) -> list[str]:
 
 
 class Kaggle:
-    "A false root: input/ with mounts in one layout, working/, a home elsewhere; commands there have no network and cannot write to input/."
+    "A made-up root: input/ with mounts in one layout, working/, a home elsewhere; commands there have no network and cannot write to input/."
 
     def __init__(self, root: Path, python: Path, wheel: Path, layout: int):
         self.input, self.working, self.python, self.layout = root / "input", root / "working", python, layout
         for folder in (self.input, self.working, root / "home"):
             folder.mkdir()
-        self.attach("datasets", f"{SETTINGS.kaggle.username}/{SETTINGS.kaggle.library_dataset}", wheel)
+        self.attach("datasets", kaggle.KAGGLE_DATASETS["nbs-lib"].ref(SETTINGS), wheel)
         self.env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "NBS_LESSON")} | {
             "NBS_KAGGLE_INPUT": str(self.input), "HOME": str(root / "home"), "PIP_IGNORE_INSTALLED": "1", "OMP_NUM_THREADS": "2", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         self.seal = sealed(self.input)
@@ -312,9 +386,9 @@ class Kaggle:
 
     def push(self, name: str, profile: str, overrides: list[str]) -> None:
         "Run the notebook that a push of kernel `name` would send, as Kaggle does."
-        parameters = kaggle.ON_KAGGLE | {"output": str(self.working), "profile": profile, "overrides": overrides}
+        parameters = kaggle.KAGGLE_PARAMETERS | {"output": str(self.working), "profile": profile, "overrides": overrides}
         notebook = self.working.parent / f"{name}.ipynb"
-        notebook.write_text(json.dumps(kaggle.kernel_notebook(kaggle.KERNELS[name], SETTINGS, parameters)))
+        notebook.write_text(json.dumps(kaggle.build_kernel_notebook(kaggle.KAGGLE_KERNELS[name], SETTINGS, parameters)))
         done = self.run(self.python, "-m", "papermill", "--no-progress-bar", notebook, self.working / "__notebook__.ipynb")
         assert done.returncode == 0, done.stderr[-3000:]
 
@@ -327,14 +401,26 @@ def fingerprint(folder: Path) -> str:
 @pytest.mark.parametrize("layout", [NEW, OLD])
 def test_the_cell_installs_from_the_attached_dataset(layout, kernel, wheel, tmp_path):
     root = Kaggle(tmp_path, kernel, wheel, layout)
-    done = root.run(kernel, "-c", f"{kaggle.install_cell()}\nimport nbs_lib.core\nprint(nbs_lib.core.__file__, nbs_lib.core.load_settings('kaggle').run.folds)")
+    done = root.run(kernel, "-c", f"{kaggle.read_install_cell()}\nimport nbs_lib.core\nprint(nbs_lib.core.__file__, nbs_lib.core.load_settings('kaggle').run.folds)")
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "venv") in done.stdout and done.stdout.split()[-1] == str(SETTINGS.run.folds)
 
 
+def test_the_cell_installs_an_extra_wheel(kernel, wheel, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    write_wheel(tmp_path / "extra", "extra_one-1.0+cu12torch2.10-py3-none-any.whl")
+    kaggle.add_extra_wheels(tmp_path / "extra", wheels, ROOT / "constraints-kaggle.txt")
+    kaggle.write_lock(wheels, wheels / "wheelhouse.lock")
+    root = Kaggle(tmp_path, kernel, wheel, NEW)
+    root.attach("datasets", kaggle.KAGGLE_DATASETS["wheels"].ref(SETTINGS), wheels)
+    done = root.run(kernel, "-c", f"{kaggle.read_install_cell()}\nimport extra_one\nprint(extra_one.version)")
+    assert done.returncode == 0 and done.stdout.split()[-1] == "1.0+cu12torch2.10", done.stderr
+
+
 def test_without_the_dataset_the_cell_says_which_one_to_attach(kernel, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"NBS_KAGGLE_INPUT": str(tmp_path)}
-    done = subprocess.run([kernel, "-c", kaggle.install_cell()], cwd=tmp_path, capture_output=True, text=True, env=env)
+    done = subprocess.run([kernel, "-c", kaggle.read_install_cell()], cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 1 and done.stderr.splitlines() == [done.stderr.strip()] and SETTINGS.kaggle.library_dataset in done.stderr
 
 
@@ -352,7 +438,7 @@ def meadow(tmp_path_factory) -> Path:
     return write_demo(tmp_path_factory.mktemp("meadow") / "csiro-biomass", n_train=12, n_test=2, sites=4, seed=3, width=600)
 
 
-def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
+def test_the_chain_runs_in_a_made_up_kaggle_root(kernel, wheel, meadow, tmp_path):
     """Kernel after kernel, then all in one that goes on from what they left; no network, no nbdev, a home elsewhere, nothing written but to working."""
     (tmp_path / "new").mkdir()
     root, left = Kaggle(tmp_path / "new", kernel, wheel, NEW), {}
@@ -363,7 +449,7 @@ def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
         assert fingerprint(root.input) == before, f"kernel {name} wrote to its input"
         assert not any(p.is_symlink() for p in root.working.rglob("*")), f"kernel {name} leaves links that end with its session"
         left[name] = shutil.move(root.working, tmp_path / f"left-{name}")
-        root.attach("notebooks", f"{SETTINGS.kaggle.username}/{kaggle.KERNELS[name].slug(SETTINGS)}", left[name])
+        root.attach("notebooks", kaggle.KAGGLE_KERNELS[name].ref(SETTINGS), left[name])
         root.working.mkdir()
     answer = (left["submit"] / "submission.csv").read_bytes()
     sample = (meadow / "sample_submission.csv").read_text().splitlines()
@@ -373,7 +459,7 @@ def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
     root = Kaggle(tmp_path / "old", kernel, wheel, OLD)
     root.attach("competitions", SETTINGS.kaggle.competition, meadow)
     for name in ("train", "features"):
-        root.attach("notebooks", f"{SETTINGS.kaggle.username}/{kaggle.KERNELS[name].slug(SETTINGS)}", left[name])
+        root.attach("notebooks", kaggle.KAGGLE_KERNELS[name].ref(SETTINGS), left[name])
     before = fingerprint(root.input)
     root.push("suite", "laptop", CHEAP)
     assert fingerprint(root.input) == before, "the suite wrote to its input"
@@ -385,7 +471,11 @@ def test_the_chain_runs_in_a_false_kaggle_root(kernel, wheel, meadow, tmp_path):
     assert {p.name for p in (tmp_path / "old").iterdir()} == {"input", "working", "home", "suite.ipynb"}
 
 
-@pytest.mark.parametrize("asked, sends", [("1", True), ("yes", True), ("0", False), ("", False), ("no", False)])
-def test_make_sends_only_when_told_to(asked, sends):
-    done = subprocess.run(["make", "-n", "push", "STAGE=train", f"SEND={asked}"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert ("--send" in done.stdout) == sends
+@pytest.mark.parametrize("words, flag, there", [
+    ("push STAGE=train SEND=1", "--send", True), ("push STAGE=train SEND=yes", "--send", True), ("push STAGE=train SEND=0", "--send", False),
+    ("push STAGE=train SEND=", "--send", False), ("push STAGE=train SEND=no", "--send", False), ("submit VERSION=1 SEND=1", "--send", True),
+    ("push STAGE=train WATCH=1", "--watch", True), ("push STAGE=train", "--watch", False), ("push STAGE=train WAIT=0", "--no-wait", True),
+    ("push STAGE=train", "--no-wait", False), ("weights NAME=siglip TO=here", 'weights siglip --to "here"', True), ("clean", "wheelhouse ", False)])
+def test_make_passes_what_it_is_given(words, flag, there):
+    done = subprocess.run(["make", "-n", *words.split()], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (flag in done.stdout) == there

@@ -463,6 +463,41 @@ def test_an_ordinary_user_gets_the_same_walls(tmp_path):
     assert told[0] == "True" or told[65534] != "True"
 
 
+# ---- the interpreter of the kernels
+
+@pytest.fixture(params=["gone", "without packages"])
+def foreign_kernel(request, tmp_path) -> dict[str, str]:
+    "An environment whose kernelspec `python3` is of another interpreter."
+    others = {"gone": [str(tmp_path / "bin/python")], "without packages": [sys.executable, "-I", "-S"]}
+    argv = [*others[request.param], "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    spec = {"argv": argv, "display_name": "other", "language": "python"}
+    folder = tmp_path / "jupyter/kernels/python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    return {**os.environ, "JUPYTER_PATH": str(tmp_path / "jupyter")}
+
+
+def test_a_stage_runs_in_this_interpreter(foreign_kernel, tmp_path):
+    folder = tiny.competition(tmp_path / "csiro-biomass", n_train=8, n_test=2)
+    out = tmp_path / "out"
+    done = command("--input", folder, "--output", out, "--only", "eda", "--no-report", env=foreign_kernel)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (out / "artefacts/folds.csv").is_file()
+    assert nbformat.read(out / "notebooks/10_eda.ipynb", as_version=4).metadata.kernelspec.name == "python3"
+
+
+def test_lessons_run_in_this_interpreter(foreign_kernel, tmp_path):
+    cell = nbformat.v4.new_code_cell("import sys, nbs_lib\nprint(sys.executable)")
+    kernelspec = {"name": "python3", "display_name": "python3", "language": "python"}
+    nb = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": kernelspec})
+    nbformat.write(nb, tmp_path / "a.ipynb")
+    code = "from notebooks import *; print(execute(Path(sys.argv[1])).cells[0].outputs[0].text)"
+    call = [sys.executable, "-c", code, str(tmp_path / "a.ipynb")]
+    environment = {**foreign_kernel, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT / "tests", env=environment)
+    assert done.returncode == 0 and done.stdout.strip() == sys.executable, done.stderr[-2000:]
+
+
 def test_a_killed_kernel_is_told(fakes, field, tmp_path):
     done = submit_only(field, tmp_path, fakes, fault="os.kill(os.getpid(), signal.SIGKILL)")
     assert done.returncode == 1 and "stage submit failed in cell 4: Killed" in done.stderr and "short of memory" in done.stderr
