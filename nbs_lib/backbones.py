@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['TWIN', 'INDEXES', 'SUFFIXES', 'EXTRACT', 'WRAPPERS', 'PREFIXES', 'SELF_SUPERVISED', 'TRAINED', 'TRANSFORMERS_NAMES',
-           'QKV_BIAS', 'WHEELS', 'POOLINGS', 'FEATURES_VERSION', 'COMPILE_PIXELS', 'VIEWS', 'Backbone', 'chosen_depths',
-           'vit_twin_patch16_dinov3', 'is_keyword', 'shard_files', 'list_weights', 'read_file', 'strip_prefixes',
-           'unwrap_state', 'read_weights', 'from_transformers', 'split_qkv_bias', 'same_patch', 'convert_weights',
-           'find_misfits', 'to_header', 'build_header', 'fitting_names', 'describe_weights', 'read_wheel',
-           'holds_backbone', 'fits_backbone', 'describe_weight_file', 'require_one', 'choose_weights', 'load_weights',
-           'locate_weights', 'find_weights', 'files_of', 'load_backbone', 'pixel_stats', 'check_poolings', 'pool_map',
-           'join_halves', 'pool_features', 'feature_names', 'pooling_influence_map', 'oom_as_input_error',
-           'parameters_in_float32', 'run_autocast', 'BackboneFeatures', 'concat_features', 'hash_network',
-           'FeatureCache', 'fitting_shape', 'photo_keys', 'compile_encoder', 'FeatureExtractor']
+           'QKV_BIAS', 'WHEELS', 'POOLINGS', 'FEATURES_VERSION', 'COMPILE_PIXELS', 'VIEWS', 'Backbone',
+           'create_network', 'final_as_map', 'chosen_depths', 'vit_twin_patch16_dinov3', 'is_keyword', 'shard_files',
+           'list_weights', 'read_file', 'strip_prefixes', 'unwrap_state', 'read_weights', 'from_transformers',
+           'split_qkv_bias', 'same_patch', 'convert_weights', 'find_misfits', 'to_header', 'build_header',
+           'fitting_names', 'describe_weights', 'read_wheel', 'holds_backbone', 'fits_backbone', 'describe_weight_file',
+           'require_one', 'choose_weights', 'load_weights', 'locate_weights', 'find_weights', 'files_of',
+           'load_backbone', 'pixel_stats', 'check_poolings', 'pool_map', 'join_halves', 'pool_features',
+           'feature_names', 'pooling_influence_map', 'oom_as_input_error', 'parameters_in_float32', 'run_autocast',
+           'BackboneFeatures', 'concat_features', 'hash_network', 'FeatureCache', 'fitting_shape', 'photo_keys',
+           'compile_encoder', 'FeatureExtractor']
 
 # %% ../notebooks/31_backbones.ipynb #31b0aa03
 import contextlib
 import functools
 import hashlib
+import inspect
 import re
 import sys
 import zipfile
@@ -47,8 +49,7 @@ class Backbone(nn.Module):
         if not timm.is_model(name):
             near = ", ".join(get_close_matches(name, timm.list_models(), 3, 0.3))
             raise InputError(f"backbone '{name}': timm {timm.__version__} has no such model; near: {near}")
-        dynamic = {"dynamic_img_size": True} if name.startswith(("vit_", "deit", "beit", "eva02")) else {}
-        self.net = timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **dynamic)
+        self.name, self.net = name, create_network(name)
         info = list(self.net.feature_info)
         self.final_apart = self.net.num_features != info[-1]["num_chs"]  # a convolution stands behind the last stage
         count = len(info) + self.final_apart
@@ -57,7 +58,8 @@ class Backbone(nn.Module):
         self.indices = chosen_depths(info, depths - self.final_apart)
         self.channels = [info[i]["num_chs"] for i in self.indices] + [self.net.num_features] * self.final_apart
         self.stride = max(i["reduction"] for i in info)
-        self.prefix_tokens = getattr(self.net, "num_prefix_tokens", 0)
+        apart = "return_prefix_tokens" in inspect.signature(self.net.forward_intermediates).parameters
+        self.prefix_tokens = getattr(self.net, "num_prefix_tokens", 0) if apart else 0
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -81,7 +83,29 @@ class Backbone(nn.Module):
         final, maps = self.net.forward_intermediates(x, indices=self.indices)
         if self.final_apart:
             return [*maps, final], none
-        return [*maps[:-1], final if final.shape == maps[-1].shape else maps[-1]], none
+        return [*maps[:-1], final_as_map(final, maps[-1])], none
+
+
+def create_network(name: str) -> nn.Module:
+    "Return timm's network without pooling and classifier, for pictures of any size where its family can; raise `InputError`."
+    for any_size in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
+        try:
+            return timm.create_model(name, pretrained=False, num_classes=0, global_pool="", **any_size)
+        except TypeError as e:  # a family that does not know the word
+            if not any_size:
+                raise InputError(f"backbone '{name}': timm cannot build it without a classifier ({e}); choose another") from e
+        except AssertionError as e:
+            raise InputError(f"backbone '{name}': timm cannot build it without pooling ({e}); choose another") from e
+
+
+def final_as_map(final: Tensor, last: Tensor) -> Tensor:
+    "Return `final`, (B, C, h, w), (B, h, w, C) or tokens (B, P + h·w, C), in the shape of the last stage's map; else that."
+    if final.ndim == 3:  # class and register tokens come first
+        final = final[:, -last[0, 0].numel() :].mT
+        final = final.reshape(last.shape) if final.numel() == last.numel() else last
+    elif final.shape != last.shape:
+        final = final.permute(0, 3, 1, 2)
+    return final if final.shape == last.shape else last
 
 
 def chosen_depths(info: list[dict], depths: int) -> list[int]:
@@ -654,7 +678,7 @@ class FeatureExtractor:
 
     def __post_init__(self):
         self.backbone.eval().to(self.device)
-        about = (FEATURES_VERSION, hash_network(self.backbone) if self.folder else "", self.backbone.indices,
+        about = (FEATURES_VERSION, self.backbone.name, hash_network(self.backbone) if self.folder else "", self.backbone.indices,
                  tuple(self.mean), tuple(self.std), str(pick_dtype(self.device)), torch.__version__, timm.__version__)
         self.compiled: dict[Shape, Callable] = {}  # by the shape of a half
         self.cache = FeatureCache(self.folder, hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest(), self.warn)

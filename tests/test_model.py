@@ -1,4 +1,4 @@
-"""Faults and properties of 31_model: weights that do not fit, heads that must agree with their maps, adapters, pieces on disk."""
+"""Faults and properties of 31_backbones and 32_biomass_net: weights that do not fit, heads that must agree with their maps, adapters, pieces on disk."""
 import dataclasses
 from pathlib import Path
 
@@ -7,21 +7,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nbs_lib.backbones import Backbone, load_weights, local_pool, pool_map
+from nbs_lib.backbones import Backbone, BackboneFeatures, load_weights, pool_map, pooling_influence_map
 from nbs_lib.biomass_net import (
-    FIVE_TO_PARTS,
-    PARTS_TO_FIVE,
-    Encoded,
+    TARGETS_TO_PARTS,
     ModelConfig,
     build_model,
-    cross_fit,
-    five,
-    grouped_splits,
+    fit_probe,
     load_model,
+    parts_to_targets,
     save_model,
 )
 from nbs_lib.core import InputError
-from nbs_lib.targets import QUADRAT_M2, imbalance
+from nbs_lib.targets import QUADRAT_M2, SUMS, imbalance
+from nbs_lib.train_dinov3 import split_groups
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
@@ -90,31 +88,35 @@ def test_weights_that_do_not_fit_are_named(vit, fault, told, tmp_path):
 @pytest.mark.parametrize("order", ["panorama", "left_right"])
 def test_density_map_adds_up_to_the_answer(backbone, halves, order):
     net = build_model(ModelConfig(backbone, probe=False, head="density", dim=16, halves=halves, order=order, prefix=True)).eval()
-    net.start_from(np.abs(np.random.default_rng(0).normal(20, 9, (9, 3))) @ PARTS_TO_FIVE.T)
+    net.init_output_from_labels(np.abs(np.random.default_rng(0).normal(20, 9, (9, 3))) @ SUMS.T)
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
     x = torch.randn(2, 2, 3, 64, 96)
     with torch.inference_mode():
-        grams, picture = net(x), net.density(x)
+        grams, picture = net(x), net.density(net.encode(x))
     assert picture.shape[-1] == 2 * picture.shape[-2] * 96 // 64
     torch.testing.assert_close(picture.mean((2, 3)) * QUADRAT_M2, grams, rtol=1e-4, atol=1e-4)
-    assert np.abs(imbalance(five(grams.double()).numpy())).max() < 1e-9
+    assert np.abs(imbalance(parts_to_targets(grams.double()).numpy())).max() < 1e-9
 
 
-def solved(**changes):
-    "A network that is nothing but a solved probe, and photographs it was solved on."
-    net = build_model(ModelConfig(CNN, (1.0, 0.67), depths=3, head="none", **changes)).eval()
-    photos, parts = torch.randn(12, 2, 3, 96, 160), np.abs(np.random.default_rng(0).normal(20, 9, (12, 3)))
+def solved(backbone: str):
+    "A network that is nothing but a probe of two sizes; the photographs it was solved on, at each size; and their features."
+    net = build_model(ModelConfig(backbone, probe_sizes=(96, 64), depths=3, head="none")).eval()
+    large = torch.randn(12, 2, 3, 96, 160)
+    small = torch.nn.functional.interpolate(large.flatten(0, 1), (64, 96), mode="area").unflatten(0, (12, 2))
+    parts = np.abs(np.random.default_rng(0).normal(20, 9, (12, 3)))
     with torch.inference_mode():
-        net.probe.solve(net.encode(photos).pooled.numpy(), parts @ PARTS_TO_FIVE.T, np.arange(12))
-    return net, photos
+        pooled = torch.cat([net.encode(x).pooled for x in (large, small)], 1)
+        net.probe.solve(pooled.numpy(), parts @ SUMS.T, np.arange(12))
+    return net, [large, small], pooled
 
 
-def test_a_probes_map_adds_up_to_its_answer_and_follows_its_slopes():
-    net, photos = solved()
+@pytest.mark.parametrize("backbone, grid", [(CNN, (3, 10)), (VIT, (6, 20))])
+def test_a_probes_map_adds_up_to_its_answer_and_follows_its_slopes(backbone, grid):
+    net, photos, pooled = solved(backbone)
     with torch.inference_mode():
-        grams, picture, pooled = net(photos), net.density(photos), net.encode(photos).pooled
-        assert picture.shape == (12, 3, 3, 10) and (picture >= 0).all() and (picture.std((2, 3)) > 1e-3 * picture.mean((2, 3))).any()
+        grams, picture = net.probe(pooled), net.density(photos)
+        assert picture.shape == (12, 3, *grid) and (picture >= 0).all() and (picture.std((2, 3)) > 1e-3 * picture.mean((2, 3))).any()
         torch.testing.assert_close(picture.mean((2, 3)) * QUADRAT_M2, grams, rtol=1e-3, atol=1e-3)
         slopes = net.probe.slopes(pooled)
     inside = ((pooled.clone() - net.probe.mean) * net.probe.inv_sd) @ net.probe.weight + net.probe.bias
@@ -124,14 +126,18 @@ def test_a_probes_map_adds_up_to_its_answer_and_follows_its_slopes():
     for part in range(3):
         (real,) = torch.autograd.grad(net.probe(x)[:, part].sum(), x)
         torch.testing.assert_close(slopes[inside, :, part], real[inside], rtol=1e-3, atol=1e-6)
-    with pytest.raises(InputError, match="makes no map"):
-        net.density(net.encode(photos[:1]))
+
+
+def test_a_pooled_head_makes_no_map():
+    net = build_model(ModelConfig(CNN, probe=False, head="pooled", dim=8)).eval()
+    with torch.inference_mode(), pytest.raises(InputError, match=r"train_dinov3.head: makes no map \(pooled\)"):
+        net.density(net.encode(torch.randn(1, 2, 3, 64, 64)))
 
 
 def test_shares_of_places_are_what_more_of_a_place_would_change():
     "The influence function against its definition: a picture in which one place counts a little more."
     x, few = torch.rand(1, 3, 4, 5, dtype=torch.float64) + 0.1, 400
-    shares = local_pool(x)[..., 2, 3]
+    shares = pooling_influence_map(x)[..., 2, 3]
     once, more = pool_map(x), pool_map(torch.cat([x.flatten(2).repeat(1, 1, few), x[..., 2, 3][..., None]], 2)[..., None])
     change = (more - once) * (few * 20 + 1)
     keep = torch.arange(12) // 3 != 2  # a maximum has no such share
@@ -144,9 +150,9 @@ def test_the_seam_is_where_the_halves_meet(order):
     net = build_model(ModelConfig(CNN, probe=False, head="density", dim=8, fusion="none", order=order)).eval()
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
-    dark = Encoded(torch.zeros(1, 0), torch.zeros(1, 2, 320, 4, 8), torch.zeros(1, 2, 0, 320))
+    dark = BackboneFeatures(torch.zeros(1, 0), torch.zeros(1, 2, 1280, 4, 8), torch.zeros(1, 2, 0, 1280))
     lit = dark._replace(grid=dark.grid.clone())
-    lit.grid[:, 0, :, :, -1], lit.grid[:, 1, :, :, 0] = torch.randn(1, 320, 1), torch.randn(1, 320, 1)
+    lit.grid[:, 0, :, :, -1], lit.grid[:, 1, :, :, 0] = torch.randn(1, 1280, 1), torch.randn(1, 1280, 1)
     with torch.inference_mode():
         change = (net.density(lit) - net.density(dark)).abs().amax((0, 1, 2))
     assert change.nonzero().flatten().tolist() == [7, 8]
@@ -211,33 +217,33 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 def test_the_probe_never_sees_the_group_it_answers_for():
     "Features that name the photo: a probe that looked would be right, one that did not is no better than a constant."
     rng = np.random.default_rng(0)
-    y = np.abs(rng.normal(20, 10, (40, 3))) @ PARTS_TO_FIVE.T
+    y = np.abs(rng.normal(20, 10, (40, 3))) @ SUMS.T
     groups = np.arange(40) // 4
-    _, held = cross_fit(np.eye(40), y, groups)
-    answers = held @ PARTS_TO_FIVE.T
+    _, held, _ = fit_probe(np.eye(40), y, groups)
+    answers = held @ SUMS.T
     assert ((y - answers) ** 2).sum() > 0.9 * ((y - y.mean(0)) ** 2).sum()
-    for train, out in grouped_splits(groups, 5, 0):
+    for train, out in split_groups(groups, 5, 0):
         assert not set(groups[train]) & set(groups[out])
 
 
 def test_projection_is_orthogonal_and_exact_on_what_obeys():
     parts = np.abs(np.random.default_rng(0).normal(size=(6, 3)))
-    np.testing.assert_allclose(parts @ PARTS_TO_FIVE.T @ FIVE_TO_PARTS.T, parts, atol=1e-12)
-    both = PARTS_TO_FIVE @ FIVE_TO_PARTS
+    np.testing.assert_allclose(parts @ SUMS.T @ TARGETS_TO_PARTS.T, parts, atol=1e-12)
+    both = SUMS @ TARGETS_TO_PARTS
     np.testing.assert_allclose(both, both.T, atol=1e-12)
 
 
 def test_encoded_rows_and_halves_keep_their_order():
-    e = Encoded(torch.arange(3.0)[:, None], torch.arange(6.0).view(3, 2, 1, 1, 1), torch.zeros(3, 2, 0, 1))
+    e = BackboneFeatures(torch.arange(3.0)[:, None], torch.arange(6.0).view(3, 2, 1, 1, 1), torch.zeros(3, 2, 0, 1))
     assert e.rows(torch.tensor([2, 0])).pooled.flatten().tolist() == [2, 0]
-    assert e.apart().grid.flatten().tolist() == [0, 1, 2, 3, 4, 5] and e.apart().pooled.flatten().tolist() == [0, 0, 1, 1, 2, 2]
+    assert e.halves_as_batch().grid.flatten().tolist() == [0, 1, 2, 3, 4, 5] and e.halves_as_batch().pooled.flatten().tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("head", ["pooled", "density"])
 def test_a_bare_head_is_softplus_of_its_raw_answer(head):
     net = build_model(ModelConfig(CNN, probe=False, head=head, dim=8, fusion="none")).eval()
-    net.start_bare()
-    encoded = Encoded(torch.zeros(2, 0), torch.randn(2, 2, 320, 2, 3), torch.zeros(2, 2, 0, 320))
+    net.init_output_plain()
+    encoded = BackboneFeatures(torch.zeros(2, 0), torch.randn(2, 2, 1280, 2, 3), torch.zeros(2, 2, 0, 1280))
     with torch.inference_mode():
         tokens = net.mixed(encoded)
         tokens = tokens.mean(1, keepdim=True) if head == "pooled" else tokens

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from nbs_lib import train_dinov3 as room
-from nbs_lib.biomass_net import Encoded, ModelConfig, build_model
+from nbs_lib.backbones import BackboneFeatures
+from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.core import InputError, load_settings
 from nbs_lib.targets import weighted_r2_score
-from nbs_lib.train_dinov3 import Fit, Kept, load_fold, load_state, predict, save_state, steps, train
+from nbs_lib.train_dinov3 import CachedFeatures, Fit, load_fold, load_state, predict, save_state, steps, train
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
@@ -40,25 +41,25 @@ def eight(backbone: str, channels: int = 24, seed: int = 0):
     grid = torch.tensor(rng.normal(size=(8, 2, channels, 2, 2)), dtype=torch.float32)
     parts = np.abs(rng.normal(20, 12, (8, 3)))
     y = np.stack([parts[:, 0], parts[:, 2], parts[:, 1], parts[:, :2].sum(1), parts.sum(1)], 1)
-    return Encoded(torch.zeros(8, 0), grid, torch.tensor(rng.normal(size=(8, 2, prefix, channels)), dtype=torch.float32)), y
+    return BackboneFeatures(torch.zeros(8, 0), grid, torch.tensor(rng.normal(size=(8, 2, prefix, channels)), dtype=torch.float32)), y
 
 
 def net_on(backbone: str, **changes):
     torch.manual_seed(0)
-    net = build_model(ModelConfig(backbone, **{"probe": False, "dim": 16, "dropout": 0.0, **changes}))
+    net = build_model(ModelConfig(backbone, **{"size": 64, "squeeze": True, "probe": False, "dim": 16, "dropout": 0.0, **changes}))
     return net
 
 
-@pytest.mark.parametrize("backbone, channels", [(VIT, 192), (CNN, 320)])
+@pytest.mark.parametrize("backbone, channels", [(VIT, 192), (CNN, 1280)])
 @pytest.mark.parametrize("head", ["pooled", "density"])
 @pytest.mark.parametrize("fusion", ["gated_conv", "mamba", "film", "attention", "none"])
 def test_every_network_can_learn_eight_photos_by_heart(fusion, head, backbone, channels):
     encoded, y = eight(backbone, channels)
     net = net_on(backbone, fusion=fusion, head=head, prefix=True)
-    net.start_from(y)
-    before = weighted_r2_score(y, predict(net, range(8), kept={"id": encoded}))
-    train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=8, accumulate=1, lr=1e-2), 0, epochs=80))
-    after = weighted_r2_score(y, predict(net, range(8), kept={"id": encoded}))
+    net.init_output_from_labels(y)
+    before = weighted_r2_score(y, predict(net, range(8), features={"id": encoded}))
+    train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=8, accumulate=1, lr=1e-2), 0, epochs=80))
+    after = weighted_r2_score(y, predict(net, range(8), features={"id": encoded}))
     assert after > 0.9 > before, (before, after)
 
 
@@ -67,12 +68,12 @@ def trained(net) -> dict:
 
 
 def test_accumulation_changes_nothing_but_rounding():
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     ends = []
     for batch, accumulate in ((8, 1), (3, 3), (1, 8)):
         net = net_on(CNN)
-        net.start_from(y)
-        train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=batch, accumulate=accumulate), 0, epochs=4))
+        net.init_output_from_labels(y)
+        train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=batch, accumulate=accumulate), 0, epochs=4))
         ends.append(trained(net))
     for other in ends[1:]:
         for n in ends[0]:
@@ -84,10 +85,10 @@ def test_the_backbone_learns_only_where_it_should():
     _, y = eight(VIT)
     for blocks, lora, changed in ((0, 0, set()), (2, 0, {10, 11}), (-1, 0, set(range(12))), (-1, 2, set(range(12)))):
         net = net_on(VIT, head="pooled", lora=lora)
-        net.start_from(y[:4])
+        net.init_output_from_labels(y[:4])
         before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
         s = settings(unfreeze=blocks, lora=lora, freeze_epochs=1, lr_backbone=1e-3, select="last")
-        train(net, Fit(room.Pixels(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
+        train(net, Fit(room.ImageBatches(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
         moved = {n for n, p in net.backbone.named_parameters() if not torch.equal(p, before[n])}
         assert {int(n.split("blocks.")[1].split(".")[0]) for n in moved if "blocks." in n} == changed
         assert all("lora_" in n for n in moved) or not lora
@@ -97,9 +98,9 @@ def test_the_first_epochs_leave_the_backbone_alone():
     pairs = np.random.default_rng(0).integers(0, 255, (2, 2, 64, 64, 3), dtype=np.uint8)
     _, y = eight(VIT)
     net = net_on(VIT, head="pooled")
-    net.start_from(y[:2])
+    net.init_output_from_labels(y[:2])
     before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
-    train(net, Fit(room.Pixels(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
+    train(net, Fit(room.ImageBatches(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
     assert all(torch.equal(p, before[n]) for n, p in net.backbone.named_parameters())
 
 
@@ -109,11 +110,11 @@ sys.path.insert(0, {tests!r})
 import test_train as t
 from pathlib import Path
 torch.set_num_threads(1)
-encoded, y = t.eight(t.CNN, 320)
+encoded, y = t.eight(t.CNN, 1280)
 net = t.net_on(t.CNN, dropout=0.2)
-net.start_from(y)
+net.init_output_from_labels(y)
 s = t.settings(save_minutes=0.0, dropout=0.2, batch=1, accumulate=2)
-t.train(net, t.Fit(t.Kept(encoded), y, np.arange(8), s, 0, epochs=30, state=Path({state!r}), key="k"))
+t.train(net, t.Fit(t.CachedFeatures(encoded), y, np.arange(8), s, 0, epochs=30, state=Path({state!r}), key="k"))
 torch.save(t.trained(net), {out!r})
 """
 
@@ -144,10 +145,10 @@ import sys, json, torch, numpy as np
 sys.path.insert(0, {tests!r})
 import test_train as t
 torch.set_num_threads(1)
-encoded, y = t.eight(t.CNN, 320)
+encoded, y = t.eight(t.CNN, 1280)
 net = t.net_on(t.CNN)
-net.start_from(y)
-history = t.train(net, t.Fit(t.Kept(encoded), y, np.arange(7), t.settings(batch=3, accumulate=2), 0, epochs=5))
+net.init_output_from_labels(y)
+history = t.train(net, t.Fit(t.CachedFeatures(encoded), y, np.arange(7), t.settings(batch=3, accumulate=2, lr=1e-2), 0, epochs=8))
 import os
 if os.environ.get("RANK", "0") == "0":
     json.dump([h["loss"] for h in history], open({out!r}, "w"))
@@ -189,45 +190,45 @@ def test_a_state_of_other_settings_is_not_used(tmp_path):
 
 
 def test_one_bad_batch_is_passed_over():
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     y[3] = np.nan
     net = net_on(CNN, head="pooled")
-    net.start_from(np.nan_to_num(y))
-    history = train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs=3))
+    net.init_output_from_labels(np.nan_to_num(y))
+    history = train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs=3))
     assert len(history) == 3 and all(np.isfinite(h["loss"]) for h in history)
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_out_of_memory_says_what_to_turn(error):
-    class Full(Kept):
+    class Full(CachedFeatures):
         def batch(self, index, draw):
             raise error
 
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     with pytest.raises(InputError, match="halve batch"):
         train(net_on(CNN), Fit(Full(encoded), y, np.arange(8), settings(), 0, epochs=1))
 
 
 def test_a_time_budget_ends_a_training_cleanly():
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     net, said = net_on(CNN, head="pooled"), []
-    net.start_from(y)
+    net.init_output_from_labels(y)
     scores = iter([0.5, 0.1])
-    fit = Fit(Kept(encoded), y, np.arange(8), settings(budget_minutes=1e-9), 0, epochs=50, watch=lambda e, n: next(scores))
+    fit = Fit(CachedFeatures(encoded), y, np.arange(8), settings(budget_minutes=1e-9), 0, epochs=50, watch=lambda e, n: next(scores))
     assert len(train(net, fit, said.append)) == 1 and "time budget" in said[0]
-    assert np.isfinite(predict(net, range(8), kept={"id": encoded})).all()
+    assert np.isfinite(predict(net, range(8), features={"id": encoded})).all()
 
 
 def test_patience_keeps_the_best_epoch():
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     net, seen = net_on(CNN, head="pooled"), []
 
     def watch(epoch, n):
         seen.append(trained(n))
         return [0.1, 0.9, 0.3, 0.2, 0.2, 0.2][epoch]
 
-    history = train(net, Fit(Kept(encoded), y, np.arange(8), settings(patience=2), 0, epochs=6, watch=watch))
+    history = train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(patience=2), 0, epochs=6, watch=watch))
     assert len(history) == 4
     assert all(torch.equal(p, seen[1][n]) for n, p in trained(net).items())
 
@@ -241,13 +242,13 @@ def test_views_are_averaged_and_an_index_is_a_subset():
     np.testing.assert_allclose(predict(net, pairs, room.VIEWS), np.mean(each, 0), rtol=1e-5)
     assert max(np.abs(each[0] - e).max() for e in each[1:]) > 1e-3
     np.testing.assert_allclose(predict(net, pairs, index=[2, 0], batch=1), each[0][[2, 0]], rtol=1e-5)
-    with pytest.raises(InputError, match="choose out of id"):
+    with pytest.raises(InputError, match="choose from id"):
         predict(net, pairs, ("sideways",))
 
 
 def test_a_photo_is_augmented_alike_in_every_company():
     pairs = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64, 3), dtype=np.uint8)
-    pixels = room.Pixels(pairs, net_on(CNN).config, load_settings("demo").photos)
+    pixels = room.ImageBatches(pairs, net_on(CNN).config, load_settings("demo").photos)
     together, alone = pixels.batch(np.array([3, 1, 2]), (0, 5)), pixels.batch(np.array([1]), (0, 5))
     assert torch.equal(together[1:2], alone) and not torch.equal(alone, pixels.batch(np.array([1]), (0, 6)))
 
@@ -259,12 +260,12 @@ def test_every_photo_once_an_epoch():
 
 
 def test_five_bad_steps_in_a_row_name_the_photos_and_spoil_nothing():
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     y[4:] = np.nan
     net = net_on(CNN, head="pooled")
-    net.start_from(np.nan_to_num(y))
+    net.init_output_from_labels(np.nan_to_num(y))
     names = [f"ID{i:03d}" for i in range(8)]
-    fit = Fit(Kept(encoded), y, np.arange(4, 8), settings(batch=1, accumulate=1), 0, epochs=3, names=names)
+    fit = Fit(CachedFeatures(encoded), y, np.arange(4, 8), settings(batch=1, accumulate=1), 0, epochs=3, names=names)
     with pytest.raises(InputError, match=r"not finite 5 steps in a row, last on ID00[4-7] \(epoch 1\)"):
         train(net, fit)
     assert all(torch.isfinite(p).all() for p in net.parameters())
@@ -284,14 +285,14 @@ def test_what_asks_for_no_decay_gets_none_in_every_copy():
 
 
 def test_weights_of_one_change_nothing_and_a_weight_of_zero_leaves_a_photo_out():
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     strange = y.copy()
     strange[7] = 500
 
     def end(y, weights):
         net = net_on(CNN, head="density")
-        net.start_from(y[:7])
-        train(net, Fit(Kept(encoded), y, np.arange(8), settings(batch=8, accumulate=1), 0, epochs=3, weights=weights))
+        net.init_output_from_labels(y[:7])
+        train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=8, accumulate=1), 0, epochs=3, weights=weights))
         return trained(net)
 
     plain, ones = end(y, None), end(y, np.ones(8))
@@ -348,7 +349,7 @@ def test_a_missing_fold_is_told(tmp_path):
         load_fold(tmp_path, 3)
 
 
-SMALL = ["train_dinov3.size=64", "train_dinov3.epochs=2", "train_dinov3.inner_folds=2", "run.folds=2", "train_dinov3.schemes=grouped"]
+SMALL = ["train_dinov3.size=64", "train_dinov3.probe_sizes=", "train_dinov3.epochs=2", "train_dinov3.inner_folds=2", "run.folds=2", "train_dinov3.schemes=grouped"]
 
 
 def opened(tmp_path, *more, preset=""):
@@ -367,7 +368,7 @@ def opened(tmp_path, *more, preset=""):
 
 def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
     from nbs_lib.data import read_competition, read_folds, read_oof
-    from nbs_lib.photos import open_store
+    from nbs_lib.submit import load_fold_group
 
     run = opened(tmp_path)
     room.run_train_dinov3(run)
@@ -375,12 +376,12 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
     ids, numbers = train_table["image_id"], read_folds(run, train_table)["fold_grouped"].to_numpy()
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
     folder = run.artefacts / "dinov3"
-    store = open_store(run, "train", 64)
+    store = room.open_stores(run)["train"]
     for k in (0, 1):  # what was written is what the saved weights say of the photos
         out = np.flatnonzero(numbers == k)
         np.testing.assert_allclose(predict(load_fold(run.artefacts, k), store, index=out), oof[out], rtol=1e-5, atol=1e-5)
-    both = room.predict_folds(run.artefacts, store)
-    np.testing.assert_allclose(both, np.mean([predict(load_fold(run.artefacts, k), store) for k in (0, 1)], 0), rtol=1e-5, atol=1e-5)
+    both = load_fold_group(run.artefacts, (0, 1)).predict_view(store, range(len(ids)), "id", torch.device("cpu"))  # as submit asks them
+    np.testing.assert_allclose(both, [predict(load_fold(run.artefacts, k), store) for k in (0, 1)], rtol=1e-5, atol=1e-5)
     before = {k: (folder / f"fold{k}.safetensors").stat().st_mtime_ns for k in (0, 1)}
     (folder / "fold1.safetensors").unlink()
     room.run_train_dinov3(run)
@@ -392,7 +393,6 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
 @pytest.mark.parametrize("more", [(), ("train_dinov3.select=last", "train_dinov3.head=density", "train_dinov3.views=id, H")])
 def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
     from nbs_lib.data import read_competition, read_oof
-    from nbs_lib.photos import open_store
     from nbs_lib.targets import QUADRAT_M2
 
     run = opened(tmp_path, "train_dinov3.maps=5", *more)
@@ -407,7 +407,7 @@ def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
     assert mine[-1, 2] >= np.sort(oof[:, 2])[-5]  # those with most clover
     if "views" not in str(more):
         np.testing.assert_allclose(maps[:-1].mean((2, 3)) * QUADRAT_M2, mine[:, [0, 2, 1]], rtol=5e-3, atol=5e-3)
-        test = room.predict_folds(run.artefacts, open_store(run, "test", 64))[0]
+        test = np.mean([predict(load_fold(run.artefacts, k), room.open_stores(run)["test"], index=[0])[0] for k in (0, 1)], 0)
         np.testing.assert_allclose(maps[-1].mean((1, 2)) * QUADRAT_M2, test[[0, 2, 1]], rtol=5e-3, atol=5e-3)
     np.testing.assert_allclose(room.density_maps(run, ids[1:3]), maps[1:3], rtol=2e-3, atol=1e-3)
     with pytest.raises(InputError, match="no photo ID0"):
@@ -431,7 +431,7 @@ POOL = ["train_dinov3.backbone=" + VIT, "train_dinov3.weights=random", "train_di
 def one_fold(run, poison=None, **kw):
     "The trained numbers of fold 0, and the notes; with `poison` in the labels of the photographs it has not seen."
     room.seed_everything(3)
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     numbers = schemes["grouped"]
     out, index = np.flatnonzero(numbers == 0), np.flatnonzero(numbers != 0)
     if poison is not None:
@@ -506,7 +506,7 @@ def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_pa
 
 def test_a_photograph_without_weight_teaches_nothing(tmp_path):
     run = opened(tmp_path, "photos.weights=exposure>0.44:0", "train_dinov3.select=last")
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     out_of_it, numbers = np.flatnonzero(m.weights == 0), schemes["grouped"]
     k = numbers[out_of_it[0]]
     index, out = np.flatnonzero(numbers != numbers[numbers != k][0]), np.flatnonzero(numbers == numbers[numbers != k][0])
@@ -516,7 +516,7 @@ def test_a_photograph_without_weight_teaches_nothing(tmp_path):
         y = m.y.copy()
         y[out_of_it] = grams
         net, _ = room.fit_fold(dataclasses.replace(m, y=y), run.settings.train_dinov3, index, out, seed=0)
-        return room.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.kept)
+        return room.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.features)
 
     assert (answers(10.0) == answers(1000.0)).all()
     assert not np.isin(out_of_it, room.unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out)).any()
@@ -524,15 +524,15 @@ def test_a_photograph_without_weight_teaches_nothing(tmp_path):
 
 def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
     run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
-    m, _, _ = room.gather(run)
+    m, _, _ = room.load_fold_data(run)
     with pytest.raises(InputError, match="not finite 5 steps in a row"):
-        room.train_apart(run, m, [("grouped", 0)], [""])
+        room.train_folds_parallel(run, m, [("grouped", 0)], [""])
 
 
 RECIPE = {
     "photos": {"flips": True, "rotate90": True, "jitter": 0.2, "scale_pad": 0.0},
     "inpaint": {"rule": "orange", "crop_bottom": 0.1},
-    "train_dinov3": {"size": 512, "squeeze": True, "scales": (1.0,), "probe": False, "head": "pooled", "fusion": "gated_conv", "layers": 2, "dim": 0, "order": "left_right", "prefix": True,
+    "train_dinov3": {"size": 512, "squeeze": True, "probe_sizes": (), "probe": False, "head": "pooled", "fusion": "gated_conv", "layers": 2, "dim": 0, "order": "left_right", "prefix": True,
                      "dropout": 0.1, "halves": False, "aux": (), "label_scale": False, "pseudo_rounds": 0, "views": ("id", "H", "V", "HV"), "unfreeze": -1, "lora": 0, "layer_decay": 1.0,
                      "select": "outer", "epochs": 30, "warmup": 3, "freeze_epochs": 2, "batch": 2, "accumulate": 4, "lr_backbone": 5e-5, "lr": 1e-3, "weight_decay": 1e-2, "clip": 1.0,
                      "ema": 0.9, "beta": 5.0, "loss_weights": (0.3, 0.3, 0.2, 0.1, 0.1), "checkpointing": True},

@@ -17,9 +17,10 @@ import torch
 from conftest import ROOT
 from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
 
+from nbs_lib import backbones
 from nbs_lib import train_dinov3 as room
 from nbs_lib.core import InputError
-from nbs_lib.train_dinov3 import Fit, Kept, load_state, predict, train
+from nbs_lib.train_dinov3 import CachedFeatures, Fit, load_state, predict, train
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,8 @@ def one_thread():
 @pytest.fixture
 def half_precision(monkeypatch):
     "A CPU that computes in float16, as a T4 does."
-    monkeypatch.setattr(room, "pick_dtype", lambda device: torch.float16)
+    for module in (room, backbones):
+        monkeypatch.setattr(module, "pick_dtype", lambda device: torch.float16)
 
 
 def too_large():
@@ -52,7 +54,7 @@ def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkey
     answers = predict(net, pairs)
     assert np.isfinite(answers).all() and {n: p.dtype for n, p in net.named_parameters()} == kinds and torch.float16 in kinds.values()
     assert all(torch.equal(p, numbers[n]) for n, p in net.named_parameters())
-    assert np.isfinite(room.maps_of(net_on(VIT, head="density"), pairs, [0])).all()
+    assert np.isfinite(room.predict_maps(net_on(VIT, head="density"), pairs, [0])).all()
     monkeypatch.undo()
     net.backbone.float()
     np.testing.assert_allclose(answers, predict(net, pairs), rtol=0.02)  # maps are handed on in half precision
@@ -60,8 +62,8 @@ def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkey
 
 def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
     net, calls = net_on(VIT, head="pooled"), []
-    real = net.encode
-    monkeypatch.setattr(net, "encode", lambda x: (calls.append(1), real(x))[1])
+    real = net.backbone.encode
+    monkeypatch.setattr(net.backbone, "encode", lambda x: (calls.append(1), real(x))[1])
     assert np.isfinite(predict(net, np.zeros((1, 2, 64, 64, 3), dtype=np.uint8))).all() and len(calls) == 1
 
 
@@ -81,7 +83,7 @@ def failing_on(monkeypatch, bad: int, calls=()):
 
 def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=outer", "train_dinov3.epochs=3")
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0], calls=(0, 2))
     said = []
@@ -92,7 +94,7 @@ def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeyp
 
 def test_inner_epochs_that_overflow_are_not_judged(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.epochs=3")
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, index[0], calls=(2, 6))  # of each inner fold's calls: the probe, then three epochs
     said = []
@@ -102,7 +104,7 @@ def test_inner_epochs_that_overflow_are_not_judged(tmp_path, monkeypatch):
 
 def test_a_fold_without_finite_answers_is_not_finished(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=last")
-    ids, numbers = room.gather(run)[1:]
+    ids, numbers = room.load_fold_data(run)[1:]
     bad = np.flatnonzero(numbers["grouped"] == 0)[1]
     with monkeypatch.context() as patched:
         failing_on(patched, bad)
@@ -114,7 +116,7 @@ def test_a_fold_without_finite_answers_is_not_finished(tmp_path, monkeypatch):
 
 def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=held_out")
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0])
     with pytest.raises(InputError, match=f"a teacher of pseudo-labels has no finite answer for {ids[out[0]]};"):
@@ -136,7 +138,7 @@ def scaled(monkeypatch):
     return made
 
 
-class Overflowing(Kept):
+class Overflowing(CachedFeatures):
     "Photographs whose first `times` batches are too large for any gradient."
 
     def __init__(self, encoded, times):
@@ -150,9 +152,9 @@ class Overflowing(Kept):
 
 
 def one_by_one(times: int, epochs: int = 4, **more):
-    encoded, y = eight(CNN, 320)
+    encoded, y = eight(CNN, 1280)
     net = net_on(CNN, head="pooled")
-    net.start_from(y)
+    net.init_output_from_labels(y)
     return net, Fit(Overflowing(encoded, times), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs, names=[f"ID{i:03d}" for i in range(8)], **more)
 
 
@@ -250,7 +252,7 @@ def fits(run) -> bool:
     "Whether what was written out of fold is what the saved weights, backbone and all, say of the photographs."
     from nbs_lib.data import read_oof
 
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
     said = np.zeros_like(oof)
     for k in (0, 1):
@@ -293,7 +295,7 @@ def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
         assert len(np.load(run.artefacts / "dinov3/density.npz")["image_id"]) == 3
 
 
-def fail_or_sleep(run, kept_at, jobs, threads):
+def fail_or_sleep(run, jobs, threads):
     "In place of `train_some`: fold 0 fails as soon as the other one has begun, which lasts for three minutes."
     Path(run.output, f"began{jobs[0][1]}").touch()
     start = time.monotonic()
@@ -305,11 +307,11 @@ def fail_or_sleep(run, kept_at, jobs, threads):
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch):
     run = opened(tmp_path, *QUICK)
-    m, _, _ = room.gather(run)
+    m, _, _ = room.load_fold_data(run)
     monkeypatch.setattr(room, "train_some", fail_or_sleep)
     before, start = set(multiprocessing.active_children()), time.monotonic()  # joblib keeps its own for later
     with pytest.raises(InputError, match="fold 0 cannot be trained"):
-        room.train_apart(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
+        room.train_folds_parallel(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
     assert time.monotonic() - start < 100 and Path(run.output, "began1").exists()
     assert not [p for p in multiprocessing.active_children() if p.is_alive() and p not in before]
 
@@ -373,7 +375,7 @@ POOL = [*QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "
 def a_fold(run, **kw):
     "Fold 0 of a run: its network, and notes."
     room.seed_everything(3)
-    m, ids, schemes = room.gather(run)
+    m, ids, schemes = room.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     return room.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
 
