@@ -11,7 +11,7 @@ __all__ = ['CONCEPTS', 'SEMANTIC', 'NEEDED', 'STORE', 'Features', 'patch_starts'
 # %% ../notebooks/40_siglip.ipynb #17246bd2
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .backbones import run_autocast
 from .core import (BUILDING, InputError, Run, SiglipSettings, attached_files, installed, kaggle_input,
-                          pick_device, pick_dtype, progress, read_json, select_attached, stage)
+                          pick_device, progress, read_json, select_attached, stage)
 from .features import FEATURE_PACKAGES, write_features
 from .photos import FULL, PhotoStore, join, open_store, resize_half
 
@@ -158,8 +159,8 @@ class Siglip:
     def see(self, images: Sequence[np.ndarray]) -> Tensor:
         "(h, w, 3) uint8 pictures, all of one size → features (B, d), float32, not normalised."
         pixels = self.processor(images=list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        with torch.autocast(self.device.type, pick_dtype(self.device), enabled=self.device.type == "cuda"):
-            return as_tensor(self.model.get_image_features(pixel_values=pixels.to(self.device))).float()
+        pixels = pixels.to(self.device)
+        return self.run(lambda: self.model.get_image_features(pixel_values=pixels))
 
     @torch.inference_mode()
     def read(self, texts: Sequence[str]) -> Tensor:
@@ -170,7 +171,15 @@ class Siglip:
         length = self.model.config.text_config.max_position_embeddings
         ids = self.tokenizer([t.lower() for t in texts], padding="max_length", padding_side="right",
                              max_length=length, truncation=True, return_tensors="pt")["input_ids"]
-        return as_tensor(self.model.get_text_features(input_ids=ids.to(self.device))).float()
+        ids = ids.to(self.device)
+        return self.run(lambda: self.model.get_text_features(input_ids=ids))
+
+    def run(self, work: Callable) -> Tensor:
+        "Run `work()` under autocast, and again in float32 where that overflows; (B, d) float32."
+        advice = "siglip: out of memory; halve siglip.batch"
+        out, = run_autocast(self.model, self.device, lambda: (as_tensor(work()),), advice)
+        return out.float()
+
 
 # %% ../notebooks/40_siglip.ipynb #49e65b59
 def load_siglip(folder: str | Path, device: torch.device | None = None) -> Siglip:
@@ -187,7 +196,8 @@ def load_siglip(folder: str | Path, device: torch.device | None = None) -> Sigli
     except Exception as e:  # for a broken file transformers raises whatever its parsers do
         raise InputError(f"siglip.weights: {folder} cannot be loaded ({type(e).__name__}: {str(e)[:120]}); "
                          "copy the model's files again") from e
-    return Siglip(model.eval().requires_grad_(False).to(device), tokenizer, processor, device)
+    model = model.eval().requires_grad_(False).float()  # whatever the file holds: autocast decides the precision
+    return Siglip(model.to(device), tokenizer, processor, device)
 
 
 def read_parts(folder: Path) -> tuple[torch.nn.Module, object, object]:

@@ -41,7 +41,7 @@ from PIL import Image
 from . import boosting, frozen, siglip
 from .backbones import FeatureExtractor
 from .biomass_net import BiomassNet
-from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage
+from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage, usable_gpus
 from .data import long_form, read_test, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
 from .features import blocks_of
@@ -362,8 +362,8 @@ class Device:
 
 
 def find_devices(batch: int, warn: Callable = print) -> list[Device]:
-    "Every GPU, else the CPU."
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    "Every GPU that can run, else the CPU."
+    gpus = [torch.device("cuda", i) for i in usable_gpus()]
     return [Device(d, batch, warn) for d in gpus or [torch.device("cpu")]]
 
 
