@@ -128,7 +128,7 @@ def small_training(epochs=10, every=20, guard=True, seed=0):
     "A network, and its training step by step, in which the middle MLP overflows float16 in each `every`-th step."
     pairs, y = photos()
     torch.manual_seed(1)
-    config = ModelConfig(NARROW, size=32, squeeze=True, probe=False, head="pooled", fusion="none", dim=16, dropout=0.0)
+    config = ModelConfig(NARROW, size=32, squeeze=True, probe=False, head="pooled", fusion="none", dim=16, dropout=0, head_dropout=0.0)
     net = build_model(config)
     net.init_output_from_labels(y)
     mlp = net.backbone.net.blocks[1].mlp
