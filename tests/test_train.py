@@ -548,7 +548,6 @@ def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkey
         tokens, parts = net.mixed(encoded), net(x)
         raw = torch.cat([part(net.head.norm(tokens.mean(1))) for part in net.head.parts], -1)
     assert tokens.shape == (1, 2 * (5 + 4 * 4), 192) and [type(b).__name__ for b in net.fusion] == ["BiMambaMixer"] * 2
-    assert all(b.conv.kernel_size == (5,) and b.conv.groups == 192 and b.drop.p == 0.1 for b in net.fusion)
     torch.testing.assert_close(parts, torch.nn.functional.softplus(raw), rtol=1e-5, atol=1e-5)
     meta = json.loads((run.artefacts / "dinov3/fold0.json").read_text())
     assert meta["views"] == ["id", "H", "V", "HV"] and meta["config"]["order"] == "left_right" and not meta["config"]["probe"]
