@@ -20,8 +20,8 @@ import torch
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
 from .backbones import (Backbone, FeatureExtractor, check_poolings, feature_names, files_of, find_weights, load_backbone, pixel_stats)
-from .core import FrozenSettings, InputError, Run, pick_device, progress, stage
-from .features import write_features
+from .core import FrozenSettings, InputError, Run, installed, pick_device, progress, stage
+from .features import FEATURE_PACKAGES, write_features
 from .photos import FULL, PhotoStore, half_shape, join, open_store, resize_half
 from .siglip import STORE, Features, at_full
 
@@ -39,7 +39,7 @@ def check_settings(settings: FrozenSettings) -> None:
 def make_extractor(settings: FrozenSettings, folder: Path | None = None, device: torch.device | None = None, warn=print, **more) -> FeatureExtractor:
     "Return the extractor that the settings describe; raise `InputError` when weights do not fit."
     check_settings(settings)
-    backbone = load_backbone(settings.backbone, settings.weights, settings.depths)
+    backbone = load_backbone(settings.backbone, settings.weights, settings.depths, "frozen.weights")
     mean, std = pixel_stats(settings.backbone, settings.weights)
     return FeatureExtractor(backbone, mean, std, folder, device or pick_device(), warn, **more)
 
@@ -164,7 +164,8 @@ def colour_features(pairs: np.ndarray, settings: FrozenSettings) -> tuple[np.nda
 # %% ../notebooks/41_frozen.ipynb #31ec1428
 def open_extractor(run: Run, device: torch.device | None = None, photos: int = 0) -> FeatureExtractor:
     "Return the extractor of this run, which reads and fills its feature cache; `photos` it will be asked for."
-    found = replace(run.settings.frozen, weights=find_weights(run.settings.frozen.weights, run.settings.kaggle))
+    s = run.settings.frozen
+    found = replace(s, weights=find_weights(s.weights, s.backbone, run.settings.kaggle, where="frozen.weights"))
     expected = photos if run.settings.run.compile else 0
     return make_extractor(found, run.artefacts / "cache" / "features", device, run.warn, expected=expected)
 
@@ -193,7 +194,7 @@ def compute_features(
 # %% ../notebooks/41_frozen.ipynb #96f6af34
 def weights_files(run: Run) -> list[Path]:
     "The file of weights that the frozen features are made with, if they are made with one."
-    return files_of(run.settings.frozen.weights, run.settings.kaggle)
+    return files_of(run.settings.frozen.weights, run.settings.frozen.backbone, run.settings.kaggle)
 
 
 @stage("frozen", reads=STORE, sections=("photos", "inpaint", "kaggle"), weights=weights_files)
@@ -209,7 +210,7 @@ def run_frozen(run: Run) -> dict:
     for name, (ids, embedding, _) in compute_features(run, open_store(run, "train", FULL)).items():
         path = run.art("features", f"{name}.npz")
         write_features(path, ids, embedding)
-        run.beside(path, columns=columns[name])
+        run.beside(path, columns=columns[name], versions=installed(FEATURE_PACKAGES) if name == "frozen" else {})
         summary |= {"photos": len(ids), name: embedding.shape[1]}
     return summary
 

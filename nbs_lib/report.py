@@ -37,6 +37,7 @@ import pandas as pd
 
 from .core import InputError, Run, atomic, open_run, read_json, write_json
 from .data import SCHEMES, Competition, check_samples, draws_path, oof_path, read_competition, read_draws, read_folds, read_oof, read_table, to_wide
+from .reading import read_photo, to_landscape
 from .targets import CLOVER, QUADRAT_M2, TARGETS, TOTAL, WEIGHTS, constant_prediction, imbalance, per_target_r2_score, per_target_rmse, weighted_r2_score
 from .validation import score_interval
 
@@ -969,15 +970,15 @@ def example_photo(found: Findings) -> int:
 
 def draw_example(found: Findings, i: int):
     "A matplotlib figure of labelled photo `i`: as the camera saw it, as the models see it, its grams measured and predicted; raises `InputError` without a store."
+    import cv2
     from matplotlib.figure import Figure
-    from PIL import Image
 
     row, halves = found.competition.train.iloc[i], open_halves(found)
     if halves is None or row["image_id"] not in halves[0]:
         raise InputError(f"{found.run.artefacts / 'photos'} does not hold the cleaned halves of {row['image_id']}; run the stage inpaint")
     left, right = (figure := Figure(figsize=(10, 4.4), layout="constrained")).subfigures(1, 2, width_ratios=(1, 1.05))
-    with Image.open(found.run.input / row["image_path"]) as photo:
-        shown = {"the photograph": np.asarray(photo.convert("RGB").resize((460, 230))), "cleaned and cut into halves: what the models see": panorama(halves[1][halves[0][row["image_id"]]], 227)}
+    photo = cv2.resize(to_landscape(read_photo(found.run.input / row["image_path"])), (460, 230), interpolation=cv2.INTER_AREA)
+    shown = {"the photograph": photo, "cleaned and cut into halves: what the models see": panorama(halves[1][halves[0][row["image_id"]]], 227)}
     for ax, (title, pixels) in zip(left.subplots(2, 1, height_ratios=[p.shape[0] for p in shown.values()]), shown.items(), strict=True):
         ax.imshow(pixels)
         ax.set_title(title, fontsize=10, loc="left")

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['CONCEPTS', 'SEMANTIC', 'NEEDED', 'STORE', 'Features', 'patch_starts', 'cut_patches', 'read_prompts', 'check_settings',
            'quiet_transformers', 'train_tokenizer', 'write_tiny_siglip', 'check_folder', 'as_tensor', 'Siglip',
-           'load_siglip', 'read_parts', 'embed_prompts', 'add_ratios', 'at_full', 'embed_photos', 'find_weights',
-           'compute_features', 'weights_files', 'run_siglip', 'show_siglip']
+           'load_siglip', 'read_parts', 'embed_prompts', 'add_ratios', 'at_full', 'embed_photos', 'is_siglip',
+           'locate_siglip', 'find_weights', 'compute_features', 'weights_files', 'run_siglip', 'show_siglip']
 
 # %% ../notebooks/40_siglip.ipynb #17246bd2
 import contextlib
-import importlib.metadata
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from .core import BUILDING, InputError, Run, SiglipSettings, find_attached, pick_device, pick_dtype, progress, stage
-from .features import write_features
+from .backbones import run_autocast
+from .core import (BUILDING, InputError, Run, SiglipSettings, attached_files, installed, kaggle_input,
+                          pick_device, progress, read_json, select_attached, stage)
+from .features import FEATURE_PACKAGES, write_features
 from .photos import FULL, PhotoStore, join, open_store, resize_half
 
 # %% ../notebooks/40_siglip.ipynb #0498165a
@@ -122,16 +123,20 @@ def write_tiny_siglip(
     return folder
 
 # %% ../notebooks/40_siglip.ipynb #1dd1b1fd
-NEEDED = {"config.json": "the configuration", "preprocessor_config.json": "the image processor",
-          "spiece.model|tokenizer.json": "the tokenizer", "model*.safetensors": "the weights"}
+NEEDED = {"config.json": "the configuration",
+          "preprocessor_config.json|processor_config.json": "the image processor",
+          "spiece.model|tokenizer.json|tokenizer.model": "the tokenizer",
+          "model*.safetensors|pytorch_model*.bin": "the weights"}
 
 
 def check_folder(folder: str | Path) -> Path:
     "Raise `InputError` naming each file of a SigLIP folder that is not there."
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"siglip.weights: {folder}: there is no such folder; give the one that holds config.json and model.safetensors")
-    missing = [f"{names.replace('|', ' or ')} ({what})" for names, what in NEEDED.items() if not any(any(folder.glob(n)) for n in names.split("|"))]
+        raise InputError(f"siglip.weights: {folder}: there is no such folder; "
+                         "give the one that holds config.json and model.safetensors")
+    missing = [f"{names.replace('|', ' or ')} ({what})" for names, what in NEEDED.items()
+               if not any(any(folder.glob(name)) for name in names.split("|"))]
     if missing:
         raise InputError(f"siglip.weights: {folder} lacks {', '.join(missing)}; copy all files of the model there")
     return folder
@@ -154,17 +159,29 @@ class Siglip:
     def see(self, images: Sequence[np.ndarray]) -> Tensor:
         "(h, w, 3) uint8 pictures, all of one size → features (B, d), float32, not normalised."
         pixels = self.processor(images=list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        with torch.autocast(self.device.type, pick_dtype(self.device), enabled=self.device.type == "cuda"):
-            return as_tensor(self.model.get_image_features(pixel_values=pixels.to(self.device))).float()
+        pixels = pixels.to(self.device)
+        return self.run(lambda: self.model.get_image_features(pixel_values=pixels))
 
     @torch.inference_mode()
     def read(self, texts: Sequence[str]) -> Tensor:
-        "Texts → features (B, d), float32, not normalised; padded to full length, as SigLIP was trained."
+        """Texts → features (B, d), float32, not normalised; padded on the right, as in training.
+
+        SigLIP 2 has Gemma's tokenizer, which pads on the left in some versions of transformers.
+        """
         length = self.model.config.text_config.max_position_embeddings
-        ids = self.tokenizer([t.lower() for t in texts], padding="max_length", max_length=length, truncation=True, return_tensors="pt")["input_ids"]
-        return as_tensor(self.model.get_text_features(input_ids=ids.to(self.device))).float()
+        ids = self.tokenizer([t.lower() for t in texts], padding="max_length", padding_side="right",
+                             max_length=length, truncation=True, return_tensors="pt")["input_ids"]
+        ids = ids.to(self.device)
+        return self.run(lambda: self.model.get_text_features(input_ids=ids))
+
+    def run(self, work: Callable) -> Tensor:
+        "Run `work()` under autocast, and again in float32 where that overflows; (B, d) float32."
+        advice = "siglip: out of memory; halve siglip.batch"
+        out, = run_autocast(self.model, self.device, lambda: (as_tensor(work()),), advice)
+        return out.float()
 
 
+# %% ../notebooks/40_siglip.ipynb #49e65b59
 def load_siglip(folder: str | Path, device: torch.device | None = None) -> Siglip:
     "SigLIP from a local folder; raise `InputError` that says what is missing or broken in it."
     folder, device = check_folder(folder), device or pick_device()
@@ -174,25 +191,35 @@ def load_siglip(folder: str | Path, device: torch.device | None = None) -> Sigli
     except InputError:
         raise
     except ImportError as e:
-        raise InputError(f"siglip: the tokenizer needs a package that is not installed: pip install sentencepiece protobuf ({e})") from e
-    except Exception as e:  # for a broken file transformers raises OSError, ValueError, RuntimeError, TypeError or those of its parsers
-        raise InputError(f"siglip.weights: {folder} cannot be loaded ({type(e).__name__}: {str(e)[:120]}); copy the model's files again") from e
-    return Siglip(model.eval().requires_grad_(False).to(device), tokenizer, processor, device)
+        raise InputError("siglip.weights: the tokenizer needs a package that is not installed: "
+                         f"pip install sentencepiece protobuf ({e})") from e
+    except Exception as e:  # for a broken file transformers raises whatever its parsers do
+        raise InputError(f"siglip.weights: {folder} cannot be loaded ({type(e).__name__}: {str(e)[:120]}); "
+                         "copy the model's files again") from e
+    model = model.eval().requires_grad_(False).float()  # whatever the file holds: autocast decides the precision
+    return Siglip(model.to(device), tokenizer, processor, device)
 
 
 def read_parts(folder: Path) -> tuple[torch.nn.Module, object, object]:
-    "Model, tokenizer and image processor; transformers would fill a missing tensor with noise, so that is refused."
+    "Model in float32, tokenizer, image processor; refuse a missing tensor: transformers fills it with noise."
     from transformers import AutoConfig, AutoTokenizer, SiglipImageProcessor, SiglipModel
 
     local = {"local_files_only": True}
     kind = AutoConfig.from_pretrained(folder, **local).model_type
     if kind != "siglip":
-        raise InputError(f"siglip.weights: {folder} holds a model of type '{kind}', not 'siglip'; give a SigLIP folder")
-    model, told = SiglipModel.from_pretrained(folder, output_loading_info=True, **local)
-    absent = [str(key) for what in ("missing_keys", "mismatched_keys") for key in told[what]]
+        fixed = "a SigLIP 2 of fixed size, such as siglip2-so400m-patch14-384"
+        hint = fixed if kind == "siglip2" else "a SigLIP folder"
+        raise InputError(f"siglip.weights: {folder} holds a model of type '{kind}', not 'siglip'; "
+                         f"give {hint}")
+    # float32 whatever the file has: half precision on a CPU is slow and gives other features
+    model, report = SiglipModel.from_pretrained(
+        folder, output_loading_info=True, dtype=torch.float32, **local)
+    absent = [str(key) for what in ("missing_keys", "mismatched_keys") for key in report[what]]
     if absent:
-        raise InputError(f"siglip.weights: {folder}: {len(absent)} tensors are missing or of another shape, such as {min(absent)}; copy the model's files again")
-    return model, AutoTokenizer.from_pretrained(folder, **local), SiglipImageProcessor.from_pretrained(folder, **local)
+        raise InputError(f"siglip.weights: {folder}: {len(absent)} tensors are missing or of another shape, "
+                         f"such as {min(absent)}; copy the model's files again")
+    return (model, AutoTokenizer.from_pretrained(folder, **local),
+            SiglipImageProcessor.from_pretrained(folder, **local))
 
 # %% ../notebooks/40_siglip.ipynb #67167679
 def embed_prompts(siglip: Siglip, prompts: dict[str, Sequence[str]]) -> Tensor:
@@ -237,17 +264,42 @@ def embed_photos(
     return per_patch.mean(1), np.concatenate(semantic), per_patch
 
 # %% ../notebooks/40_siglip.ipynb #ebcfd3fa
-def find_weights(run: Run) -> Path | None:
-    "The SigLIP folder that the settings mean, None when `siglip.weights` is empty; raise `InputError` when it is nowhere."
-    wanted = run.settings.siglip.weights
+def is_siglip(folder: Path) -> bool:
+    "Whether the folder's config.json is that of a SigLIP."
+    try:
+        config = read_json(folder / "config.json")
+    except InputError:
+        return False
+    return isinstance(config, dict) and config.get("model_type") in ("siglip", "siglip2")
+
+
+def locate_siglip(run: Run) -> Path | None:
+    "The SigLIP folder that the settings mean, None where they are empty; `InputError` when it is nowhere."
+    wanted, kaggle, root = run.settings.siglip.weights, run.settings.kaggle, kaggle_input()
     if not wanted:
         return None
     if wanted == "tiny":
         folder = run.artefacts / "siglip-tiny"
         texts = [w for words in read_prompts(run.settings.siglip).values() for w in words]
-        return folder if (folder / "model.safetensors").is_file() else write_tiny_siglip(folder, texts, run.settings.run.seed)
-    kaggle = run.settings.kaggle
-    return check_folder(find_attached(wanted, f"{kaggle.username}/{kaggle.siglip_dataset}", "preprocessor_config.json", env="NBS_SIGLIP"))
+        there = (folder / "model.safetensors").is_file()
+        return folder if there else write_tiny_siglip(folder, texts, run.settings.run.seed)
+    if Path(wanted).exists() or not root.is_dir():
+        return check_folder(wanted)
+    folders = [path.parent for path in attached_files(("config.json",)) if path.name == "config.json"]
+    found = select_attached(folders, wanted, f"{kaggle.username}/{kaggle.siglip_dataset}", fits=is_siglip)
+    if len(found) != 1:
+        several = f"{len(found)} folders hold a SigLIP ({', '.join(map(str, found[:8]))}); name one"
+        raise InputError(f"siglip.weights: {wanted} is not attached; below {root} "
+                         f"{several if found else 'no folder holds a SigLIP; attach one'}")
+    return check_folder(found[0])
+
+
+def find_weights(run: Run) -> Path | None:
+    "Locate the SigLIP folder; print a line where an attached folder of another name is used."
+    folder, wanted = locate_siglip(run), run.settings.siglip.weights
+    if folder and wanted != "tiny" and Path(wanted).name not in folder.parts:
+        print(f"siglip.weights: {wanted} is not attached; {folder} holds a SigLIP and is used")
+    return folder
 
 # %% ../notebooks/40_siglip.ipynb #70cb070b
 STORE = tuple(f"artefacts/photos/train_{FULL[0]}x{FULL[1]}/{name}" for name in ("store.json", "rows.npy"))  # rows: a hash a photo
@@ -269,7 +321,7 @@ def weights_files(run: Run) -> list[Path]:
     if wanted in ("", "tiny"):
         return []
     try:
-        return sorted(p for p in find_weights(run).iterdir() if p.is_file())
+        return sorted(p for p in locate_siglip(run).iterdir() if p.is_file())
     except (InputError, OSError):  # the stage itself says what is missing
         return [Path(wanted)]
 
@@ -287,7 +339,8 @@ def run_siglip(run: Run) -> dict:
     embedding, semantic, per_patch = embed_photos(store, load_siglip(folder), settings)
     more = {"patches": per_patch.astype(np.float16)} if settings.per_patch else {}
     write_features(path, store.ids, embedding, semantic=semantic, **more)
-    run.beside(path, semantic=SEMANTIC, patches_a_photo=per_patch.shape[1], weights=folder.name, transformers=importlib.metadata.version("transformers"))
+    run.beside(path, semantic=SEMANTIC, patches_a_photo=per_patch.shape[1], weights=folder.name,
+               versions=installed(FEATURE_PACKAGES))
     return {"photos": len(store), "dimensions": embedding.shape[1], "patches a photo": per_patch.shape[1]}
 
 # %% ../notebooks/40_siglip.ipynb #6d5b0d04

@@ -41,12 +41,12 @@ from PIL import Image
 from . import boosting, frozen, siglip
 from .backbones import FeatureExtractor
 from .biomass_net import BiomassNet
-from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage
+from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage, usable_gpus
 from .data import long_form, read_test, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
 from .features import blocks_of
 from .photos import FULL, PhotoStore, build_stores, clean_halves, open_store, resize_half
-from .reading import END, read_bytes
+from .reading import END, read_bytes, read_photo, to_landscape
 from .targets import TARGETS, TOTAL, imbalance, reconcile
 from .train_dinov3 import extract_store, load_fold, make_extractor, predict
 
@@ -115,13 +115,19 @@ class SubmissionWriter:
 
 # %% ../notebooks/60_submit.ipynb #8e8bfdae
 def open_small(path: str | Path, side: int = 250) -> np.ndarray | None:
-    "A photo at about `side` pixels, (h, w, 3) uint8 RGB, also of a file that ends too early; None when nothing can be read, whatever the decoder says."
+    """Return a photo as (32, 64, 3) uint8 RGB, decoded at about `side` pixels; None when nothing of it can be read.
+
+    A file that ends too early is read as far as it goes; what Pillow cannot open, such as HEIC, is read as the models read it.
+    """
     try:
         image = Image.open(io.BytesIO(Path(path).read_bytes() + END))  # a cut JPEG gets the mark of its end
         image.draft("RGB", (side, side // 2))  # decode at an eighth: a JPEG can
         return np.asarray(image.convert("RGB").resize((64, 32), Image.Resampling.BOX))
     except Exception:  # one odd file must not cost the colours of all the others
-        return None
+        try:
+            return cv2.resize(read_photo(path), (64, 32), interpolation=cv2.INTER_AREA)
+        except Exception:  # neither way: the mean answers for this photo
+            return None
 
 
 def thumb_features(path: str | Path) -> np.ndarray:
@@ -356,8 +362,8 @@ class Device:
 
 
 def find_devices(batch: int, warn: Callable = print) -> list[Device]:
-    "Every GPU, else the CPU."
-    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    "Every GPU that can run, else the CPU."
+    gpus = [torch.device("cuda", i) for i in usable_gpus()]
     return [Device(d, batch, warn) for d in gpus or [torch.device("cpu")]]
 
 
@@ -798,9 +804,8 @@ def show_submit(run: Run, most: int = 6):
     shown = list(zip(task.ids, task.paths, strict=True))[:most]
     fig, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 1.9), dpi=70, squeeze=False)
     for ax, (image_id, path) in zip(axes[0], shown, strict=True):
-        picture = cv2.imread(str(path), cv2.IMREAD_REDUCED_COLOR_4)
-        if picture is not None:
-            ax.imshow(picture[..., ::-1])
+        with contextlib.suppress(InputError):  # a photo that cannot be read has an empty panel
+            ax.imshow(cv2.resize(to_landscape(read_photo(path)), (500, 250), interpolation=cv2.INTER_AREA))
         parts = [table[f"{image_id}__{TARGETS[t]}"] for t in (*PARTS, TOTAL)]
         ax.set_title("green {:.0f}, clover {:.0f}, dead {:.0f}\ntotal {:.0f} g".format(*parts), fontsize=8)
         ax.axis("off")

@@ -4,6 +4,7 @@
 Without `--write` it only says which tables differ. Scores on synthetic and on real photographs stand in files and tables of their own.
 """
 import argparse
+import ast
 import json
 import re
 import shutil
@@ -46,10 +47,30 @@ def scores(photographs: str) -> str:
     out = []
     for path in sorted(RESULTS.glob(f"{photographs}_*.json")):
         table = pd.read_csv(path.with_suffix(".csv"))
-        lines = [[r.model, r.judged_on, f"**{r.r2:.3f}**" if (r.model, r.judged_on) == ("ensemble", "grouped") else f"{r.r2:.3f}", "–" if pd.isna(r.low) else f"{score(r.low)} to {score(r.high)}",
+        lines = [[r.model, r.judged_on, f"**{r.r2:.3f}**" if (r.model, r.judged_on) == ("ensemble", "grouped") else f"{r.r2:.3f}", spread(r),
                   *map(score, (r.Dry_Green_g, r.Dry_Dead_g, r.Dry_Clover_g, r.GDM_g, r.Dry_Total_g))] for r in table.itertuples()]
-        out.append(told(json.loads(path.read_text())) + rows(["model", "judged on", "score", "95 % of draws of sites", "Green", "Dead", "Clover", "GDM", "Total"], lines))
+        out.append(told(json.loads(path.read_text())) + rows(["model", "judged on", "score", "95 % of sites; sd", "Green", "Dead", "Clover", "GDM", "Total"], lines))
     return "\n".join(out) or f"No run on {photographs} photographs has been kept here yet.\n"
+
+
+def spread(row) -> str:
+    "The interval over resampled sites, or the sd over random draws of sites."
+    if pd.notna(getattr(row, "sd", None)):
+        return f"± {row.sd:.3f}"
+    return "–" if pd.isna(row.low) else f"{score(row.low)} to {score(row.high)}"
+
+
+def recipe() -> str:
+    "What the recipe does, where it says so, and that our preset does the same: the table that tests/test_recipe.py checks."
+    source = (ROOT / "tests" / "test_recipe.py").read_text(encoding="utf-8")
+    tables = {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(source).body
+              if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") in ("RECIPE", "T4")}
+
+    def told(value) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, tuple) else {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else str(value)
+
+    lines = [[f"`{name}`", told(value), told(tables["T4"].get(name, value)), where] for name, (value, where) in tables["RECIPE"].items()]
+    return rows(["setting", "recipe", "recipe_t4", "source"], lines)
 
 
 def ablation() -> str:
@@ -86,7 +107,7 @@ def bench() -> str:
     return f"Measured on {table['machine'].iloc[0]}; also [as a picture](results/bench.png).\n\n" + rows(["measurement", "what", "value", "of", "peak MB", "note"], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"labels": lambda: as_it_is("labels.csv"), "frozen": lambda: as_it_is("real_112.csv"), "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "stamps": stamps, "bench": bench}
+BLOCKS: dict[str, Callable[[], str]] = {"labels": lambda: as_it_is("labels.csv"), "measured": lambda: as_it_is("real.csv"), "recipe": recipe, "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "stamps": stamps, "bench": bench}
 
 
 def filled(text: str) -> tuple[str, list[str]]:

@@ -15,7 +15,7 @@ from nbs_lib import eda
 from nbs_lib.core import InputError, open_run
 from nbs_lib.data import read_competition
 from nbs_lib.demo import write_demo
-from nbs_lib.reading import lying, read_photo
+from nbs_lib.reading import read_photo, to_landscape
 from nbs_lib.targets import TARGETS
 
 
@@ -70,7 +70,7 @@ def test_thumbnails_stand_in_the_order_of_the_table(small):
     assert list(facts.index) == list(comp.train["image_id"])
     assert thumbnails.shape == (42, 150, 300, 3) and thumbnails.dtype == np.uint8
     for path, thumbnail in zip(comp.paths("train"), thumbnails, strict=True):
-        photo = cv2.resize(lying(read_photo(path)), (30, 15), interpolation=cv2.INTER_AREA).astype(int)
+        photo = cv2.resize(to_landscape(read_photo(path)), (30, 15), interpolation=cv2.INTER_AREA).astype(int)
         assert np.abs(cv2.resize(thumbnail, (30, 15), interpolation=cv2.INTER_AREA) - photo).mean() < 1
 
 

@@ -1,10 +1,12 @@
 """SigLIP, frozen and colour features: what is no lesson in 40_siglip and 41_frozen."""
+import copy
 import dataclasses
 import json
 import shutil
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
@@ -16,8 +18,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nbs_lib import frozen, siglip
-from nbs_lib.core import InputError, load_settings, open_run, read_json
+from nbs_lib import features, frozen, siglip
+from nbs_lib.core import InputError, installed, load_settings, open_run, read_json
 from nbs_lib.photos import FULL, ROW, store_folder
 
 CPU = torch.device("cpu")
@@ -151,6 +153,162 @@ def test_another_kind_of_model_is_refused(tiny, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(InputError, match="'clip', not 'siglip'"):
         siglip.load_siglip(folder, CPU)
+
+
+def test_half_precision_is_computed_in_float32(tiny, eye, tmp_path):
+    "transformers 5 would load the file's own precision: on a CPU other features, slowly."
+    folder = shutil.copytree(tiny, tmp_path / "half")
+    copy.deepcopy(eye.model).half().save_pretrained(folder)
+    assert {v.dtype for v in load_file(folder / "model.safetensors").values()} == {torch.float16}
+    half, picture = siglip.load_siglip(folder, CPU), some_pairs(1)[0]
+    assert {p.dtype for p in half.model.parameters()} == {torch.float32}
+    rounded = siglip.Siglip(copy.deepcopy(eye.model).half().float(), eye.tokenizer, eye.processor, CPU)
+    assert torch.equal(half.see(picture), rounded.see(picture))
+    assert torch.equal(half.read(["clover"]), rounded.read(["clover"]))
+
+
+def test_a_torch_archive_loads_like_safetensors(tiny, eye, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "bin")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    assert torch.equal(siglip.load_siglip(folder, CPU).read(["clover"]), eye.read(["clover"]))
+
+
+def test_code_in_a_torch_archive_is_not_run(tiny, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "ran",))
+
+    folder = shutil.copytree(tiny, tmp_path / "bin")
+    torch.save({"logit_scale": Evil()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="siglip.weights: .*cannot be loaded"):
+        siglip.load_siglip(folder, CPU)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_processor_may_stand_where_transformers_5_writes_it(tiny, eye, tmp_path):
+    folder, picture = shutil.copytree(tiny, tmp_path / "new"), some_pairs(1)[0]
+    settings = {**read_json(folder / "preprocessor_config.json"), "image_mean": [0.3, 0.4, 0.6]}
+    (folder / "preprocessor_config.json").unlink()
+    whole = {"image_processor": settings, "processor_class": "SiglipProcessor"}
+    (folder / "processor_config.json").write_text(json.dumps(whole))
+    other = siglip.load_siglip(folder, CPU)
+    assert list(other.processor.image_mean) == [0.3, 0.4, 0.6]
+    assert not torch.allclose(other.see(picture), eye.see(picture))
+
+
+def write_siglip2(folder: Path, tiny: Path, words: list[str], tokenizer: str = "GemmaTokenizer") -> Path:
+    "A SigLIP 2 of fixed size: SigLIP's classes and Gemma's tokenizer, whose padding side is not said."
+    from tokenizers import Tokenizer, models, normalizers, processors, trainers
+    from transformers import SiglipConfig, SiglipModel
+
+    shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("spiece.model", "tokenizer*", "special*"))
+    text = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    text.normalizer = normalizers.Replace(" ", "▁")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    text.train_from_iterator(words, trainers.BpeTrainer(vocab_size=300, special_tokens=special))
+    text.post_processor = processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    text.save(str(folder / "tokenizer.json"))
+    named = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    told = {"tokenizer_class": tokenizer, "add_bos_token": False, "add_eos_token": True, **named}
+    (folder / "tokenizer_config.json").write_text(json.dumps(told))
+    config = SiglipConfig.from_pretrained(folder)
+    config.text_config.vocab_size = text.get_vocab_size()
+    SiglipModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tokenizer", ["GemmaTokenizer", "GemmaTokenizerFast"])
+def test_a_siglip_2_of_fixed_size_loads_and_pads_as_it_was_trained(tiny, tmp_path, settings, tokenizer):
+    words = [w for words in siglip.read_prompts(settings.siglip).values() for w in words]
+    eye = siglip.load_siglip(write_siglip2(tmp_path / "siglip2", tiny, words, tokenizer), CPU)
+    embedding, semantic, _ = siglip.embed_photos(some_pairs(2), eye, settings.siglip)
+    assert embedding.shape == (2, 32) and np.isfinite(semantic).all()
+    ids = eye.tokenizer(["dense clover"])["input_ids"][0]
+    padded = torch.tensor([ids + [0] * (64 - len(ids))])
+    assert ids[-1] == 1 and len(ids) > 2
+    wanted = siglip.as_tensor(eye.model.get_text_features(input_ids=padded))
+    assert torch.allclose(eye.read(["Dense Clover"]), wanted, atol=1e-5)
+
+
+def test_a_siglip_2_of_free_size_is_refused_with_one_that_would_do(tiny, tmp_path):
+    folder = shutil.copytree(tiny, tmp_path / "naflex")
+    (folder / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(InputError, match="'siglip2', not 'siglip'; give a SigLIP 2 of fixed size"):
+        siglip.load_siglip(folder, CPU)
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch, open_here):
+    "Where a Kaggle kernel has its inputs, and a run whose SigLIP is named as in the settings."
+    root = tmp_path / "kaggle"
+    (root / "competitions/csiro-biomass").mkdir(parents=True)
+    monkeypatch.setenv("NBS_KAGGLE_INPUT", str(root))
+    return root, open_here("siglip.weights=siglip-so400m-patch14-384")
+
+
+def own_dataset(run) -> str:
+    return f"datasets/{run.settings.kaggle.username}/{run.settings.kaggle.siglip_dataset}"
+
+
+PLACES = ("own", "image2biomass-siglip-weights", "datasets/someone/eyes/deep/folder",
+          "models/google/siglip/transformers/so400m/1")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_attached_siglip_is_found_whatever_its_name(kernel, tiny, place, capsys):
+    root, run = kernel
+    folder = shutil.copytree(tiny, root / (own_dataset(run) if place == "own" else place))
+    (root / "datasets/someone/dinov3").mkdir(parents=True)  # transformers' DINOv3 has files of the same names
+    (root / "datasets/someone/dinov3/config.json").write_text(json.dumps({"model_type": "dinov3_vit"}))
+    (root / "datasets/someone/dinov3/preprocessor_config.json").write_text("{}")
+    assert siglip.find_weights(run) == folder
+    told = f"siglip.weights: siglip-so400m-patch14-384 is not attached; {folder} holds a SigLIP and is used\n"
+    assert capsys.readouterr().out == told
+    assert siglip.weights_files(run) == sorted(folder.iterdir()) and capsys.readouterr().out == ""
+
+
+def test_of_several_siglips_the_named_one_then_the_own_dataset_else_none(kernel, tiny, capsys):
+    root, run = kernel
+    with pytest.raises(InputError, match="^siglip.weights: .* no folder holds a SigLIP; attach one"):
+        siglip.find_weights(run)
+    others = [shutil.copytree(tiny, root / f"datasets/someone/{name}") for name in ("a", "b")]
+    with pytest.raises(InputError, match="2 folders hold a SigLIP .*; name one") as e:
+        siglip.find_weights(run)
+    assert all(str(folder) in str(e.value) for folder in others)
+    own = shutil.copytree(tiny, root / own_dataset(run))
+    assert siglip.find_weights(run) == own
+    capsys.readouterr()
+    named = shutil.copytree(tiny, root / "models/google/siglip/transformers/siglip-so400m-patch14-384/1")
+    assert siglip.find_weights(run) == named and capsys.readouterr().out == ""
+
+
+def test_versions_stand_beside_features_and_a_difference_is_one_warning(open_here, tmp_path):
+    run = open_here("frozen.widths=96", "frozen.colour_width=64")
+    write_store(run, some_pairs(2))
+    siglip.run_siglip(run)
+    frozen.run_frozen(run)
+    names, given = ["siglip", "frozen", "colour", "of somebody else"], []
+    for name in names[:2]:
+        made = read_json(run.artefacts / f"features/{name}.json")["versions"]
+        assert made == installed(features.FEATURE_PACKAGES)
+        assert made.keys() == {"transformers", "timm", "torchvision"}
+    features.warn_version_drift(run.artefacts, names, given.append)
+    assert given == []
+    for name, package in (("siglip", "transformers"), ("siglip", "torchvision"), ("frozen", "torchvision")):
+        path = run.artefacts / f"features/{name}.json"
+        beside = read_json(path)
+        beside["versions"][package] = "0.0.1"
+        path.write_text(json.dumps(beside))
+    features.warn_version_drift(run.artefacts, names, given.append)
+    here = installed(features.FEATURE_PACKAGES)
+    assert len(given) == 1 and "\n" not in given[0]
+    assert f"siglip by transformers 0.0.1 (here {here['transformers']})" in given[0]
+    assert f"siglip, frozen by torchvision 0.0.1 (here {here['torchvision']})" in given[0]
+    (run.artefacts / "features/siglip.json").write_text("{")
+    features.warn_version_drift(run.artefacts, names, given.append)
+    assert "not readable" in given[1] and "frozen by torchvision" in given[2]  # an error would stop a submission
 
 
 def test_both_answers_of_transformers():

@@ -781,3 +781,22 @@ def open_competition(folder):
     from nbs_lib.data import read_competition
 
     return read_competition(folder)
+
+
+def test_a_sidecar_is_not_taken_for_the_photo(tmp_path):
+    from nbs_lib.data import find_photo
+
+    (tmp_path / "test").mkdir()
+    for name in ("ID9.AAE", "ID9.json", "ID9.HEIC", "ID9.mov"):
+        (tmp_path / "test" / name).touch()
+    assert find_photo(tmp_path, "test/ID9.jpg", "ID9").name == "ID9.HEIC"
+
+
+def test_a_heic_has_colours_before_any_model(tmp_path):
+    from nbs_lib.submit import thumb_features
+
+    picture = grass(5, (400, 800))
+    for name, form in (("a.jpg", "JPEG"), ("b.jpg", "HEIF")):
+        (tmp_path / name).write_bytes(encode(Image.fromarray(picture), form))
+    jpeg, heif = (thumb_features(tmp_path / name) for name in ("a.jpg", "b.jpg"))
+    assert np.isfinite(heif).all() and np.abs(jpeg - heif)[:6].max() < 0.02

@@ -30,7 +30,7 @@ def one_thread():
 
 
 def settings(**changes):
-    base = dict(epochs=8, warmup=1, lr=3e-3, batch=2, accumulate=2, patience=99, checkpointing=False, dropout=0.0, dim=16)
+    base = dict(epochs=8, warmup=1, lr=3e-3, batch=2, accumulate=2, patience=99, checkpointing=False, dropout=0.0, head_dropout=0.0, dim=16)
     return dataclasses.replace(load_settings("demo").train_dinov3, **{**base, **changes})
 
 
@@ -46,7 +46,7 @@ def eight(backbone: str, channels: int = 24, seed: int = 0):
 
 def net_on(backbone: str, **changes):
     torch.manual_seed(0)
-    net = build_model(ModelConfig(backbone, **{"size": 64, "squeeze": True, "probe": False, "dim": 16, "dropout": 0.0, **changes}))
+    net = build_model(ModelConfig(backbone, **{"size": 64, "squeeze": True, "probe": False, "dim": 16, "dropout": 0.0, "head_dropout": 0.0, **changes}))
     return net
 
 

@@ -105,12 +105,17 @@ def test_words_that_stand_for_weights_name_no_file(function, run, monkeypatch):
     assert files_told(run, function, monkeypatch) == set()
 
 
-def test_a_folder_of_a_kaggle_model_means_its_first_file(run, tmp_path):
+def test_a_folder_means_its_only_file(run, tmp_path):
+    def files(weights):
+        return files_of(str(weights), "vit_twin_patch16_dinov3", run.settings.kaggle)
+
     (tmp_path / "model").mkdir()
-    assert files_of(str(tmp_path / "model"), run.settings.kaggle) == [tmp_path / "model"]  # nothing in it: not there
+    assert files(tmp_path / "model") == [tmp_path / "model"]  # nothing in it: not there
     save_file({"a": torch.zeros(1)}, tmp_path / "model/weights.safetensors")
-    assert files_of(str(tmp_path / "model"), run.settings.kaggle) == [tmp_path / "model/weights.safetensors"]
-    assert files_of("random", run.settings.kaggle) == files_of("wheel:efficientnet_lite0", run.settings.kaggle) == []
+    assert files(tmp_path / "model") == [tmp_path / "model/weights.safetensors"]
+    save_file({"b": torch.zeros(1)}, tmp_path / "model/more.safetensors")
+    assert files(tmp_path / "model") == [tmp_path / "model"]  # neither fits, and the stage itself says so
+    assert files("random") == files("wheel:efficientnet_lite0") == []
 
 
 def test_weights_that_cannot_be_read_stop_no_submission(run, tmp_path, monkeypatch):
