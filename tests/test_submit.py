@@ -3,6 +3,7 @@
 `python tests/test_submit.py --table` runs the drill and writes the table between the marks `faults` of the README.
 """
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -25,17 +26,20 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from nbs_lib import submit
-from nbs_lib.biomass_net import load_model, save_model
+from nbs_lib.backbones import Backbone
+from nbs_lib.biomass_net import build_model, load_model, save_model
 from nbs_lib.core import InputError, is_fresh, read_json
 from nbs_lib.data import read_competition, read_oof
+from nbs_lib.photos import FULL, open_store, run_inpaint
 from nbs_lib.submit import run_submit
 from nbs_lib.targets import TARGETS
+from nbs_lib.train_dinov3 import predict
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->\n"
 # Every stage for real, with the least work: a probe alone, narrow features, one regressor.
-SMALL = ("run.folds=3", "train_dinov3.size=96", "train_dinov3.head=none", "train_dinov3.views=id,H", "train_dinov3.schemes=grouped", "train_dinov3.depths=2",
-         "frozen.widths=96", "frozen.depths=2", "frozen.poolings=mean", "frozen.colour_width=64", "boosting.members=linear", "boosting.inner_folds=2",
+SMALL = ("run.folds=3", "train_dinov3.size=96", "train_dinov3.probe_sizes=", "train_dinov3.head=none", "train_dinov3.views=id,H", "train_dinov3.schemes=grouped", "train_dinov3.depths=2",
+         "frozen.widths=96", "frozen.depths=2", "frozen.poolings=mean", "frozen.colour_width=64", "boosting.members=ridge", "boosting.inner_folds=2", "run.draws=2",
          "ensemble.judge=no", "ensemble.weights=equal", "ensemble.rules=WA:Dry_Dead_g", "ensemble.shrink=no", "ensemble.draws=100", "run.workers=2")
 
 
@@ -276,33 +280,35 @@ def no_train(run, _):
 
 def memory(run, monkeypatch):
     "Three times there is no room; then the batch is small enough."
-    real, room = submit.BiomassNet.encode, [3]
+    real, room = Backbone.encode, [3]
 
-    def encode(net, x):
+    def encode(backbone, x):
         if room[0]:
             room[0] -= 1
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(net, x)
+        return real(backbone, x)
 
-    monkeypatch.setattr(submit.BiomassNet, "encode", encode)
+    monkeypatch.setattr(Backbone, "encode", encode)
 
 
 def memory_gpu(run, monkeypatch):
     "A GPU on which not even one photo fits: the work ends on the CPU."
-    real = submit.Team.answers
+    real = submit.FoldGroup.predict_view
 
-    def answers(team, store, index, view, device):
+    def predict_view(group, store, index, view, device):
         if device.type != "cpu":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return real(team, store, index, view, device)
+        return real(group, store, index, view, device)
 
-    monkeypatch.setattr(submit.Team, "answers", answers)
+    monkeypatch.setattr(submit.FoldGroup, "predict_view", predict_view)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cpu = torch.device("cpu")
     monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [submit.Device(torch.device("cuda", 0), batch, warn)])
-    for room in (submit.siglip, submit.frozen):
-        compute = room.compute_features
-        monkeypatch.setattr(room, "compute_features", lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
+    for module in (submit.siglip, submit.frozen):
+        compute = module.compute_features
+        monkeypatch.setattr(module, "compute_features", lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
+    opened = submit.frozen.open_extractor
+    monkeypatch.setattr(submit.frozen, "open_extractor", lambda run, device=None, photos=0: opened(run, cpu, photos))
 
 
 def nan_boosting(run, monkeypatch):
@@ -410,7 +416,7 @@ def test_the_test_is_cleaned_as_training_was(trained, untouched, tmp_path):
     assert run_submit(run)["models"] == untouched[1]["models"]
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
     said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
-    assert "inpaint.rule = stamp and not none, inpaint.crop_bottom = 0.1 and not 0.3, train_dinov3.size = 96 and not 160" in said
+    assert "inpaint.rule = stamp and not none, inpaint.crop_bottom = 0.1 and not 0.3; the test's are made alike" in said
 
 
 def told_otherwise(path: Path, section: str, **values) -> None:
@@ -421,14 +427,39 @@ def told_otherwise(path: Path, section: str, **values) -> None:
     replace(path, json.dumps(told).encode())
 
 
-def test_a_fold_of_an_earlier_size_is_left_out(trained, tmp_path):
-    "Training with other settings was broken off after its first folds."
+def with_another_fold(run, k: int, **changes) -> None:
+    "Put a network of another configuration, on the same backbone file, in place of fold `k`."
+    path = run.artefacts / "dinov3" / f"fold{k}.safetensors"
+    meta = read_json(path.with_suffix(".json"))
+    torch.manual_seed(k)
+    net = build_model(dataclasses.replace(load_model(path).config, **changes), "wheel:efficientnet_lite0")
+    net.backbone.requires_grad_(False)
+    for name, value in {"inv_sd": 1, "weight": torch.randn_like(net.probe.weight) / 1000, "bias": 3, "cap": 9}.items():
+        getattr(net.probe, name).copy_(torch.as_tensor(value))
+    if net.config.head != "none":
+        for part in net.head.parts:
+            torch.nn.init.normal_(part[-1].weight)
+    for old in (path, path.with_suffix(".json")):
+        old.unlink()  # a hard link of what all tests share
+    save_model(net, path, run.artefacts / "dinov3" / meta["shared"], **{key: v for key, v in meta.items() if key not in ("config", "shared", "frozen")})
+
+
+@pytest.mark.parametrize("k", [0, 1])
+@pytest.mark.parametrize("changes", [{"size": 160}, {"size": 160, "squeeze": True}, {"head": "density", "dim": 8}, {"depths": 1}, {"poolings": ("mean", "sd")},
+                                     {"probe_sizes": (64, 128)}, {"head": "pooled", "dim": 8, "size": 128, "probe_sizes": (64,)}], ids=str)
+def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_path, monkeypatch, k, changes):
+    "Training with other settings was broken off after some of its folds; or one fold kept its head and the others did not."
     run = copy_run(trained, tmp_path)
-    told_otherwise(run.artefacts / "dinov3" / "fold1.json", "train_dinov3", size=160)
+    with_another_fold(run, k, **changes)
+    seen = {}
+    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     assert run_submit(run)["models"] == ALL
-    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
-    assert "fold 1 of model 1 learned from photos of another size or cleaning than the others" in said
-    whole(run.output / "submission.csv", run.input)
+    assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    run_inpaint(run)
+    task = submit.read_task(run.input)
+    store = open_store(run, "test", FULL)
+    wanted = np.mean([predict(submit.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids)) for k in range(3)], axis=0)
+    assert np.abs(seen["dinov3"] - wanted).max() <= 1e-4
 
 
 def test_folds_of_an_earlier_division_have_no_say(trained, untouched, tmp_path):
@@ -447,10 +478,8 @@ def test_folds_that_do_not_tell_of_their_photos_get_those_of_the_settings(traine
     run = copy_run(trained, tmp_path, ("inpaint.crop_bottom=0.1", "train_dinov3.size=160"))
     for k in range(3):
         told_otherwise(run.artefacts / "dinov3" / f"fold{k}.json", "inpaint", rule=7, crop_bottom=None)
-        told_otherwise(run.artefacts / "dinov3" / f"fold{k}.json", "train_dinov3", squeeze="perhaps")
     assert run_submit(run)["models"] == ALL
-    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
-    assert "train_dinov3.size = 96 and not 160" in said and "rule" not in said
+    assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
 
 
@@ -475,7 +504,6 @@ def test_model_2_of_another_cleaning_than_model_1_is_left_out(trained, tmp_path)
 
 def test_a_store_of_another_cleaning_is_told_and_left_as_it_is(trained, tmp_path):
     "The settings changed and inpaint did not run: training stops, and submit reads the photos anew beside the store."
-    from nbs_lib.photos import open_store, run_inpaint
     from nbs_lib.siglip import run_siglip
     from nbs_lib.train_dinov3 import run_train_dinov3
 
@@ -484,9 +512,9 @@ def test_a_store_of_another_cleaning_is_told_and_left_as_it_is(trained, tmp_path
         with pytest.raises(InputError, match=r"were cleaned with .*0\.1.* and the settings say .*0\.4.*--from inpaint"):
             stage(run)
     run_inpaint(run)
-    before = open_store(run, "test", 96).rows["key"].tolist()
+    before = open_store(run, "test", FULL).rows["key"].tolist()
     run_submit(run)
-    assert open_store(run, "test", 96).rows["key"].tolist() == before and is_fresh(run, "inpaint")
+    assert open_store(run, "test", FULL).rows["key"].tolist() == before and is_fresh(run, "inpaint")
 
 
 def test_a_file_that_a_decoder_chokes_on_costs_no_other_its_colour(trained, tmp_path, monkeypatch):
@@ -532,9 +560,9 @@ def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkey
     rows = pd.DataFrame({"sample_id": [f"{i}__{t}" for i in ids for t in TARGETS]})
     rows.assign(image_path="train/" + rows["sample_id"].str.partition("__")[0] + ".jpg", target_name=rows["sample_id"].str.partition("__")[2]).to_csv(run.input / "test.csv", index=False)
     rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
-    monkeypatch.setattr(submit, "plan_teams", lambda artefacts: [(1,)])
+    monkeypatch.setattr(submit, "plan_fold_groups", lambda artefacts: [(1,)])
     seen = {}
-    monkeypatch.setattr(submit.Answer, "take", lambda self, model, rows, grams, real=submit.Answer.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     run_submit(run)
     wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[[list(comp.train["image_id"]).index(i) for i in sorted(ids)]]
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-5
@@ -567,7 +595,7 @@ def part_ways(run) -> None:
 def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, tmp_path, monkeypatch):
     run = copy_run(trained, tmp_path)
     part_ways(run)
-    assert submit.plan_teams(run.artefacts) == [(0,), (1,), (2,)]
+    assert submit.plan_fold_groups(run.artefacts) == [(0,), (1,), (2,)]
     cpu = torch.device("cpu")
     used = set()
     monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [submit.Device(cpu, 2, warn), submit.Device(cpu, 2, warn)])
@@ -580,13 +608,13 @@ def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, t
 
 # ---- the clock ----
 def slowed(monkeypatch, seconds: float) -> None:
-    real = submit.encode_chunk
+    real = submit.extract_store
 
-    def encode(net, store, index, view, device):
+    def extract(net, store, views, batch, device, extractor, index):
         time.sleep(seconds * len(index))
-        return real(net, store, index, view, device)
+        return real(net, store, views, batch, device, extractor, index)
 
-    monkeypatch.setattr(submit, "encode_chunk", encode)
+    monkeypatch.setattr(submit, "extract_store", extract)
 
 
 def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
