@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zlib
@@ -402,15 +403,21 @@ def tta_views(pair: np.ndarray) -> list[np.ndarray]:
     return [pair, np.ascontiguousarray(pair[::-1, :, ::-1]), np.ascontiguousarray(pair[:, ::-1]), np.ascontiguousarray(pair[::-1, ::-1, ::-1])]
 
 # %% ../notebooks/21_photos.ipynb #9b85f2a2
-@functools.lru_cache(maxsize=8)
-def _colour(jitter: float, hue: float):
-    "Albumentations' colour jitter of strengths `jitter` (brightness, contrast, saturation) and `hue`."
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import albumentations as A
+_IMPORTING = threading.Lock()  # the filters of warnings are those of all threads
+_OWN = threading.local()  # a Compose holds its generator of random numbers: each thread has its own
 
-    return A.Compose([A.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=hue, p=0.5)])
+
+def _colour(jitter: float, hue: float):
+    "Return this thread's colour jitter of Albumentations, of strengths `jitter` (brightness, contrast, saturation) and `hue`."
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
+    if getattr(_OWN, "strengths", None) != (jitter, hue):
+        with _IMPORTING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import albumentations as A
+
+        change = A.ColorJitter(brightness=jitter, contrast=jitter, saturation=jitter, hue=hue, p=0.5)
+        _OWN.strengths, _OWN.compose = (jitter, hue), A.Compose([change])
+    return _OWN.compose
 
 
 def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings) -> np.ndarray:

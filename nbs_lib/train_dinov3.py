@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['BAD_STEPS', 'SMALL_SCALE_STEPS', 'SKIPPED_STEPS', 'MIXED', 'GROWTH_STEPS', 'SURE', 'SELECT', 'FUSION_NAMES',
            'biomass_loss', 'aux_targets', 'aux_loss', 'unfreeze', 'parameter_groups', 'training_gigabytes',
-           'halve_frozen', 'schedule', 'EMA', 'Batches', 'ImageBatches', 'CachedFeatures', 'extract_store',
-           'make_extractor', 'predict', 'steps', 'share', 'save_state', 'load_state', 'Stopwatch', 'Fit', 'weighed',
-           'forward_loss', 'train_step', 'Progress', 'accelerator', 'take_step', 'run_epoch', 'keep_state', 'keep_end',
-           'go_on', 'train', 'describe_repeats', 'cut_short', 'split_groups', 'gain_by_group', 'set_start',
-           'honest_answers', 'score_epoch', 'checked', 'try_inside', 'FoldData', 'check_settings', 'model_config',
-           'known_meta', 'fresh', 'begin', 'fit_fold', 'split_selection', 'refit_on_all', 'ConcatStore',
-           'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_rounds', 'pseudo_round', 'fold_path', 'load_fold',
-           'open_stores', 'cache_folder', 'load_fold_data', 'digest', 'finished', 'weights_key', 'fold_key',
-           'backbone_path', 'run_fold', 'predict_held_out', 'probe_alone', 'score_scheme', 'remove_stale_artefacts',
-           'run_train_dinov3', 'is_probe', 'describe_model', 'score_draws', 'is_first', 'gpus', 'unfinished', 'end_on',
-           'train_some', 'train_folds_parallel', 'environment', 'out_of_fold', 'ablate', 'sum_up', 'map_inputs',
-           'predict_maps', 'density_maps', 'write_maps', 'show_train', 'main']
+           'halve_frozen', 'schedule', 'EMA', 'Batches', 'ImageBatches', 'CachedFeatures', 'Prefetcher',
+           'extract_store', 'make_extractor', 'predict', 'steps', 'share', 'save_state', 'load_state', 'Stopwatch',
+           'Fit', 'weighed', 'forward_loss', 'train_step', 'Progress', 'accelerator', 'take_step', 'prefetch',
+           'run_epoch', 'keep_state', 'keep_end', 'go_on', 'train', 'describe_repeats', 'cut_short', 'split_groups',
+           'gain_by_group', 'set_start', 'honest_answers', 'score_epoch', 'checked', 'try_inside', 'FoldData',
+           'check_settings', 'model_config', 'known_meta', 'fresh', 'begin', 'fit_fold', 'split_selection',
+           'refit_on_all', 'ConcatStore', 'add_unlabelled', 'unlabelled', 'unknown', 'pseudo_rounds', 'pseudo_round',
+           'fold_path', 'load_fold', 'open_stores', 'cache_folder', 'load_fold_data', 'digest', 'finished',
+           'weights_key', 'fold_key', 'backbone_path', 'run_fold', 'predict_held_out', 'probe_alone', 'score_scheme',
+           'remove_stale_artefacts', 'run_train_dinov3', 'is_probe', 'describe_model', 'score_draws', 'is_first',
+           'gpus', 'unfinished', 'end_on', 'train_some', 'train_folds_parallel', 'environment', 'out_of_fold', 'ablate',
+           'sum_up', 'map_inputs', 'predict_maps', 'density_maps', 'write_maps', 'show_train', 'main']
 
 # %% ../notebooks/32_train_dinov3.ipynb #87dcec7b
 import argparse
@@ -32,9 +32,9 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from multiprocessing import get_context, parent_process
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -199,6 +199,43 @@ class CachedFeatures:
 
     def to_input(self, x, device):
         return x.to(device, torch.float32)
+
+# %% ../notebooks/32_train_dinov3.ipynb #6d8e5829
+class Prefetcher:
+    """Loads the micro-batches `plan` (index, draw) of `data` in background threads, some ahead of their use.
+
+    `batch` must be called in the order of the plan, and raises what loading raised. Use it in a `with` block: at its
+    end, whatever ends it, no thread is left.
+    """
+
+    def __init__(self, data: Batches, plan: Sequence[tuple[np.ndarray, tuple[int, ...]]], pin=False, threads=0):
+        threads = threads or torch.get_num_threads()  # one of several processes has its share of the cores
+        self.data, self.to_input, self.pin = data, data.to_input, pin
+        self.plan, self.ahead = iter(plan), threads + 2
+        self.pool, self.queue = ThreadPoolExecutor(threads, "load"), deque()
+
+    def __enter__(self) -> "Prefetcher":
+        self._fill()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def _fill(self) -> None:
+        "Keep `ahead` micro-batches loaded or loading: memory holds no more of them."
+        for index, draw in itertools.islice(self.plan, self.ahead - len(self.queue)):
+            self.queue.append((index, draw, self.pool.submit(self._load, index, draw)))
+
+    def _load(self, index: np.ndarray, draw: tuple[int, ...]) -> Tensor | BackboneFeatures:
+        x = self.data.batch(index, draw)
+        return x.pin_memory() if self.pin and isinstance(x, Tensor) else x
+
+    def batch(self, index: np.ndarray, draw: tuple[int, ...]) -> Tensor | BackboneFeatures:
+        planned, drawn, future = self.queue.popleft()
+        if not np.array_equal(planned, index) or drawn != draw:
+            raise RuntimeError(f"photographs {index} were asked for, {planned} are next in the plan")
+        self._fill()
+        return future.result()
 
 # %% ../notebooks/32_train_dinov3.ipynb #7e10a289
 def extract_store(
@@ -475,22 +512,31 @@ def take_step(model: nn.Module, p: Progress, fit: Fit, micro: list[np.ndarray]) 
         p.losses.append(loss)
 
 
+def prefetch(p: Progress, fit: Fit, plan: list[list[np.ndarray]]) -> Prefetcher:
+    "Return what loads this process's photographs of the optimiser steps `plan`, as `train_step` uses them."
+    own = [share(index, p.acc.process_index, p.acc.num_processes)[0] for micro in plan for index in micro]
+    draw = fit.seed, p.epoch
+    return Prefetcher(fit.data, [(index, draw) for index in own], pin=p.acc.device.type == "cuda")
+
+
 def run_epoch(model: nn.Module, p: Progress, fit: Fit, rates: list[float]) -> None:
     "The rest of the epoch `p` stands in: steps, a look by `watch`, a row of history; the state is kept on the way."
     s, saved = fit.settings, time.monotonic()
     plan = steps(fit.index, s.batch, s.accumulate, np.random.default_rng([fit.seed, p.epoch]))
     p.net.train()
     p.net.backbone_frozen = p.epoch < s.freeze_epochs
-    while p.step < len(plan) and not p.stopped:
-        factor = schedule(p.epoch * len(plan) + p.step, fit.epochs * len(plan), s.warmup * len(plan), s.freeze_epochs * len(plan))
-        for g, rate in zip(p.optimiser.param_groups, rates, strict=True):
-            g["lr"] = rate * factor
-        take_step(model, p, fit, plan[p.step])
-        p.step += 1
-        p.stopped = "budget" if p.step < len(plan) and fit.clock.over(p.acc) else ""
-        if not p.stopped and time.monotonic() - saved > 60 * s.save_minutes:
-            keep_state(p, fit)
-            saved = time.monotonic()
+    with prefetch(p, fit, plan[p.step :]) as data:
+        ahead = dataclasses.replace(fit, data=data)
+        while p.step < len(plan) and not p.stopped:
+            factor = schedule(p.epoch * len(plan) + p.step, fit.epochs * len(plan), s.warmup * len(plan), s.freeze_epochs * len(plan))
+            for g, rate in zip(p.optimiser.param_groups, rates, strict=True):
+                g["lr"] = rate * factor
+            take_step(model, p, ahead, plan[p.step])
+            p.step += 1
+            p.stopped = "budget" if p.step < len(plan) and fit.clock.over(p.acc) else ""
+            if not p.stopped and time.monotonic() - saved > 60 * s.save_minutes:
+                keep_state(p, fit)
+                saved = time.monotonic()
     p.ema.swap(p.net)
     cut = p.stopped and p.best["weights"] is not None  # no time for a look at part of an epoch, when there is a best one
     score = fit.watch(p.epoch, p.net.eval()) if fit.watch and not cut else None

@@ -1,7 +1,9 @@
 """Half precision that cannot fail unnoticed: gated MLPs, repeated forward passes, the scaler, run.precision, GPUs that cannot run."""
 import copy
 import dataclasses
+import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 import timm
 import torch
 from accelerate.state import AcceleratorState
+from conftest import ROOT
 from timm.layers.mlp import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models import register_model
 from torch import nn
@@ -384,3 +387,39 @@ def test_the_trial_runs_an_operation_once_and_gives_the_reason(monkeypatch):
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
     assert core.try_gpu(3) == ""
     core.try_gpu.cache_clear()
+
+
+# Several processes
+
+
+PAIR = """
+import sys, json, os
+sys.path.insert(0, {tests!r})
+import numpy as np, torch
+import test_precision as t
+torch.set_num_threads(1)
+net, fit = t.small_training(epochs=2, every=int(os.environ["EVERY"]), guard=False)
+fit.settings = t.dataclasses.replace(fit.settings, batch=2)
+said = []
+losses = [h["loss"] for h in t.train(net, fit, said.append)]
+json.dump([losses, said], open(os.environ["OUT"], "w"))
+"""
+
+
+def test_one_process_of_two_repeats_its_forward_pass_alone(tmp_path):
+    "The other one neither waits for a second forward pass nor learns from other gradients."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    code, env = PAIR.format(tests=str(ROOT / "tests")), {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+            "NBS_PRECISION": "float16", "OMP_NUM_THREADS": "1"}
+    each = [{"RANK": str(r), "LOCAL_RANK": str(r), "EVERY": "4" if r else "0", "OUT": str(tmp_path / f"{r}.json")} for r in range(2)]
+    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env | own) for own in each]
+    try:
+        assert [p.wait(timeout=120) for p in both] == [0, 0]
+    finally:
+        for p in both:
+            p.kill()
+    (first, quiet), (second, told) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
+    assert first == second and np.isfinite(first).all() and not quiet and "were repeated in float32" in told[0]

@@ -529,25 +529,6 @@ def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
         room.train_folds_parallel(run, m, [("grouped", 0)], [""])
 
 
-RECIPE = {
-    "photos": {"flips": True, "rotate90": True, "jitter": 0.2, "scale_pad": 0.0},
-    "inpaint": {"rule": "orange", "crop_bottom": 0.1},
-    "train_dinov3": {"size": 512, "squeeze": True, "probe_sizes": (), "probe": False, "head": "pooled", "fusion": "gated_conv", "layers": 2, "dim": 0, "order": "left_right", "prefix": True,
-                     "dropout": 0.1, "halves": False, "aux": (), "label_scale": False, "pseudo_rounds": 0, "views": ("id", "H", "V", "HV"), "unfreeze": -1, "lora": 0, "layer_decay": 1.0,
-                     "select": "outer", "epochs": 30, "warmup": 3, "freeze_epochs": 2, "batch": 2, "accumulate": 4, "lr_backbone": 5e-5, "lr": 1e-3, "weight_decay": 1e-2, "clip": 1.0,
-                     "ema": 0.9, "beta": 5.0, "loss_weights": (0.3, 0.3, 0.2, 0.1, 0.1), "checkpointing": True},
-    "boosting": {"members": ("catboost", "lightgbm", "histgb", "gb"), "transform": "none", "stack": False, "inner_folds": 0, "rounds": 1.0},
-    "ensemble": {"weights": ("recipe",), "recipe_weights": (0.85, 0.85, 1.0, 0.85, 0.85), "weighting": ("euclid",), "rules": ("WA:Dry_Dead_g",), "shrink": False, "judge": False},
-}
-
-
-@pytest.mark.parametrize("profile", ["demo", "laptop", "kaggle"])
-def test_the_recipe_is_the_recipe_on_every_profile(profile):
-    s = load_settings(profile, "recipe")
-    for section, values in RECIPE.items():
-        assert {k: getattr(getattr(s, section), k) for k in values} == values
-
-
 def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkeypatch):
     backbone_moved, real = [], room.run_epoch
 
@@ -566,8 +547,7 @@ def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkey
         encoded = net.encode(x)
         tokens, parts = net.mixed(encoded), net(x)
         raw = torch.cat([part(net.head.norm(tokens.mean(1))) for part in net.head.parts], -1)
-    assert tokens.shape == (1, 2 * (5 + 4 * 4), 192) and [type(b).__name__ for b in net.fusion] == ["GatedConvMixer"] * 2
-    assert all(b.conv.kernel_size == (5,) and b.conv.groups == 192 and b.drop.p == 0.1 for b in net.fusion)
+    assert tokens.shape == (1, 2 * (5 + 4 * 4), 192) and [type(b).__name__ for b in net.fusion] == ["BiMambaMixer"] * 2
     torch.testing.assert_close(parts, torch.nn.functional.softplus(raw), rtol=1e-5, atol=1e-5)
     meta = json.loads((run.artefacts / "dinov3/fold0.json").read_text())
     assert meta["views"] == ["id", "H", "V", "HV"] and meta["config"]["order"] == "left_right" and not meta["config"]["probe"]
