@@ -657,28 +657,27 @@ class FeatureCache:
 
     def read(self, what: str, photo: str | None, names: Sequence[str]) -> dict[str, np.ndarray] | None:
         "Return the arrays `names` kept of `photo`, or None where one is missing or the file is broken."
-        if self.folder is None or not photo or not self.path(what, photo).is_file():
+        if self.folder is None or not photo:
             return None
         try:
             with np.load(self.path(what, photo), allow_pickle=False) as npz:
                 return {name: npz[name] for name in names}
-        except KeyError:  # kept by one who did not need the final map
+        except (FileNotFoundError, KeyError):  # not computed yet, or by one who did not need the final map
             return None
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
             self.warn(f"feature cache: {photo}.npz is broken ({type(e).__name__}); its features are computed again")
             return None
 
     def write(self, what: str, photo: str | None, arrays: dict[str, np.ndarray]) -> None:
-        "Keep `arrays` of `photo`; on a full disk say so once and keep nothing more."
+        "Keep `arrays` of `photo`; where they cannot be written say so once and keep nothing more."
         if self.folder is None or not photo:
             return
         try:
             with atomic(self.path(what, photo)) as temporary:
                 np.savez(temporary, **arrays)
-        except OSError as e:
-            if e.errno not in FULL_DISK:
-                raise
-            self.warn(f"feature cache: the disk {FULL_DISK[e.errno]}; going on without keeping features")
+        except OSError as e:  # features that are not kept cost time, and nothing else
+            reason = f"the disk {FULL_DISK[e.errno]}" if e.errno in FULL_DISK else f"cannot be written ({e})"
+            self.warn(f"feature cache: {reason}; going on without keeping features")
             self.folder = None
 
 # %% ../notebooks/31_backbones.ipynb #31c00007
