@@ -44,7 +44,7 @@ from .biomass_net import BiomassNet
 from .core import InputError, Run, load_settings, on_kaggle, read_json, shipped, stage, usable_gpus
 from .data import long_form, read_test, read_train, write_submission
 from .ensemble import PARTS, Blend, apply_blend, fixed_weights, load_blend
-from .features import blocks_of
+from .features import blocks_of, warn_version_drift
 from .photos import FULL, PhotoStore, build_stores, clean_halves, open_store, resize_half
 from .reading import END, read_bytes, read_photo, to_landscape
 from .targets import TARGETS, TOTAL, imbalance, reconcile
@@ -663,6 +663,8 @@ class Model2:
         if not features:
             raise InputError("no features can be made here")
         blocks = blocks_of(features)
+        if blocks not in self.fitted:
+            warn_version_drift(self.job.run.artefacts, features, self.job.run.warn)
         self.fitted = {blocks: self.fitted.get(blocks) or boosting.load_fitted(self.job.run.artefacts, warn=self.job.run.warn, there=blocks)}
         grams, proba, names = boosting.predict(self.job.run.artefacts, features, self.job.run.warn, self.fitted[blocks])
         where = {name: i for i, name in enumerate(self.job.task.ids)}
