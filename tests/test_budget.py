@@ -104,7 +104,7 @@ def test_ghosts_leave_no_trace():
 
 def fake_rehearsals(**more) -> dict:
     r = budget.Rehearsal({"weights": 3.4, "activations": 1.0}, 8.0, 2)
-    return {"look": r, "step": dataclasses.replace(r, tflop=16.0), "frozen": [r, r], "siglip": None, "total": 850_000_000, "trained": 110_000_000, **more}
+    return {"look": r, "step": dataclasses.replace(r, tflop=16.0), "frozen": [r, r], "siglip": None, "cached": False, "total": 850_000_000, "trained": 110_000_000, **more}
 
 
 def test_forecast_counts_folds_views_and_cards():
@@ -117,8 +117,22 @@ def test_forecast_counts_folds_views_and_cards():
     assert one == pytest.approx(models / (2 * 65 * 0.3) / 3600)
     assert hours("submit", "train_dinov3.views=id, H, V, HV") == pytest.approx(one * (4 * 5 + 2) / 7)
     both, single = (hours("train_dinov3", f"train_dinov3.parallel_folds={n}") for n in (2, 1))
-    assert single == pytest.approx(2 * both) and hours("train_dinov3", "train_dinov3.parallel_folds=2", gpus="T4") == pytest.approx(single)
-    assert hours("train_dinov3", "train_dinov3.schemes=grouped", "train_dinov3.parallel_folds=1") == pytest.approx(single / 2)
+    assert single == pytest.approx(5 / 3 * both), "five folds on two cards take three rounds"
+    assert hours("train_dinov3", "train_dinov3.parallel_folds=2", gpus="T4") == pytest.approx(single)
+    ten = [hours("train_dinov3", "train_dinov3.schemes=grouped, stratified", f"train_dinov3.parallel_folds={n}") for n in (1, 2)]
+    assert ten == pytest.approx([2 * single, single])
+
+
+@pytest.mark.parametrize("profile, overrides, cached", [
+    ("kaggle", [], False), ("demo", [], True), ("laptop", [], True), ("vit", [], True), ("laptop", ["frozen.widths=768"], True), ("laptop", ["frozen.widths=512"], False),
+    ("laptop", ["frozen.depths=3"], False), ("laptop", ["frozen.backbone=resnet18"], False), ("laptop", ["frozen.weights=random"], False), ("laptop", ["frozen.poolings=mean"], True),
+    ("laptop", ["train_dinov3.probe_sizes="], False), ("laptop", ["train_dinov3.squeeze=yes"], False), ("laptop", ["train_dinov3.unfreeze=1", "train_dinov3.probe_sizes="], False)])
+def test_features_that_model_1_has_computed_cost_model_2_nothing(profile, overrides, cached):
+    settings = load_settings(profile, overrides=overrides)
+    assert budget.is_cached(settings) == cached
+    hours = {c: budget.forecast(settings, rehearsed=fake_rehearsals(cached=c)).stages["gpu_hours"] for c in (True, False)}
+    assert hours[True]["frozen"] == 0 < hours[False]["frozen"] and hours[True]["submit"] < hours[False]["submit"]
+    assert hours[True]["train_dinov3"] == hours[False]["train_dinov3"]
 
 
 def test_forecast_counts_the_seconds_of_saving():
@@ -128,7 +142,7 @@ def test_forecast_counts_the_seconds_of_saving():
         return row["hours"] - row["gpu_hours"] - 60 / 3600
 
     once = 5 * 10 * 20 * 110e6 / 1e9 / budget.WRITE_GB_S / 3600  # five folds of ten epochs, 20 bytes a trained number
-    assert hours() == pytest.approx(once) and hours("parallel_folds=2") == pytest.approx(once / 2)
+    assert hours() == pytest.approx(once) and hours("parallel_folds=2") == pytest.approx(3 / 5 * once)
     assert hours("pseudo_rounds=2") == pytest.approx(3 * once) and hours("unfreeze=0") == pytest.approx(0, abs=1e-9) == hours("epochs=0")
     epoch = 60 * budget.forecast(load_settings("kaggle", overrides=["train_dinov3.epochs=10"]), "T4", rehearsed=fake_rehearsals()).stages.loc["train_dinov3", "gpu_hours"] / 100
     assert hours(f"save_minutes={epoch / 2.5}") == pytest.approx(3 * once)  # two on the way, one at the end
