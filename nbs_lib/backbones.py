@@ -660,7 +660,7 @@ class FeatureCache:
         if self.folder is None or not photo:
             return None
         try:
-            with np.load(self.path(what, photo), allow_pickle=False) as npz:
+            with open(self.path(what, photo), "rb") as file, np.load(file, allow_pickle=False) as npz:
                 return {name: npz[name] for name in names}
         except (FileNotFoundError, KeyError):  # not computed yet, or by one who did not need the final map
             return None
