@@ -184,8 +184,9 @@ class PhotoStore:
         return np.load(self.folder / "rows.npy")
 
     def key(self, i: int) -> str | None:
-        "Return what row i was made from and how; None for a photo that could not be read."
-        return self.rows["key"][i].decode() or None
+        "Return what row i was made from and how, its size too where that is not FULL; None for a photo that could not be read."
+        key = self.rows["key"][i].decode()
+        return key and (key if tuple(self.shape) == FULL else f"{key}_{self.shape[0]}x{self.shape[1]}") or None
 
     def __getstate__(self) -> dict:  # worker processes map the file themselves
         return {k: self.__dict__[k] for k in ("folder", "ids", "shape")}

@@ -16,7 +16,6 @@ from nbs_lib.ensemble import (
     apply_blend,
     choose_policy,
     fit_blend,
-    grouped_bootstrap,
     judged_predictions,
     learn_weights,
     load_blend,
@@ -26,6 +25,7 @@ from nbs_lib.ensemble import (
     score_table,
 )
 from nbs_lib.targets import from_parts, imbalance, weighted_r2_score
+from nbs_lib.validation import bootstrap_scores
 
 CHOSEN = dataclasses.replace(load_settings("demo").ensemble, draws=400)
 
@@ -146,8 +146,8 @@ def test_rules_zero_their_part():
 def test_bootstrap_knows_sites():
     m = members(each=10)
     a, b = m.predictions.values()
-    by_site = grouped_bootstrap(m.y, [a, b], m.groups, 2000)
-    by_photo = grouped_bootstrap(m.y, [a, b], np.arange(len(m.y)), 2000)
+    by_site = bootstrap_scores(m.y, [a, b], m.groups, 2000)
+    by_photo = bootstrap_scores(m.y, [a, b], np.arange(len(m.y)), 2000)
     gain = [np.subtract(*r.T).std() for r in (by_site, by_photo)]
     assert gain[0] > 1.5 * gain[1], "errors shared in a site: photos are not independent"
 
@@ -217,3 +217,29 @@ def test_refusals(run):
         tiny.fake_members(fresh)
         with pytest.raises(InputError, match=says):
             run_ensemble(fresh)
+
+
+def test_verdicts_use_the_random_draws_where_every_model_has_them():
+    m = members(n_sites=14, biases=(2.0, 9.0))
+    flipped = dataclasses.replace(m, predictions=dict(zip(m.predictions, reversed(m.predictions.values()))))
+    draws = tuple(dataclasses.replace(flipped, fold=np.roll(m.fold, k)) for k in range(5))
+    alone, drawn = (choose_policy(dataclasses.replace(m, draws=d), CHOSEN, 0)[0].weights for d in ((), draws))
+    assert (alone, drawn) == ("m0", "m1")  # in the draws the other one is the better model
+
+
+def test_draws_of_a_model_that_differ_are_not_compared(tmp_path):
+    from nbs_lib.data import write_draws
+    from nbs_lib.ensemble import read_members
+
+    run = tiny.run_on(tiny.competition(tmp_path / "in"), tmp_path / "out")
+    tiny.fake_members(run)
+    comp = read_competition(run.input)
+    ids, y = comp.train["image_id"], np.stack([comp.y] * 2)
+    folds = np.stack([np.arange(len(ids)) % 2, np.arange(len(ids)) % 3])
+    assert not read_members(run, comp).draws  # nobody has any
+    write_draws(run, "dinov3", ids, folds, y)
+    assert not read_members(run, comp).draws  # one of two
+    write_draws(run, "boosting", ids, folds, y)
+    assert [d.fold.max() for d in read_members(run, comp).draws] == [1, 2]
+    write_draws(run, "boosting", ids, folds[::-1], y)
+    assert not read_members(run, comp).draws and "random draws of sites differ" in run.warnings[-1]

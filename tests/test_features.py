@@ -18,9 +18,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nbs_lib import features, frozen, siglip
+from nbs_lib import backbones, features, frozen, siglip
+from nbs_lib.backbones import feature_names, fitting_shape, pool_features, pool_map
 from nbs_lib.core import InputError, installed, load_settings, open_run, read_json
-from nbs_lib.photos import FULL, ROW, store_folder
+from nbs_lib.photos import FULL, ROW, half_shape, resize_half, store_folder
 
 CPU = torch.device("cpu")
 
@@ -67,8 +68,8 @@ def eye(tiny):
 
 
 @pytest.fixture(scope="module")
-def backbone(settings):
-    return frozen.load_backbone(settings.frozen, CPU)
+def extractor(settings):
+    return frozen.make_extractor(settings.frozen, device=CPU)
 
 
 # --- SigLIP
@@ -139,8 +140,8 @@ def test_threads_build_one_network_at_a_time(tiny, eye, settings, monkeypatch):
         return build
 
     monkeypatch.setattr(siglip, "read_parts", watched(siglip.read_parts))
-    monkeypatch.setattr(frozen, "load_weights", watched(frozen.load_weights))
-    jobs = [lambda: siglip.load_siglip(tiny, CPU).model, lambda: frozen.load_backbone(settings.frozen, CPU)] * 3
+    monkeypatch.setattr(backbones, "load_weights", watched(backbones.load_weights))
+    jobs = [lambda: siglip.load_siglip(tiny, CPU).model, lambda: frozen.make_extractor(settings.frozen, device=CPU).backbone] * 3
     with ThreadPoolExecutor(len(jobs)) as pool:
         built = [future.result().state_dict() for future in [pool.submit(job) for job in jobs]]
     assert seen == [1] * len(jobs)
@@ -444,12 +445,13 @@ class Pair(np.ndarray):
     __eq__ = object.__eq__
 
 
-@pytest.mark.parametrize("room", [siglip, frozen])
-def test_each_photo_is_read_once_and_one_batch_is_held(open_here, room):
-    store, run = Watched(5), open_here("siglip.batch=2", "frozen.batch=2", "frozen.widths=96", "frozen.colour_width=64")
+@pytest.mark.parametrize("room, looks", [(siglip, 1), (frozen, 3)])
+def test_each_photo_is_read_once_a_look_and_one_batch_is_held(open_here, room, looks):
+    "A look is a size of the frozen backbone, the colours, or all patches of SigLIP; the store is mapped, so that a second one costs no disk."
+    store, run = Watched(5), open_here("siglip.batch=2", "frozen.batch=2", "frozen.widths=96,64", "frozen.colour_width=64")
     for ids, embedding, _ in room.compute_features(run, store, CPU).values():
         assert ids == store.ids and len(embedding) == 5
-    assert store.asked == [1] * 5 and store.most <= 3
+    assert store.asked == [looks] * 5 and store.most <= 3
 
 
 @pytest.mark.parametrize("room", [siglip, frozen])
@@ -465,59 +467,87 @@ def test_a_store_of_another_size_gives_nearly_the_same(open_here, room):
 # --- frozen
 
 
-def test_no_frozen_photo_depends_on_another(backbone, settings):
+def test_no_frozen_photo_depends_on_another(extractor, settings):
     pairs = some_pairs(5)
-    s = dataclasses.replace(settings.frozen, widths=(96, 160), poolings=("mean", "sd", "max", "min", "gem"), halves=("mean", "difference", "left", "right"))
-    whole = frozen.frozen_features(pairs, backbone, s)
-    assert whole.shape == (5, sum(frozen.frozen_blocks(backbone, s).values())) and np.isfinite(whole).all()
-    assert np.abs(frozen.frozen_features(pairs[::-1], backbone, s)[::-1] - whole).max() < 1e-4 * np.abs(whole).max()
-    for i in (0, 3):
-        alone = frozen.frozen_features(pairs[i : i + 1], backbone, s)
-        assert np.abs(alone - whole[i]).max() < 1e-5 * max(1, np.abs(whole).max())
+    s = dataclasses.replace(settings.frozen, widths=(96, 160), poolings=("mean", "sd", "max", "gem"))
+    whole = frozen.frozen_features(pairs, range(5), extractor, s)
+    assert whole.shape == (5, sum(frozen.frozen_columns(s).values())) and whole.dtype == np.float32 and np.isfinite(whole).all()
+    assert np.array_equal(frozen.frozen_features(pairs, [4, 0, 2], extractor, s), whole[[4, 0, 2]])
+    assert np.array_equal(frozen.frozen_features(pairs[3:], range(2), extractor, s), whole[3:])
 
 
-def test_blocks_name_the_columns_they_cover(backbone, settings):
-    s = dataclasses.replace(settings.frozen, widths=(64, 96), poolings=("mean", "max"), halves=("left", "mean"))
-    row, at = frozen.frozen_features(some_pairs(1), backbone, s)[0], 0
+def test_photos_in_one_forward_do_not_change_each_other(settings):
+    "A GPU takes a batch at a time; the same here, past the rule that a CPU takes one."
+    pairs, e = some_pairs(5), frozen.make_extractor(settings.frozen, device=CPU)
+    together = e._compute(pairs, range(5), (96, 96), "id", True)
+    for i, one in enumerate(together):
+        alone, = e._compute(pairs, [i], (96, 96), "id", True)
+        assert one.keys() == alone.keys() == {"pooled", "prefix", "grid"}
+        assert all(np.abs(one[n].astype(float) - alone[n]).max(initial=0) <= 2e-3 * max(1, np.abs(alone[n]).max(initial=0)) for n in one)
+
+
+def test_columns_name_what_they_cover(extractor, settings):
+    s = dataclasses.replace(settings.frozen, widths=(64, 96), poolings=("max", "mean"))
+    row, at = frozen.frozen_features(some_pairs(1), [0], extractor, s)[0], 0
     blocks = {}
-    for name, wide in frozen.frozen_blocks(backbone, s).items():
+    for name, wide in frozen.frozen_columns(s).items():
         blocks[name] = row[at : (at := at + wide)]
-    assert at == len(row)
+    assert at == len(row) and list(blocks) == [f"{width}px map {i} {p}" for width in (64, 96) for i in (-2, -1) for p in ("mean", "max")]
     for name in blocks:
         if name.endswith("mean"):
             assert (blocks[name] <= blocks[name.removesuffix("mean") + "max"] + 1e-5).all()
-    only = dataclasses.replace(s, widths=(96,), poolings=("max",), halves=("left",))
-    left = frozen.frozen_features(some_pairs(1), backbone, only)[0]
-    assert np.allclose(left, np.concatenate([v for k, v in blocks.items() if k.startswith("left 96px") and k.endswith("max")]), atol=1e-5)
+    only = dataclasses.replace(s, widths=(96,), poolings=("max",))
+    one = frozen.frozen_features(some_pairs(1), [0], extractor, only)[0]
+    assert np.array_equal(one, np.concatenate([v for k, v in blocks.items() if k.startswith("96px") and k.endswith("max")]))
+
+
+def test_both_halves_are_pooled_as_one_photo(extractor, settings):
+    "The maximum over the photo is that of its halves; the mean is theirs; the sd knows that the halves differ."
+    s = dataclasses.replace(settings.frozen, widths=(96,), poolings=("mean", "sd", "max", "gem"))
+    pairs = some_pairs(1)
+    x = np.stack([resize_half(half, half_shape(96)) for half in pairs[0]])
+    with torch.inference_mode():
+        maps, prefix = extractor.backbone.encode(backbones.to_tensor(torch.from_numpy(x[None]), extractor.mean, extractor.std)[0])
+    wide = [np.concatenate(list(m.numpy()), -1).reshape(m.shape[1], -1) for m in maps]  # (C, h · 2w)
+    wanted = np.concatenate([np.r_[m.mean(1), m.std(1), m.max(1), (m.clip(1e-6) ** 3).mean(1) ** (1 / 3)] for m in wide])
+    assert prefix.shape[1] == 0 and np.allclose(frozen.frozen_features(pairs, [0], extractor, s)[0], wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit_twin_patch16_dinov3", "vit_small_patch14_dinov2"])
 def test_a_vit_keeps_the_shape_and_gives_its_class_token(name, settings):
     s = dataclasses.replace(settings.frozen, backbone=name, weights="random", depths=2, widths=(64,), poolings=("mean",))
-    net = frozen.load_backbone(s, CPU)
-    features = frozen.frozen_features(some_pairs(2), net, s)
-    assert features.shape[1] == sum(frozen.frozen_blocks(net, s).values()) == sum(net.channels) + net.channels[-1]
+    e = frozen.make_extractor(s, device=CPU)
+    features = frozen.frozen_features(some_pairs(2), range(2), e, s)
+    assert features.shape[1] == sum(frozen.frozen_columns(s).values()) == sum(e.backbone.channels) + e.backbone.channels[-1]
+    assert list(feature_names(e.backbone, s.poolings))[-1] == "class token" and np.abs(features[:, -e.backbone.channels[-1] :]).min() > 0
+    *_, grid = e.extract(some_pairs(2), [0], half_shape(64), grid=True)[:2]
+    assert grid.shape[-2:] == tuple(round(64 / e.backbone.stride) for _ in range(2))
 
 
 def test_pooling_against_numpy():
     x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
     flat = x.numpy().reshape(2, 3, -1)
-    wanted = [flat.mean(-1), flat.std(-1), flat.max(-1), flat.min(-1), (flat.clip(1e-6) ** 3).mean(-1) ** (1 / 3)]
-    assert np.allclose(frozen.pool(x, ("mean", "sd", "max", "min", "gem")).numpy(), np.concatenate(wanted, 1), atol=1e-5)
+    wanted = [flat.mean(-1), flat.std(-1), flat.max(-1), (flat.clip(1e-6) ** 3).mean(-1) ** (1 / 3)]
+    assert np.allclose(pool_map(x).numpy(), np.concatenate(wanted, 1), atol=1e-5)
+    assert np.array_equal(pool_map(x, ("gem", "mean")), pool_map(x).numpy()[:, [0, 1, 2, 9, 10, 11]]), "in the order of POOLINGS"
+    halves, prefix = torch.randn(4, 3, 5, 7), torch.randn(4, 2, 3)
+    pooled = pool_features([halves], prefix, ("mean",))
+    assert torch.allclose(pooled[:, :3], halves.unflatten(0, (2, 2)).mean((1, 3, 4)), atol=1e-6)
+    assert torch.allclose(pooled[:, 3:], prefix[:, 0].unflatten(0, (2, 2)).mean(1), atol=1e-6)
 
 
-@given(st.integers(64, 1500), st.integers(64, 1500), st.integers(32, 1100), st.sampled_from([14, 16, 32]))
-def test_a_fitting_shape_is_near_and_divisible(height, width, wanted, stride):
-    h, w = frozen.fitting_shape((height, width), wanted, stride)
-    assert h % stride == w % stride == 0 and min(h, w) >= stride
-    assert abs(w - wanted) <= stride and (h == stride or abs(h - height * wanted / width) <= stride / 2)
+@given(st.integers(32, 1500), st.integers(32, 1500), st.sampled_from([7, 14, 16, 32, 64]))
+def test_a_fitting_shape_is_near_and_divisible(height, width, stride):
+    fitted = fitting_shape((height, width), stride)
+    assert all(side % stride == 0 and side >= stride for side in fitted)
+    assert all(side == stride or abs(side - asked) <= stride / 2 for side, asked in zip(fitted, (height, width), strict=True))
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("frozen.poolings=mean,average", "average"), ("frozen.poolings=", "poolings"), ("frozen.halves=both", "both"), ("frozen.halves=", "halves"),
+    ("frozen.poolings=mean,average", "average"), ("frozen.poolings=", "poolings"), ("frozen.colour_width=16", "colour_width"),
     ("frozen.widths=", "widths"), ("frozen.widths=0", "widths"), ("frozen.batch=0", "batch"), ("frozen.depths=9", "depths"), ("frozen.depths=0", "depths"),
     ("frozen.backbone=efficientnet_of_dreams", "efficientnet_of_dreams"), ("frozen.weights=no/such.safetensors", "no/such.safetensors"),
-    ("frozen.weights=", "weights"), ("frozen.colour_width=0", "colour_width")])
+    ("frozen.weights=", "weights"), ("frozen.colour_width=-1", "colour_width")])
 def test_frozen_settings_are_checked_before_the_first_photo(open_here, override, message):
     store = Watched(1)
     with pytest.raises(InputError, match=message) as told:
@@ -612,7 +642,7 @@ def test_stage_frozen_writes_both_files_and_then_reads_the_cache(open_here, monk
     run = open_here("frozen.widths=64,96", "frozen.colour_width=64")
     ids = write_store(run, some_pairs(3))
     summary = frozen.run_frozen(run)
-    for name, wide in (("frozen", 2 * 2048), ("colour", summary["colour"])):
+    for name, wide in (("frozen", 2 * (320 + 1280)), ("colour", summary["colour"])):
         path = run.artefacts / "features" / f"{name}.npz"
         with np.load(path, allow_pickle=False) as npz:
             assert list(npz["image_id"]) == ids and npz["embedding"].shape == (3, wide) and npz["embedding"].dtype == np.float32
@@ -620,3 +650,11 @@ def test_stage_frozen_writes_both_files_and_then_reads_the_cache(open_here, monk
         assert (sum(columns.values()) if name == "frozen" else len(columns)) == wide
     monkeypatch.setattr(frozen, "compute_features", lambda *_: pytest.fail("computed again"))
     assert frozen.run_frozen(run) == summary
+
+
+def test_without_a_colour_width_there_are_no_colours_not_even_old_ones(open_here):
+    write_store(run := open_here("frozen.widths=64", "frozen.colour_width=64"), some_pairs(2))
+    assert {"frozen", "colour"} <= frozen.run_frozen(run).keys()
+    summary = frozen.run_frozen(open_here("frozen.widths=64", "frozen.colour_width=0"))
+    assert summary == {"photos": 2, "frozen": 320 + 1280}
+    assert sorted(p.name for p in (run.artefacts / "features").iterdir()) == ["frozen.json", "frozen.npz"]

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nbs_lib.model import ModelConfig, build_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nbs_lib import fusion
+from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.fusion import (
     BLOCK_NUMBERS,
     BiMambaMixer,

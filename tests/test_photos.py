@@ -364,7 +364,7 @@ def test_what_a_library_raises_costs_one_photo(folder, monkeypatch):
 def paddock(tmp_path):
     "A run on eight training and two test photos."
     tiny.competition(tmp_path / "in", 8, 2)
-    return open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["train_dinov3.size=64", "photos.workers=2"])
+    return open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["train_dinov3.size=64", "train_dinov3.unfreeze=1", "photos.workers=2"])
 
 
 def test_a_test_photo_that_cannot_be_read_is_left_out(paddock):
@@ -487,7 +487,7 @@ def test_each_option_changes_what_it_says():
 
 def test_flips_and_quarter_turns_are_the_symmetries_of_the_square():
     pair = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3), dtype=np.uint8)
-    settings = load_settings("demo", overrides=["photos.rotate90=yes", "photos.jitter=0"]).photos
+    settings = load_settings("demo", overrides=["photos.rotate90=yes", "photos.jitter=0", "photos.hue=0"]).photos
     seen = {augment(pair, np.random.default_rng(k), settings).tobytes() for k in range(200)}
     assert len(seen) == 8
     assert (join(quarter_turns(pair, 2)) == join(pair)[::-1, ::-1]).all()
@@ -623,3 +623,13 @@ def test_a_store_is_a_dataset(folder):
     assert pictures.shape == (2, 2, *half_shape(64), 3) and (pictures == store.halves[[2, 1]]).all()
     x = to_tensor(pictures, (0.5, 0.4, 0.3), (0.2, 0.2, 0.1))
     assert torch.allclose(x[0, 1, 2], (torch.from_numpy(store[2][1, ..., 2].astype(np.float32)) / 255 - 0.3) / 0.1, atol=1e-5)
+
+
+def test_a_store_of_another_size_is_only_built_for_a_backbone_that_is_trained(tmp_path):
+    tiny.competition(tmp_path / "in", 4, 1)
+    for more, built in (((), {"900x1000"}), (("train_dinov3.unfreeze=1",), {"900x1000", "64x64"}), (("train_dinov3.unfreeze=1", "train_dinov3.size=96"), {"900x1000", "64x64", "96x96"})):
+        run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["train_dinov3.size=64", *more])
+        photos.run_inpaint(run)
+        assert {p.parent.name for p in (run.artefacts / "photos").glob("*/store.json")} >= {f"{split}_{form}" for split in ("train", "test") for form in built}
+        assert ("64x64" in built) == (run.artefacts / "photos" / "train_64x64").exists()
+        assert photos.wanted_shapes(run.settings)[-1] == FULL and len(photos.wanted_shapes(run.settings)) == 1 + bool(more)
