@@ -320,7 +320,8 @@ def saving_hours(s: TrainDinov3Settings, folds: int, photos: int, trained: int, 
     "Hours in which the folds wait for their states, one an epoch and one every `save_minutes` of the `gpu_hours` that they train; all folds together."
     if not trains_blocks(s):
         return 0.0
-    epochs = s.epochs * (1 + s.pseudo_rounds) * folds * len(s.schemes)
+    refits = s.select == "holdout" and s.refit and not s.pseudo_rounds
+    epochs = s.epochs * (1 + s.pseudo_rounds + refits) * folds * len(s.schemes)
     steps = math.ceil(photos * (1 - 1 / folds) / (s.batch * s.accumulate))
     inside = min(steps, math.floor(60 * gpu_hours / epochs / max(s.save_minutes, 1e-9)))
     return epochs * (1 + inside) * STATE_BYTES * trained / 1e9 / WRITE_GB_S / 3600
@@ -475,18 +476,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    tell(f, measured)
+    tell(f, measured, a.preset)
     print(f"written to {a.output}")
     return 0
 
 
-def tell(f: Forecast, measured: dict[str, float]) -> None:
+def tell(f: Forecast, measured: dict[str, float], preset: str = "") -> None:
     "The forecast as text."
     table = f.stages.assign(**({"measured_hours": pd.Series(measured)} if measured else {}))
     print(table.to_string(float_format=lambda v: f"{v:,.2f}", na_rep=""))
     print(f"\nhours on {f.gpu.name} x{f.gpus}: {f.gpu.tflops * f.gpu.share:.0f} TFLOP/s a card are assumed ({f.gpu.share:.0%} of its peak), and states saved at {WRITE_GB_S:g} GB/s; cautious: {CAUTION:g} times as long")
     for v in f.verdicts():
         print(f"{'fits' if v['fits'] else 'TOO MUCH':9} {v['what']}: {v['needed']:g} of {v['allowed']:g} {v['unit']}")
+    if preset == "recipe" and not all(v["fits"] for v in f.verdicts()):
+        print("--preset recipe_t4 keeps all of the recipe but what cannot fit two T4")
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

@@ -10,11 +10,12 @@ __all__ = ['SECTIONS', 'BUILDING', 'PRECISIONS', 'WRITERS', 'FULL_DISK', 'InputE
            'read_ini', 'parse_overrides', 'load_settings', 'kaggle_input', 'on_kaggle', 'mount_candidates',
            'resolve_mount', 'walk_files', 'attached_files', 'select_attached', 'keep_memory', 'peak_memory',
            'seed_everything', 'warn_once', 'try_gpu', 'usable_gpus', 'pick_device', 'check_precision',
-           'export_precision', 'pick_dtype', 'progress', 'hash_file', 'installed', 'rooms_behind', 'hash_code', 'Run',
-           'check_output', 'open_run', 'is_litter', 'hash_inputs', 'hash_weights', 'describe', 'manifest_path',
-           'is_fresh', 'stage', 'check_reads']
+           'export_precision', 'pick_dtype', 'progress', 'hash_file', 'installed', 'module_sources', 'code_behaviour',
+           'hash_code', 'Run', 'check_output', 'open_run', 'is_litter', 'hash_inputs', 'hash_weights', 'describe',
+           'manifest_path', 'is_fresh', 'stage', 'check_reads']
 
 # %% ../notebooks/00_core.ipynb #03a1babc
+import ast
 import configparser
 import contextlib
 import ctypes
@@ -655,9 +656,9 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def rooms_behind(room: str) -> dict[str, str]:
-    "Source of the module `nbs_lib.<room>` and of all modules of the library that it imports, at whatever depth."
-    seen, todo = {}, [room]
+def module_sources(module: str) -> dict[str, str]:
+    "Return the source of `nbs_lib.<module>` and of all modules of the library that it imports, at whatever depth."
+    seen, todo = {}, [module]
     while todo:
         name = todo.pop()
         if name not in seen and (package_folder() / f"{name}.py").is_file():
@@ -668,10 +669,25 @@ def rooms_behind(room: str) -> dict[str, str]:
     return seen
 
 
-def hash_code(room: str) -> str:
-    "Of the text of `rooms_behind(room)`, and of the fitted weights beside it that this text names."
-    sources = rooms_behind(room)
-    text = "".join(sources[n] for n in sorted(sources))
+@functools.lru_cache(maxsize=64)
+def code_behaviour(source: str) -> str:
+    "Return the syntax tree of `source` as text, without docstrings, comments and annotations: words rebuild nothing."
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    return ast.dump(tree)
+
+
+def hash_code(module: str) -> str:
+    "Return a hash of what `module_sources` do, and of the fitted weights beside them that they name."
+    sources = module_sources(module)
+    text = "".join(code_behaviour(sources[n]) for n in sorted(sources))
     weights = [hash_file(path) for path in sorted(package_folder().glob("*.safetensors")) if path.name in text]
     return hashlib.blake2b("".join([text, *weights]).encode(), digest_size=12).hexdigest()
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from . import inpaint
-from .core import InpaintSettings, InputError, PhotosSettings, Run, Settings, atomic, keep_memory, open_run, progress, stage, write_json
+from .core import InpaintSettings, InputError, PhotosSettings, Run, Settings, atomic, code_behaviour, keep_memory, open_run, progress, stage, write_json
 from .data import read_test, read_train
 from .inpaint import clean_photo, nets_file, orange_rule, split_halves
 from .reading import decode_photo, read_bytes
@@ -297,10 +297,11 @@ def check_room(folders: dict[Path, Shape], photos: int) -> None:
 # %% ../notebooks/21_photos.ipynb #eb0551e5
 @functools.cache
 def code_key() -> str:
-    "Of the code and the fitted networks that decide what a cleaned half looks like. Raises `InputError` when the networks are not there."
-    inpaint.load_nets()
+    "Return a hash of the code and the fitted networks that decide what a cleaned half looks like; words in the code do not count."
+    inpaint.load_nets()  # raises `InputError` when the networks are not there
     here = Path(inpaint.__file__).parent
-    return hashlib.sha256(b"".join(path.read_bytes() for path in (*(here / f"{room}.py" for room in ("reading", "inpaint", "photos")), nets_file()))).hexdigest()
+    sources = [(here / f"{module}.py").read_text(encoding="utf-8") for module in ("reading", "inpaint", "photos")]
+    return hashlib.sha256("".join(map(code_behaviour, sources)).encode() + nets_file().read_bytes()).hexdigest()
 
 
 def photo_key(content: bytes, settings: Settings) -> bytes:

@@ -981,7 +981,8 @@ def fold_key(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int
     s = run.settings.train_dinov3
     told = {"parallel_folds": 1, "maps": 0, "views": (), "patience": 0, "save_minutes": 0.0, "schemes": (), "checkpointing": False}
     s = dataclasses.replace(s, **told, weights=weights_key(s.weights))  # `told` changes no weight of a training that has ended
-    return digest(s, dataclasses.replace(run.settings.photos, workers=0), run.settings.run.seed + k, ids, numbers == k, m.y, m.photo_keys())
+    return digest(s, dataclasses.replace(run.settings.photos, workers=0), run.settings.run.seed + k, run.settings.run.precision, ids, numbers == k, m.y,
+                  m.photo_keys())
 
 
 def backbone_path(run: Run) -> Path | None:

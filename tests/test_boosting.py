@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.base import clone
 
-from nbs_lib import boosting
+from nbs_lib import boosting, members
 from nbs_lib.boosting import (
-    CompactFeatures,
     Labelled,
     PastureRegressor,
     StateClassifier,
@@ -29,6 +28,7 @@ from nbs_lib.boosting import (
 from nbs_lib.core import InputError, load_settings, open_run
 from nbs_lib.data import read_draws, read_oof
 from nbs_lib.features import find_features, join_features
+from nbs_lib.members import CompactFeatures
 from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, reconcile, weighted_r2_score
 from nbs_lib.validation import conformal_radius, group_folds, intervals, left_out_coverage, simplex_weights
 
@@ -152,7 +152,7 @@ def test_grams_on_average_are_what_was_measured(data):
         member = PastureRegressor(members=("ridge",), transform=transform).fit(X, y, site).members_[0]
         off, before = (np.abs(grams.mean(0) / y.mean(0) - 1) for grams in (member.inner_, member.inner_ / member.ratio_))
         assert (off <= before / 3).all(), transform  # all of it but for the prior of twenty photos
-    assert np.isclose(boosting.bias_correction_ratio(y[:2], y[:2] / 2), 22 / 21).all() and boosting.bias_correction_ratio(y * 0, y).tolist() == [1.0] * 5
+    assert np.isclose(members.bias_correction_ratio(y[:2], y[:2] / 2), 22 / 21).all() and members.bias_correction_ratio(y * 0, y).tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("name", ["mint", "euclid", "no"])
@@ -209,7 +209,7 @@ def test_lightgbm_says_what_its_wrapper_says_and_nothing_else():
     "The wrapper warns at each call, with Kaggle's scikit-learn, that an array has no names: two hundred lines in a notebook."
     rng = np.random.default_rng(0)
     S, z = rng.normal(size=(60, 12)), rng.normal(size=(60, 5))
-    tree = boosting.TreeMember("lightgbm", rounds=0.02)
+    tree = members.TreeMember("lightgbm", rounds=0.02)
     fitted = tree._fit_one(S, z, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -361,7 +361,7 @@ def test_recipe_is_the_recipe():
     s = load_settings("kaggle", "recipe").boosting
     assert set(s.members) == {"catboost", "lightgbm", "histgb", "gb"} and s.transform == "none" and not s.stack and s.reconcile == "no"
     assert (s.pca_variance, s.pls, s.gmm, s.rounds) == (0.8, 8, 6, 1)
-    cat, light, hist, gb = (boosting.BOOSTERS[n](1.0, 42).get_params() for n in ("catboost", "lightgbm", "histgb", "gb"))
+    cat, light, hist, gb = (members.BOOSTERS[n](1.0, 42).get_params() for n in ("catboost", "lightgbm", "histgb", "gb"))
     assert (cat["iterations"], cat["learning_rate"], cat["depth"]) == (1900, 0.045, 4)
     assert (light["n_estimators"], light["learning_rate"], light["num_leaves"]) == (807, 0.014, 48)
     assert (hist["max_iter"], hist["learning_rate"]) == (300, 0.05) and (gb["n_estimators"], gb["learning_rate"]) == (1354, 0.01)

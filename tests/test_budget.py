@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ROOT
@@ -121,6 +122,7 @@ def test_forecast_counts_folds_views_and_cards():
     assert hours("train_dinov3", "train_dinov3.parallel_folds=2", gpus="T4") == pytest.approx(single)
     ten = [hours("train_dinov3", "train_dinov3.schemes=grouped, stratified", f"train_dinov3.parallel_folds={n}") for n in (1, 2)]
     assert ten == pytest.approx([2 * single, single])
+    assert hours("train_dinov3", "train_dinov3.refit=no", "train_dinov3.parallel_folds=1") < 0.6 * single
 
 
 @pytest.mark.parametrize("profile, overrides, cached", [
@@ -137,14 +139,14 @@ def test_features_that_model_1_has_computed_cost_model_2_nothing(profile, overri
 
 def test_forecast_counts_the_seconds_of_saving():
     def hours(*overrides):
-        words = ("epochs=10", "schemes=grouped", "parallel_folds=1", "save_minutes=1e9", *overrides)
+        words = ("epochs=10", "schemes=grouped", "parallel_folds=1", "refit=no", "save_minutes=1e9", *overrides)
         row = budget.forecast(load_settings("kaggle", overrides=[f"train_dinov3.{w}" for w in words]), rehearsed=fake_rehearsals()).stages.loc["train_dinov3"]
         return row["hours"] - row["gpu_hours"] - 60 / 3600
 
     once = 5 * 10 * 20 * 110e6 / 1e9 / budget.WRITE_GB_S / 3600  # five folds of ten epochs, 20 bytes a trained number
-    assert hours() == pytest.approx(once) and hours("parallel_folds=2") == pytest.approx(3 / 5 * once)
+    assert hours() == pytest.approx(once) and hours("parallel_folds=2") == pytest.approx(once * 3 / 5) and hours("refit=yes") == pytest.approx(2 * once)
     assert hours("pseudo_rounds=2") == pytest.approx(3 * once) and hours("unfreeze=0") == pytest.approx(0, abs=1e-9) == hours("epochs=0")
-    epoch = 60 * budget.forecast(load_settings("kaggle", overrides=["train_dinov3.epochs=10"]), "T4", rehearsed=fake_rehearsals()).stages.loc["train_dinov3", "gpu_hours"] / 100
+    epoch = 60 * budget.forecast(load_settings("kaggle", overrides=["train_dinov3.epochs=10", "train_dinov3.refit=no"]), "T4", rehearsed=fake_rehearsals()).stages.loc["train_dinov3", "gpu_hours"] / 50
     assert hours(f"save_minutes={epoch / 2.5}") == pytest.approx(3 * once)  # two on the way, one at the end
 
 
@@ -244,3 +246,12 @@ def test_folds_end_before_the_session_does():
     s = load_settings("kaggle")
     folds = s.run.folds * len(s.train_dinov3.schemes)
     assert 0 < folds / s.train_dinov3.parallel_folds * s.train_dinov3.budget_minutes / 60 < budget.SESSION_HOURS - 1
+
+
+def test_the_recipe_that_does_not_fit_names_the_one_that_does(capsys):
+    gone = budget.Forecast(pd.DataFrame({"gb": {"submit": 30.0, "eda": 0.0}, "cautious_hours": {"submit": 1.0, "eda": 0.1}}), {}, {"photos": 1.0},
+                           budget.GPUS["T4"], 2, {"hours": 9.0, "working_gb": 20.0})
+    budget.tell(gone, {}, "recipe")
+    assert "--preset recipe_t4" in capsys.readouterr().out
+    budget.tell(gone, {}, "")
+    assert "recipe_t4" not in capsys.readouterr().out
