@@ -429,7 +429,7 @@ def test_without_the_dataset_the_cell_says_which_one_to_attach(kernel, tmp_path)
 
 # Every stage for real, with the least work.
 CHEAP = ["run.folds=2", "train_dinov3.size=128", "train_dinov3.epochs=0", "train_dinov3.depths=2", "train_dinov3.inner_folds=2", "frozen.widths=128",
-         "frozen.depths=2", "frozen.colour_width=128", "boosting.members=linear", "boosting.inner_folds=2", "ensemble.draws=50", "train_dinov3.scales=1.0", "siglip.weights=tiny"]
+         "frozen.depths=2", "frozen.colour_width=128", "boosting.members=ridge", "boosting.inner_folds=2", "ensemble.draws=50", "train_dinov3.probe_sizes=", "run.draws=2", "siglip.weights=tiny"]
 
 
 @pytest.fixture(scope="module")

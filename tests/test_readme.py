@@ -77,8 +77,9 @@ def check_python(words: list[str]) -> None:
         {"papermill": check_papermill, "pip": check_pip}.get(words[2], lambda w: None)(words[2:])
     elif words[1] == "-m":
         assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith("nbs_lib."), f"there is no module {words[2]}"
-        part = words[3:4] if words[3:4] and re.fullmatch(r"[a-z]\w*", words[3]) else []  # a command of the module, with flags of its own
-        check_flags(words[3:], help_of(words[2], *part))
+        commands = re.findall(r"[\w-]+", (re.search(r"\{([\w,-]+)\}", help_of(words[2])) or [""])[0])
+        part = next(([w] for w in words[3:] if w in commands), [])  # a command of the module, with flags of its own
+        check_flags(words[3:], help_of(words[2]) + help_of(words[2], *part))
     elif not words[1].startswith("-"):
         assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
         check_flags(words[2:], (ROOT / words[1]).read_text())
@@ -264,8 +265,8 @@ def test_another_stage_and_another_head(clone, paddock, tmp_path):
     cells.append(nbformat.v4.new_code_cell("#| run\nfrom nbs_lib.run import open_here\nfrom nbs_lib.count import run_count\nrun_count(open_here('count', input, output, profile, preset, overrides))"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=stage.metadata), clone / "notebooks/45_count.ipynb")
     change(clone / "notebooks/90_run.ipynb", '"submit": "60_submit"}', '"submit": "60_submit", "count": "45_count"}')
-    change(clone / "notebooks/32_biomass_net.ipynb", '"head": ("pooled", "density", "none")', '"head": ("pooled", "density", "none", "brightest")')
-    change(clone / "notebooks/32_biomass_net.ipynb", '        if self.kind == "pooled":\n', '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n        if self.kind == "pooled":\n')
+    change(clone / "notebooks/32_biomass_net.ipynb", '"head": ("pooled", "recipe", "density", "none")', '"head": ("pooled", "recipe", "density", "none", "brightest")')
+    change(clone / "notebooks/32_biomass_net.ipynb", '        if self.kind != "density":\n', '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n        if self.kind != "density":\n')
     in_clone(clone, "-c", "from nbdev.export import nb_export; from pathlib import Path; [nb_export(p, 'nbs_lib') for p in sorted(Path('notebooks').glob('[0-9]*.ipynb'))]")
     out = tmp_path / "out"
     in_clone(clone, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), "--only", "count", "--no-report")

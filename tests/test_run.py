@@ -202,7 +202,7 @@ def test_features_are_enough_to_judge_model_2(finished, tables, tmp_path):
         shutil.rmtree(tables / split)
     shutil.copytree(finished / "artefacts" / "features", tmp_path / "out" / "artefacts" / "features")
     call = ("--profile", "demo", "--input", tables, "--output", tmp_path / "out", *SMALL)
-    done = command(*call, "--only", "boosting", "--set", "boosting.members=linear")
+    done = command(*call, "--only", "boosting", "--set", "boosting.members=ridge")
     assert done.returncode == 0, done.stderr
     assert len(pd.read_parquet(tmp_path / "out" / "artefacts" / "oof" / "boosting.parquet")) == 24
     asked = command(*call, "--only", "inpaint")
