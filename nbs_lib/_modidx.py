@@ -221,6 +221,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.budget.Rehearsal.peak_gb': ('budget.html#rehearsal.peak_gb', 'nbs_lib/budget.py'),
                                 'nbs_lib.budget.allocated_gb': ('budget.html#allocated_gb', 'nbs_lib/budget.py'),
                                 'nbs_lib.budget.count_looks': ('budget.html#count_looks', 'nbs_lib/budget.py'),
+                                'nbs_lib.budget.count_trainings': ('budget.html#count_trainings', 'nbs_lib/budget.py'),
                                 'nbs_lib.budget.describe_card': ('budget.html#describe_card', 'nbs_lib/budget.py'),
                                 'nbs_lib.budget.disk_gb': ('budget.html#disk_gb', 'nbs_lib/budget.py'),
                                 'nbs_lib.budget.fill_state': ('budget.html#fill_state', 'nbs_lib/budget.py'),

@@ -7,8 +7,8 @@ __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTS', 'WEEK_HOURS', 'SESSION_
            'CPU_SECONDS', 'LOAD_SECONDS', 'STATE_BYTES', 'WRITE_GB_S', 'COLOURS', 'Gpu', 'parse_gpus', 'Meter',
            'ghosts', 'ghost', 'Rehearsal', 'summed', 'rehearse_step', 'fill_state', 'train_really', 'allocated_gb',
            'rehearse_look', 'rehearse_frozen', 'rehearse_features', 'is_cached', 'rehearse_siglip', 'loading_hours',
-           'Looks', 'count_looks', 'trains_blocks', 'saving_hours', 'disk_gb', 'Forecast', 'rehearse', 'describe_card',
-           'forecast', 'plot_forecast', 'write_forecast', 'measured_hours', 'main', 'tell']
+           'Looks', 'count_looks', 'trains_blocks', 'count_trainings', 'saving_hours', 'disk_gb', 'Forecast',
+           'rehearse', 'describe_card', 'forecast', 'plot_forecast', 'write_forecast', 'measured_hours', 'main', 'tell']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
@@ -316,12 +316,16 @@ def trains_blocks(s: TrainDinov3Settings) -> bool:
     return s.unfreeze != 0 and s.epochs > 0 and s.head != "none"
 
 
+def count_trainings(s: TrainDinov3Settings) -> int:
+    "Return how many trainings a fold takes at the most: the first, then rounds of pseudo-labels or the one on all its photos."
+    return 1 + (s.pseudo_rounds or int(s.select == "holdout" and s.refit))
+
+
 def saving_hours(s: TrainDinov3Settings, folds: int, photos: int, trained: int, gpu_hours: float) -> float:
     "Hours in which the folds wait for their states, one an epoch and one every `save_minutes` of the `gpu_hours` that they train; all folds together."
     if not trains_blocks(s):
         return 0.0
-    refits = s.select == "holdout" and s.refit and not s.pseudo_rounds
-    epochs = s.epochs * (1 + s.pseudo_rounds + refits) * folds * len(s.schemes)
+    epochs = s.epochs * count_trainings(s) * folds * len(s.schemes)
     steps = math.ceil(photos * (1 - 1 / folds) / (s.batch * s.accumulate))
     inside = min(steps, math.floor(60 * gpu_hours / epochs / max(s.save_minutes, 1e-9)))
     return epochs * (1 + inside) * STATE_BYTES * trained / 1e9 / WRITE_GB_S / 3600
@@ -334,7 +338,7 @@ def disk_gb(settings: Settings, total: int, trained: int, photos: int, half: str
     whole = s.unfreeze < 0 and not s.lora  # nothing is shared
     shared = (total - trained) * (2 if trains_blocks(s) and half == "float16" else 4)  # see `halve_frozen`
     weights = 4 * (total if whole else trained) * folds + (0 if whole else shared)
-    ended = 4 * trained * s.pseudo_rounds  # of each training of a fold before its last one, the weights
+    ended = 4 * trained * (count_trainings(s) - 1)  # of each training of a fold before its last one, the weights
     state = s.parallel_folds * (2 * STATE_BYTES * trained + ended) if trains_blocks(s) else 0
     store = photos * sum(2 * 3 * h * w for h, w in wanted_shapes(settings))
     return {"fold weights": weights / 1e9, "state": state / 1e9, "photos": store / 1e9}

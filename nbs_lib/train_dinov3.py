@@ -827,13 +827,15 @@ def refit_on_all(m: FoldData, fit: Fit, net: BiomassNet, index: np.ndarray, hist
     "Train anew on all photographs `index` for the epochs that the holdout chose, if the time budget allows; else return `net`."
     s, epochs = fit.settings, 1 + max(range(len(history)), key=lambda e: -math.inf if history[e]["score"] is None else history[e]["score"])
     needed = epochs * history[-1]["seconds"] / len(history) * len(index) / len(fit.index)
-    if 0 < 60 * s.budget_minutes < fit.clock.seconds() + needed:
+    own = dataclasses.replace(fit, index=index, stop=epochs, watch=None, key=f"{fit.key} refit")
+    own.state = fit.state and fit.state.with_name(f"{fit.state.stem}_refit.pt")
+    if 0 < 60 * s.budget_minutes < fit.clock.seconds() + needed and load_state(own.state, own.key, warn) is None:
         warn(f"train_dinov3.budget_minutes: no time to train on the {len(index) - len(fit.index)} photos that chose the epoch; they are left out")
         return net, []
-    again, base, _ = begin(m, s, index, fit.seed, fit.device)
-    state = fit.state and fit.state.with_name(f"{fit.state.stem}_refit.pt")
-    own = train(again, dataclasses.replace(fit, index=index, base=base, stop=epochs, watch=None, state=state, key=f"{fit.key} refit"), warn)
-    return (net, []) if cut_short(own) else (again, own)
+    net.cpu()  # room for the one that is trained anew
+    again, own.base, _ = begin(m, s, index, fit.seed, fit.device)
+    history = train(again, own, warn)
+    return (net, []) if cut_short(history) else (again, history)
 
 # %% ../notebooks/32_train_dinov3.ipynb #0b59b0e6
 class ConcatStore:
@@ -979,7 +981,8 @@ def weights_key(weights: str) -> str:
 def fold_key(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int) -> str:
     "All that the result of fold `k` depends on, in a word."
     s = run.settings.train_dinov3
-    told = {"parallel_folds": 1, "maps": 0, "views": (), "patience": 0, "save_minutes": 0.0, "schemes": (), "checkpointing": False}
+    told = {"parallel_folds": 1, "maps": 0, "patience": 0, "save_minutes": 0.0, "schemes": (), "checkpointing": False}
+    told |= {} if s.pseudo_rounds else {"views": ()}  # a teacher averages them
     s = dataclasses.replace(s, **told, weights=weights_key(s.weights))  # `told` changes no weight of a training that has ended
     return digest(s, dataclasses.replace(run.settings.photos, workers=0), run.settings.run.seed + k, run.settings.run.precision, ids, numbers == k, m.y,
                   m.photo_keys())

@@ -1,4 +1,5 @@
 """What a training does at its limits: numbers too large for float16, time and disk that run out, files of other settings."""
+import dataclasses
 import gc
 import json
 import math
@@ -19,7 +20,7 @@ from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
 
 from nbs_lib import backbones
 from nbs_lib import train_dinov3 as room
-from nbs_lib.core import InputError
+from nbs_lib.core import InputError, load_settings
 from nbs_lib.train_dinov3 import CachedFeatures, Fit, load_state, predict, train
 
 
@@ -246,6 +247,24 @@ def test_a_backbone_that_is_gone_makes_the_stage_stale(tmp_path):
     assert is_fresh(run, "train_dinov3")
     next((run.artefacts / "dinov3").glob("backbone_*")).unlink()
     assert not is_fresh(run, "train_dinov3")
+
+
+def test_the_key_of_a_fold_knows_what_changes_its_weights(tmp_path):
+    run = opened(tmp_path)
+    m, ids, schemes = room.load_fold_data(run)
+
+    def key(*overrides):
+        settings = load_settings("demo", "", [*SMALL, *overrides])
+        return room.fold_key(dataclasses.replace(run, settings=settings), m, ids, schemes["grouped"], 0)
+
+    rounds, same = ("train_dinov3.pseudo_rounds=1", "train_dinov3.select=last"), key()
+    for nothing in ("parallel_folds=2", "maps=3", "patience=1", "views=id, H", "save_minutes=1", "schemes=grouped, stratified", "checkpointing=yes"):
+        assert key(f"train_dinov3.{nothing}") == same, nothing
+    assert key("photos.workers=3") == same == key("run.workers=3", "run.draws=7", "frozen.widths=64")
+    for something in ("size=96", "epochs=3", "select=last", "lr=1e-2", "weights=random", "probe_sizes=96", "poolings=mean", "budget_minutes=1", "refit=no"):
+        assert key(f"train_dinov3.{something}") != same, something
+    assert key("run.seed=1") != same != key("photos.jitter=0.3")
+    assert key(*rounds, "train_dinov3.views=id, H") != key(*rounds), "a teacher averages its views"
 
 
 def fits(run) -> bool:
@@ -479,6 +498,71 @@ def test_a_round_that_ended_counts_though_the_time_is_over(tmp_path, monkeypatch
     done = stepping(monkeypatch)
     again, notes = a_fold(run, **state)
     assert equal(whole, again) and len(notes["rounds"]) == 2 and not done and clock.now == 0
+
+
+REFIT = [*POOL, "train_dinov3.select=holdout", "train_dinov3.pseudo_rounds=0", "train_dinov3.pseudo_from=test", "train_dinov3.refit=yes", "train_dinov3.epochs=3", "train_dinov3.save_minutes=0"]
+
+
+def test_the_holdout_chooses_the_epochs_of_a_training_on_all_photos(tmp_path, monkeypatch):
+    run, used, real = opened(tmp_path, *REFIT), {}, room.train_step
+
+    def watched(model, fit, micro, draw, acc):
+        used.setdefault(fit.key, set()).update(int(i) for m in micro for i in m)
+        return real(model, fit, micro, draw, acc)
+
+    monkeypatch.setattr(room, "train_step", watched)
+    scores = iter([0.1, 0.5, 0.2])
+    monkeypatch.setattr(room, "score_epoch", lambda *args: next(scores))
+    net, notes = a_fold(run, key="k")
+    m, ids, schemes = room.load_fold_data(run)
+    index = set(np.flatnonzero(schemes["grouped"] != 0))
+    assert [len(notes[name]) for name in ("history", "refit")] == [3, 2], "two epochs, as the second was the best"
+    assert used["k"] < used["k refit"] == index and not any("score" in h and h["score"] for h in notes["refit"])
+    with monkeypatch.context() as patched:
+        patched.setattr(room, "score_epoch", lambda *args, after=iter([0.1, 0.5, 0.2]): next(after))
+        without, notes = a_fold(opened(tmp_path, *REFIT, "train_dinov3.refit=no"), key="k")
+    assert "refit" not in notes and not equal(net, without)
+
+
+@pytest.mark.parametrize("steps_of_refit", [0, 1])
+def test_a_kill_in_the_training_on_all_photos_does_nothing_twice(steps_of_refit, tmp_path, monkeypatch):
+    run, state = opened(tmp_path, *REFIT), {"state": tmp_path / "killed.pt", "key": "k"}
+    with monkeypatch.context() as patched:
+        all_steps = stepping(patched)
+        whole, _ = a_fold(run, key="k")
+    at = all_steps.index("k refit") + steps_of_refit
+
+    def kill(done):
+        if len(done) == at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        stepping(patched, kill)
+        with pytest.raises(KeyboardInterrupt):
+            a_fold(run, **state)
+    with monkeypatch.context() as patched:
+        again_steps = stepping(patched)
+        again, notes = a_fold(run, **state)
+    assert again_steps == ["k refit"] * (len(all_steps) - at) and notes["refit"] and equal(whole, again)
+
+
+def test_a_training_on_all_photos_needs_time_unless_it_ended_before(tmp_path, monkeypatch):
+    clock, state = Clock(monkeypatch), {"state": tmp_path / "s.pt", "key": "k"}
+    run = opened(tmp_path, *REFIT, "train_dinov3.budget_minutes=100")
+    with monkeypatch.context() as patched:
+        first = stepping(patched)
+        whole, _ = a_fold(run, **state)
+    each = 60 * 90 / first.count("k")  # the first training takes 90 minutes of 100
+    with monkeypatch.context() as patched:
+        done, said = stepping(patched, lambda done: setattr(clock, "now", clock.now + each)), []
+        net, notes = a_fold(run, key="k", warn=said.append)
+    assert notes["refit"] == [] and set(done) == {"k"} and not equal(net, whole)
+    assert len(said) == 1 and "budget_minutes: no time to train on the " in said[0] and said[0].endswith("photos that chose the epoch; they are left out")
+    (tmp_path / "s.clock.json").write_text(json.dumps({"key": "k", "seconds": 60 * 101}))
+    with monkeypatch.context() as patched:
+        done = stepping(patched)
+        again, notes = a_fold(run, **state)
+    assert equal(whole, again) and notes["refit"] and not done
 
 
 def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatch):
