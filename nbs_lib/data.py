@@ -330,8 +330,12 @@ def draws_path(run: Run, model: str) -> Path:
 
 
 def write_draws(run: Run, model: str, ids: Sequence[str], folds: np.ndarray, y: np.ndarray) -> None:
-    "Write draws/<model>.npz: image_id (n,), fold (draws, n), prediction (draws, n, 5) in grams."
+    "Write draws/<model>.npz: image_id (n,), fold (draws, n), prediction (draws, n, 5) in grams; remove it for no draws."
     path = run.art("draws", f"{model}.npz")
+    if not len(folds):
+        for old in (path, path.with_suffix(".json")):
+            old.unlink(missing_ok=True)
+        return
     with atomic(path) as temporary:
         np.savez_compressed(temporary, image_id=np.array(ids, dtype=str), fold=folds, prediction=y)
     run.beside(path, model=model)

@@ -13,10 +13,11 @@ from browser import browser, find_browser
 from markupsafe import escape
 from tiny import competition, fake_members, run_on
 
-from nbs_lib import boosting, ensemble, report
+from nbs_lib import ensemble, report
 from nbs_lib.core import Run, read_json, write_json
-from nbs_lib.data import long_form, read_competition, read_oof, write_oof, write_submission
-from nbs_lib.targets import TARGETS, from_parts, weighted_r2_score
+from nbs_lib.data import long_form, read_competition, read_draws, read_oof, write_draws, write_oof, write_submission
+from nbs_lib.targets import TARGETS, constant_prediction, from_parts, weighted_r2_score
+from nbs_lib.validation import bootstrap_scores, left_out_coverage, random_site_folds
 
 NASTY = "<script>alert(1)</script> & \"quoted\" 'species' $a_b$"
 STAGES = [{"name": "eda", "status": "done", "seconds": 19.0, "peak_rss_gb": 0.7, "written_mb": 5.7, "network": "guard", "warnings": ["two <b>photos</b> are twins & more"]},
@@ -24,9 +25,9 @@ STAGES = [{"name": "eda", "status": "done", "seconds": 19.0, "peak_rss_gb": 0.7,
 RECORD = {"status": "done", "profile": "demo", "started": "2026-01-02T03:04:05Z", "stages": STAGES, "versions": {"python": "3.12"}, "machine": {"cpus": 2}, "inputs": {"input/*.csv": {"files": 3, "blake2b": "abc"}}}
 
 
-def make_run(folder: Path, n_train=48, n_test=6, truth=True, blended=True, stored=True) -> Run:
+def make_run(folder: Path, n_train=48, n_test=6, truth=True, blended=True, stored=True, draws=0) -> Run:
     "A run folder as the stages leave it, made without any model."
-    root = competition(folder / "csiro-biomass", n_train, n_test, size=(64, 32))
+    root = competition(folder / "csiro-biomass", n_train, n_test, size=(128, 64))
     table = pd.read_csv(root / "train.csv")
     table["Species"] = np.where(table["State"] == "Tas", NASTY, table["Species"])
     table.to_csv(root / "train.csv", index=False)
@@ -37,6 +38,9 @@ def make_run(folder: Path, n_train=48, n_test=6, truth=True, blended=True, store
         long_form(comp.test["image_id"], said * rng.uniform(0.8, 1.25, (n_test, 1))).to_csv(report.truth_path(root), index=False)
     if blended:
         fake_members(run)
+        folds = random_site_folds(comp.groups, 4, draws)
+        for k, model in enumerate(("dinov3", "boosting")):
+            write_draws(run, model, comp.train["image_id"], folds, comp.y + rng.normal(0, 5 + 5 * k, (draws, *comp.y.shape)).clip(-comp.y))
         ensemble.run_ensemble(run)
     ids = comp.train["image_id"]
     pd.DataFrame({"image_id": ids, "split": "train", "height": 32, "width": 64, "stamp": 0.01 * (np.arange(n_train) % 9 == 0), "sharpness": rng.gamma(4, 99, n_train),
@@ -91,17 +95,34 @@ def test_scores_are_those_of_the_files(whole):
         mine = scores["oof"]["ensemble"][scheme]
         assert mine["r2"] == pytest.approx(weighted_r2_score(comp.y, said), abs=1e-12)
         assert f'<div class="score">{mine["r2"]:.3f}</div>' in page
-        low, high = np.quantile(ensemble.grouped_bootstrap(comp.y, [said], comp.groups)[:, 0], [0.025, 0.975])
+        low, high = np.quantile(bootstrap_scores(comp.y, [said], comp.groups)[:, 0], [0.025, 0.975])
         assert mine["interval_95"] == pytest.approx([low, high], abs=1e-9), "the blend's own bootstrap draws the same sites"
         assert report.spread(mine["interval_95"]) in page and f"{scores['constant'][scheme]['r2']:.3f}" in page
     assert f'<div class="score">{scores["test"]["ensemble"]["r2"]:.3f}</div>' in page
+
+
+@pytest.mark.parametrize("draws", [0, 1, 3])
+def test_scores_over_random_draws_of_sites(draws, tmp_path):
+    run = make_run(tmp_path, draws=draws)
+    page, scores, comp = report.write_report(run, RECORD).read_text(), read_json(run.output / "scores.json")["draws"], read_competition(run.input)
+    assert set(scores) == ({"constant", "dinov3", "boosting", "ensemble"} if draws else set())
+    assert f"{draws} random draws of sites" in page if draws else "random draws of sites" not in page
+    for model in sorted(set(scores) - {"constant"}):
+        folds, y = read_draws(run, model, comp.train["image_id"].tolist())
+        r2 = [weighted_r2_score(comp.y, p) for p in y]
+        assert scores[model]["r2"] == pytest.approx(np.mean(r2)) and scores[model]["draws"] == draws == len(folds)
+        assert scores[model]["sd"] == (pytest.approx(np.std(r2, ddof=1)) if draws > 1 else None) and f"{np.mean(r2):.3f}" in page
+    if draws:
+        plain = [np.concatenate([constant_prediction(comp.y[fold != k], int((fold == k).sum())) for k in np.unique(fold)]) for fold in folds]
+        truth = [np.concatenate([comp.y[fold == k] for k in np.unique(fold)]) for fold in folds]
+        assert scores["constant"]["r2"] == pytest.approx(np.mean([weighted_r2_score(t, p) for t, p in zip(truth, plain, strict=True)]))
 
 
 def test_intervals_are_judged_as_boosting_judges_them(whole):
     run, _ = whole
     found = report.read_findings(run, RECORD)
     kept = report.kept_promises(found.y, found.predicted, found.competition.groups, np.array([0.9]))[0]
-    assert kept == pytest.approx(boosting.left_out_coverage(found.y, found.predicted, found.competition.groups, 0.9), abs=1e-9)
+    assert kept == pytest.approx(left_out_coverage(found.y, found.predicted, found.competition.groups, 0.9), abs=1e-9)
 
 
 def test_every_section_is_there(whole):
