@@ -721,6 +721,8 @@ def run_call(args: argparse.Namespace) -> None:
     found = find_input(args.input, output, args.profile, args.preset, args.overrides)
     overrides = [*args.overrides, *shorten(args)]
     run = open_run(found, output, args.profile, args.preset, overrides)
+    if (args.profile, args.preset) == ("kaggle", "recipe"):
+        print("note: the recipe needs more memory and disk than two T4 have; --preset recipe_t4 is the same less what cannot fit", flush=True)
     read_competition(run.input, photos=bool(PHOTO_STAGES & set(names)))  # a fault in the tables is told in the first second, before anything is written
     try:
         run_chain(run, names, make_call(run, args.profile, args.preset, overrides), args.sandbox, args.budget_hours)

@@ -532,3 +532,13 @@ def test_every_profile_and_preset_loads():
     for profile in ("demo", "laptop", "kaggle"):
         for preset in ("", "recipe"):
             assert load_settings(profile, preset).profile == profile
+
+
+def test_the_recipe_on_kaggle_names_the_preset_that_fits(tables, tmp_path, capsys, monkeypatch):
+    from nbs_lib import run as runner
+
+    monkeypatch.setattr(runner, "is_fresh", lambda *a: True)
+    monkeypatch.setattr(runner, "adopt_orphans", lambda: None)
+    for preset, named in (("recipe", True), ("recipe_t4", False)):
+        runner.main(["--profile", "kaggle", "--preset", preset, "--input", str(tables), "--output", str(tmp_path / preset), "--only", "eda", "--no-report"])
+        assert ("recipe_t4 is the same less" in capsys.readouterr().out) == named
