@@ -82,7 +82,7 @@ def test_each_thread_has_a_compose_of_its_own():
     store, made, results = pairs(8), {}, {}
 
     def work(name):
-        made[name] = photos._colour(JITTER.jitter)
+        made[name] = photos._colour(JITTER.jitter, JITTER.hue)
         results[name] = [augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)]
 
     running = [threading.Thread(target=work, args=(k,)) for k in range(4)]
@@ -93,7 +93,8 @@ def test_each_thread_has_a_compose_of_its_own():
     work("alone")
     assert len({id(m) for m in made.values()}) == 5
     assert all(np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True))
-    assert photos._colour(0.5) is photos._colour(0.5) is not photos._colour(0.25)
+    assert photos._colour(0.5, 0.1) is photos._colour(0.5, 0.1)
+    assert len({id(photos._colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
 
 
 def test_bytes_travel_and_are_normalised_on_the_device():
