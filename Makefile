@@ -49,7 +49,7 @@ budget: $(READY) ## will it fit? GPU memory, hours, disk of PROFILE=kaggle, GPU=
 	$(BIN)/python -m nbs_lib.budget --profile $(PROFILE) --gpu $(GPU) --output runs/budget $(ARGS)
 
 bench: $(READY)  ## speed and memory, side by side -> runs/bench
-	$(BIN)/python -m nbs_lib.bench --output runs/bench $(ARGS)
+	$(BIN)/python -m benchmarks.bench --output runs/bench $(ARGS)
 
 results: demo    ## keep the demo's scores and picture, and what `make bench` measured -> results/, README.md
 	$(BIN)/python tests/readme.py --run runs/demo $(if $(wildcard runs/bench/bench.csv),--bench runs/bench) --write

@@ -19,11 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .backbones import (Backbone, BackboneFeatures, FeatureExtractor, check_poolings, feature_names, fitting_shape, join_halves,
-                               load_weights, pool_features, pooling_influence_map)
-from .core import InputError, atomic, read_json, write_json
+from nbs_lib.backbones import (
+    Backbone, BackboneFeatures, FeatureExtractor, check_poolings, feature_names, fitting_shape, join_halves,
+    pool_features, pooling_influence_map,
+)
+from .weights import load_weights
+from .runtime import InputError, atomic, read_json, write_json
 from .fusion import build_fusion, to_map, to_tokens
-from .photos import Shape, half_shape
+from .images import Shape
+from .store import half_shape
 from .ridge import cross_validate_ridge, draw_inner_folds, fit_standardiser, ridge_coefficients
 from .targets import QUADRAT_M2, SUMS
 

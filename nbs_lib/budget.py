@@ -33,11 +33,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from .backbones import POOLINGS, Backbone, pool_features
 from .biomass_net import build_model
-from .core import InputError, Settings, TrainDinov3Settings, atomic, load_settings, read_json, write_json
+from .runtime import InputError, atomic, read_json, write_json
+from .settings import Settings, TrainDinov3Settings, load_settings
 from .fusion import BLOCK_NUMBERS
-from .photos import FULL, half_shape, wanted_shapes
+from .store import FULL, half_shape, wanted_shapes
 from .siglip import patch_starts
-from .train_dinov3 import EMA, biomass_loss, model_config, parameter_groups, unfreeze
+from .train_dinov3 import model_config
+from .trainer import EMA, biomass_loss, parameter_groups, unfreeze
 
 # %% ../notebooks/80_budget.ipynb #7dbdaac0
 @dataclass(frozen=True)

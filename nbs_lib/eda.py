@@ -23,9 +23,11 @@ from scipy.spatial.distance import cdist
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
-from .core import Run, atomic, progress, stage
-from .data import SCHEMES, Competition, read_competition, read_folds, write_folds
-from .reading import to_landscape, read_photo
+from .runtime import atomic, progress
+from .stages import Run, stage
+from .tables import Competition, read_competition
+from .validation import SCHEMES, read_folds, write_folds
+from .images import read_photo, to_landscape
 from .targets import TARGETS, constant_baseline, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/10_eda.ipynb #fc03970c

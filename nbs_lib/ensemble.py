@@ -17,9 +17,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, Run, atomic, read_json, stage, write_json
-from .data import SCHEMES, Competition, draws_path, read_competition, read_draws, read_folds, read_oof, write_draws, write_oof
-from .targets import CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, from_parts, make_weighting, per_target_r2_score, reconcile, weighted_r2_score
+from .runtime import InputError, atomic, read_json, write_json
+from .stages import Run, stage
+from nbs_lib.tables import (
+    Competition, draws_path, read_competition, read_draws, read_oof, write_draws, write_oof,
+)
+from .validation import SCHEMES, read_folds
+from nbs_lib.targets import (
+    CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, from_parts, make_weighting, per_target_r2_score, reconcile,
+    weighted_r2_score,
+)
 from .validation import compare_predictions, simplex_weights
 
 # %% ../notebooks/51_ensemble.ipynb #7fedbf2f

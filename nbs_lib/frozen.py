@@ -19,10 +19,16 @@ import numpy as np
 import torch
 from skimage.feature import graycomatrix, graycoprops, local_binary_pattern
 
-from .backbones import (Backbone, FeatureExtractor, check_poolings, feature_names, files_of, find_weights, load_backbone, pixel_stats)
-from .core import FrozenSettings, InputError, Run, installed, pick_device, progress, stage
+from nbs_lib.backbones import (
+    Backbone, FeatureExtractor, check_poolings, feature_names, load_backbone, pixel_stats,
+)
+from .weights import files_of, find_weights
+from .runtime import InputError, pick_device, progress
+from .settings import FrozenSettings
+from .stages import Run, installed, stage
 from .features import FEATURE_PACKAGES, write_features
-from .photos import FULL, PhotoStore, half_shape, join, open_store, resize_half
+from .images import resize_half
+from .store import FULL, PhotoStore, half_shape, join, open_store
 from .siglip import STORE, Features, at_full
 
 # %% ../notebooks/41_frozen.ipynb #f5786cc3

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'WARM', 'MAYBE', 'KEPT', 'SMALLEST', 'TALLEST', 'GLANCE', 'ENOUGH',
-           'AFAR', 'AFAR_MOST', 'LOOKS', 'MOST', 'RULES', 'PIECE', 'orange_rule', 'Along', 'Finder', 'level', 'shrink',
-           'Reader', 'nets_file', 'kept_nets', 'load_net', 'load_nets', 'find_places', 'crop', 'is_warm', 'Window',
-           'cut_window', 'stand', 'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps',
-           'ink_colours', 'overlap', 'look_again', 'line_mask', 'stamp_mask', 'box_of', 'judge', 'sum_up', 'expose',
-           'draw_piece', 'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows', 'reader_targets',
-           'reader_loss', 'fit_net', 'fit_finder', 'fit_reader', 'draw_all', 'keep_net', 'inpaint_stamp', 'paint_mask',
-           'clean_photo', 'crop_bottom', 'clean_by_colour', 'split_halves', 'tell_scores', 'main']
+           'AFAR', 'AFAR_MOST', 'LOOKS', 'MOST', 'orange_rule', 'Along', 'Finder', 'level', 'shrink', 'Reader',
+           'nets_file', 'kept_nets', 'load_net', 'load_nets', 'find_places', 'crop', 'is_warm', 'Window', 'cut_window',
+           'stand', 'look_at', 'glance', 'ink_box', 'Line', 'read_line', 'sureness', 'find_stamps', 'ink_colours',
+           'overlap', 'look_again', 'line_mask', 'stamp_mask', 'inpaint_stamp', 'paint_mask', 'clean_photo',
+           'clean_by_colour', 'code_key', 'photo_key', 'clean_halves', 'build_stores', 'build_store', 'stand_in',
+           'describe_store', 'labelled_photos', 'readable_photos', 'run_inpaint', 'write_table']
 
 # %% ../notebooks/20_inpaint.ipynb #3945055f
-import argparse
-import importlib
-import sys
-import time
-from collections.abc import Callable
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,13 +29,21 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from joblib import Parallel, delayed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .core import InputError, InpaintSettings, atomic, package_folder
-from .reading import decode_photo, read_bytes, read_photo, to_landscape  # noqa: F401 - who cleans a photo reads it first: also to be had from here
-from .stamps import FIT_FONTS, FIT_GROUNDS, HELD_FONTS, HELD_GROUNDS, burn, composites, draw_confusion, draw_ground, draw_lamps, through_jpeg
+from nbs_lib.images import (
+    QUALITY, Shape, crop_bottom, decode_photo, photo_quality, read_bytes, resize_half, split_halves,
+    to_landscape,
+)
+from .runtime import InputError, atomic, keep_memory, progress
+from .settings import InpaintSettings, Settings, package_folder
+from .stages import Run, code_behaviour, stage
+from nbs_lib.store import (
+    FULL, ROW, PhotoStore, StoreWriter, check_augmentation, check_room, half_shape, photo_weights,
+    store_folder, wanted_shapes,
+)
+from .tables import read_test, read_train
 
 # %% ../notebooks/20_inpaint.ipynb #1e07248b
 def orange_rule(photo: np.ndarray) -> np.ndarray:
@@ -393,199 +403,6 @@ def stamp_mask(photo: np.ndarray) -> np.ndarray:
         mask[:] = False
     return np.ascontiguousarray(np.rot90(mask, -turns[best]))
 
-# %% ../notebooks/20_inpaint.ipynb #abc6c25a
-def box_of(truth: np.ndarray) -> np.ndarray:
-    "(4,) left, top, right, bottom of what is True; zeros when nothing is."
-    y, x = np.nonzero(truth)
-    return np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) if len(x) else np.zeros(4, int)
-
-
-RULES = {"writing (stamp_mask)": stamp_mask, "the orange rule": orange_rule}
-
-
-def judge(rules: dict[str, Callable[[np.ndarray], np.ndarray]], count: int = 20, seed: int = 0, fonts: tuple[str, ...] = HELD_FONTS, grounds: tuple[str, ...] = HELD_GROUNDS) -> dict[str, pd.DataFrame]:
-    """How each of `rules` (photo → mask) does on the same `count` composites without and `count` with a stamp, a row a composite.
-
-    ground, font, height; covered: share of the stamp's pixels; area: painted pixels by the stamp's box; dirty: pixels painted on the one without.
-    """
-    rows = {name: [] for name in rules}
-    for one in composites(count, seed, fonts, grounds):
-        x0, y0, x1, y1 = box_of(one.truth)
-        for name, rule in rules.items():
-            mask = rule(one.stamped)
-            rows[name].append({"ground": one.ground, "font": one.font, "height": one.height, "covered": mask[one.truth].mean(),
-                               "area": mask.sum() / ((x1 - x0) * (y1 - y0)), "dirty": int(rule(one.empty).sum())})
-    return {name: pd.DataFrame(of_rule) for name, of_rule in rows.items()}
-
-
-def sum_up(judged: pd.DataFrame) -> dict[str, float]:
-    """Of what `judge` says: recall, the share of stamps of which more than half is covered; precision, of the pictures in which something is painted
-    the share in which it is a stamp; clean, of the stampless ones those on which nothing is; coverage and area of the stamps found, their means."""
-    found = judged[judged["covered"] > 0.5]
-    painted = (judged["dirty"] > 0).sum() + (judged["area"] > 0).sum()
-    return {"recall": len(found) / len(judged), "precision": len(found) / max(1, painted), "clean": float((judged["dirty"] == 0).mean()),
-            "coverage": float(found["covered"].mean()), "area": float(found["area"].mean())}
-
-# %% ../notebooks/20_inpaint.ipynb #5b000002
-PIECE = (384, 640)  # height and width of the pieces that the finder learns from, pixels of the photo
-
-
-def expose(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "A copy, half of the time in less light or in so much that the straw is blown out: what the camera writes does not change with it."
-    return (ground * np.float32(rng.choice([1, rng.uniform(0.4, 1.6)]))).clip(0, 255).astype(np.uint8)
-
-
-def draw_piece(ground: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    "A piece of `ground` at half its size (192, 320, 3) through JPEG; three in five show a stamp or a part of one, in the box (4,), zeros without."
-    (H, W), box, chance = PIECE, np.zeros(4), rng.random()
-    y, x = (int(rng.integers(0, span - n + 1)) for span, n in zip(ground.shape, PIECE))
-    if rng.random() < 0.5:
-        y = rng.choice([0, len(ground) - H], p=[0.3, 0.7])  # along an edge, where a rod is and a stamp
-    piece = expose(ground[y : y + H, x : x + W], rng)
-    if chance < 0.4:
-        piece, truth = burn(piece, rng, FIT_FONTS, (10, 36))
-        box = box_of(truth)
-    elif chance < 0.62:  # only a part of a large one is seen
-        wide, truth = burn(np.pad(piece, ((100, 100), (500, 500), (0, 0)), mode="reflect"), rng, FIT_FONTS)
-        whole = box_of(truth)
-        x = int(np.clip(rng.uniform(whole[0], whole[2]) - rng.uniform(0.1, 0.9) * W, 0, wide.shape[1] - W))
-        y = int(np.clip((whole[1] + whole[3]) / 2 - rng.uniform(0.1, 0.9) * H, 0, len(wide) - H))
-        piece, box = wide[y : y + H, x : x + W], box_of(truth[y : y + H, x : x + W])
-    elif chance < 0.82:
-        piece = draw_lamps(piece, rng) if chance < 0.67 else draw_confusion(piece, rng)
-    return shrink(through_jpeg(np.ascontiguousarray(piece), int(rng.integers(70, 96)))), box
-
-
-def draw_pieces(kind: str, seed: list[int], count: int = 24) -> tuple[np.ndarray, np.ndarray]:
-    "`draw_piece` so many times on one ground of `FIT_GROUNDS`."
-    rng = np.random.default_rng(seed)
-    ground = draw_ground(rng, kind)
-    pictures, boxes = zip(*(draw_piece(ground, rng) for _ in range(count)))
-    return np.stack(pictures), np.stack(boxes)
-
-
-def finder_targets(boxes: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    "For pieces with `boxes` (n, 4): cells (n, 24, 40) that are 1 in the line, 0 far from it, -1 beside it; how many cells lower its middle is; log height."
-    x0, y0, x1, y1 = boxes.T.astype(np.float32)[..., None, None]
-    y, x = CELL * (np.arange(PIECE[0] // CELL) + 0.5)[:, None], CELL * (np.arange(PIECE[1] // CELL) + 0.5)[None]
-    height, middle = y1 - y0, (y0 + y1) / 2
-    inside = (x >= x0 - 4) & (x <= x1 + 4) & (np.abs(y - middle) <= np.maximum(8.5, 0.3 * height)) & (x1 - x0 > 1.2 * height) & (height >= 8)
-    beside = (x >= x0 - height - CELL) & (x <= x1 + height + CELL) & (np.abs(y - middle) <= 1.1 * height + CELL) & (height > 0)
-    down, size = (middle - y) / CELL + 0 * x, np.log(np.maximum(height, 1) / 25) + 0 * (y + x)
-    return tuple(torch.from_numpy(np.asarray(v, np.float32)) for v in (np.where(inside, 1, np.where(beside, -1, 0)), down, size))
-
-
-def line_loss(odds: Tensor, wanted: Tensor) -> Tensor:
-    "Logistic loss of cells that are 1, and of those that are 0 as far as they are taken for more (Lin et al. 2017); what is -1 does not count."
-    yes, no = wanted == 1, wanted == 0
-    return 2 * F.softplus(-odds[yes]).sum() / yes.sum().clamp(min=50) + (F.softplus(odds) * torch.sigmoid(odds) ** 2)[no].sum() / yes.sum().clamp(min=50)
-
-
-def finder_loss(net: Finder, x: Tensor, cells: Tensor, down: Tensor, size: Tensor) -> Tensor:
-    "Where, and there how much lower and how high."
-    said, own = net(x), cells == 1
-    return line_loss(said[:, 0], cells) + sum(F.smooth_l1_loss(said[:, k][own], v[own], beta=0.2) for k, v in ((1, down), (2, size)))
-
-# %% ../notebooks/20_inpaint.ipynb #5b000003
-def draw_windows(kind: str, seed: list[int], finder: Finder, width: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    "Windows (n, 48, width, 3) and their ink (n, 48, width) uint8: around a dozen stamps on one ground of `FIT_GROUNDS`, and where `finder` sees writing that is none."
-    rng, none, windows = np.random.default_rng(seed), np.zeros((WINDOW, width), np.uint8), []
-    ground = draw_ground(rng, kind)
-    for _ in range(12):
-        stamped, truth = burn(expose(ground, rng), rng, FIT_FONTS)
-        x0, y0, x1, y1 = box_of(truth)
-        h = y1 - y0
-        left, top = (max(0, int(v) // 16 * 16) for v in (x0 - 12 * h, y0 - 4 * h))  # all that a window can reach; JPEG works in blocks of 16
-        near = np.s_[top : y1 + 4 * h, left : x1 + 12 * h]
-        seen, ink = through_jpeg(np.ascontiguousarray(stamped[near]), int(rng.integers(70, 96))), truth[near].astype(np.uint8) * 255
-        for spread in (0.5, 0.1):
-            height = h * np.exp(rng.uniform(-spread, spread))
-            at = rng.uniform(x0, x1) - left, (y0 + y1) / 2 - top + rng.uniform(-0.3, 0.3) * height
-            windows.append((cut_window(seen, at, height, width), cut_window(ink, at, height, width)))
-    confused = expose(ground, rng)
-    for _ in range(3):
-        confused = draw_confusion(confused, rng)
-    for empty in (through_jpeg(p, int(rng.integers(70, 96))) for p in (expose(ground, rng), draw_lamps(ground, rng), confused)):
-        places = [box for _, box in find_places(empty, finder, least=MAYBE - 0.5)] + [(x, y, x, y + np.exp(rng.uniform(2.3, 4.1))) for x, y in rng.uniform((0, 0), (2000, 1000), (2, 2))]
-        for x0, y0, x1, y1 in places:
-            windows.append((cut_window(empty, (rng.uniform(x0, x1), (y0 + y1) / 2), (y1 - y0) * np.exp(rng.normal(0, 0.15)), width), none))
-    pictures, ink = zip(*windows)
-    return np.stack(pictures), np.stack(ink)
-
-
-def reader_targets(ink: np.ndarray) -> tuple[Tensor, Tensor]:
-    "For windows with `ink` (n, 48, w) uint8: ink at half size (n, 24, w/2), and cells (n, 12, w/4) that are 1 in the line, 0 outside, -1 at its rim."
-    cells = np.zeros((len(ink), WINDOW // 4, ink.shape[2] // 4), np.float32)
-    for own, picture in zip(cells, ink):
-        x0, y0, x1, y1 = box_of(picture > 90) / 4
-        if y1 > y0:
-            own[max(0, int(y0 - 1)) : int(np.ceil(y1 + 1)), max(0, int(x0 - 1.5)) : int(np.ceil(x1 + 1.5))] = -1
-            own[round(y0) : max(round(y0) + 1, round(y1)), round(x0) : max(round(x0) + 1, round(x1))] = 1
-    half = ink.reshape(len(ink), WINDOW // 2, 2, -1, 2).mean((2, 4), dtype=np.float32) / 255
-    return torch.from_numpy(half), torch.from_numpy(cells)
-
-
-def reader_loss(net: Reader, x: Tensor, ink: Tensor, cells: Tensor) -> Tensor:
-    "Of the ink, its logistic loss and its overlap (Dice); of the line, as the finder's."
-    said, line = net(x)
-    share, where = torch.sigmoid(said), (1, 2)
-    dice = 1 - (2 * (share * ink).sum(where) + 1) / (share.sum(where) + ink.sum(where) + 1)
-    return 6 * F.binary_cross_entropy_with_logits(said, ink) + dice.mean() + line_loss(line, cells)
-
-
-def fit_net(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple[Tensor, ...], seconds: float, seed: int = 0, rate: float = 2e-3) -> nn.Module:
-    "Fit `net` for so many seconds: AdamW, a cosine over the time, batches of 24, and the colour of the light changed by a seventh."
-    rng, start, order, step = np.random.default_rng(seed), time.monotonic(), np.zeros(0, int), 0
-    net.train().to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-4)
-    while (spent := (time.monotonic() - start) / seconds) < 1:
-        if len(order) < 24:
-            order = rng.permutation(len(pictures))
-        rows, order = np.sort(order[:24]), order[24:]
-        light = rng.uniform(0.86, 1.14, (len(rows), 1, 1, 3))
-        x = level((pictures[rows] * light).clip(0, 255).astype(np.uint8))
-        for group in optimiser.param_groups:
-            group["lr"] = rate * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * spent)))
-        optimiser.zero_grad()
-        value = loss(net, x, *(t[rows] for t in targets))
-        value.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 2.0)
-        optimiser.step()
-        step += 1
-        if step % 500 == 0:
-            print(f"{type(net).__name__}: step {step}, {spent:.0%} of the time, loss {float(value.detach()):.3f}", flush=True)
-    return net.eval()
-
-
-def fit_finder(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
-    "Go on with the finder that there is, a new one where there is none, on pieces of `grounds` drawn grounds, for so many minutes on top of the drawing; and keep it."
-    torch.manual_seed(seed)
-    finder = load_net(Finder, or_new=True)
-    pictures, boxes = draw_all(draw_pieces, grounds, [seed, 0])
-    keep_net(fit_net(finder.requires_grad_(True), finder_loss, pictures, finder_targets(boxes), 60 * minutes, seed))
-
-
-def fit_reader(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
-    "The same for the reader, on windows of `grounds` drawn grounds and on what the finder that there is takes for writing."
-    torch.manual_seed(seed)
-    finder, reader = load_net(Finder), load_net(Reader, or_new=True)
-    pictures, ink = draw_all(draw_windows, grounds, [seed, 1], finder)
-    keep_net(fit_net(reader.requires_grad_(True), reader_loss, pictures, reader_targets(ink), 60 * minutes, seed))
-
-
-def draw_all(what: Callable, grounds: int, seed: list[int], *args) -> list[np.ndarray]:
-    "What `what` draws on each of so many grounds, on all cores."
-    done = Parallel(n_jobs=-1)(delayed(what)(FIT_GROUNDS[k % len(FIT_GROUNDS)], [*seed, k], *args) for k in range(grounds))
-    return [np.concatenate(v) for v in zip(*done)]
-
-
-def keep_net(net: nn.Module) -> None:
-    "Put a fitted network into `stamp_nets.safetensors`, beside the other one."
-    own = f"{type(net).__name__}."
-    tensors = {key: v for key, v in kept_nets().items() if not key.startswith(own)} | {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
-    with atomic(nets_file()) as temporary:
-        save_file(tensors, temporary)
-
 # %% ../notebooks/20_inpaint.ipynb #815ec0e5
 def inpaint_stamp(
     photo: np.ndarray,  # (H, W, 3) uint8
@@ -622,11 +439,6 @@ def clean_photo(photo: np.ndarray, settings: InpaintSettings, with_mask: bool = 
     return (clean, mask) if with_mask else clean
 
 
-def crop_bottom(photo: np.ndarray, share: float) -> np.ndarray:
-    "Return the photo (H, W, 3) without the lowest `share` of its rows."
-    return photo[: max(1, round(photo.shape[0] * (1 - share)))]
-
-
 def clean_by_colour(photo: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray | None]:
     "Crop first, then paint over what the orange rule finds, as the recipe does; the mask (H, W) is of the whole photo."
     cropped = crop_bottom(to_landscape(photo), share)
@@ -638,52 +450,163 @@ def clean_by_colour(photo: np.ndarray, share: float) -> tuple[np.ndarray, np.nda
     turned = photo.shape[0] > photo.shape[1]
     return inpaint_stamp(cropped, found), np.ascontiguousarray(np.rot90(mask, -1)) if turned else mask
 
-
-def split_halves(photo: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "Left and right half of an (H, W, 3) photo, equally wide; the middle column of an odd width belongs to neither."
-    middle = photo.shape[1] // 2
-    return photo[:, :middle], photo[:, photo.shape[1] - middle :]
-
-# %% ../notebooks/20_inpaint.ipynb #297fd4e4
-def tell_scores(count: int, seed: int = 0, keep: str = "") -> None:
-    "Judge both rules on `count` composites and print what they score; `keep`: a table to put the scores into. Raises `InputError` when there is nothing to judge."
-    if count < 1:
-        raise InputError(f"judge {count}: at least one composite is needed")
-    scores = {}
-    for name, judged in judge(RULES, count, seed).items():
-        scores[name] = {"stamps": count, **sum_up(judged)}
-        judged["found"], judged["pixels high"] = judged["covered"] > 0.5, pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
-        print(f"{name}: found", *(f"by {by}: {judged.groupby(by, observed=True)['found'].mean().round(2).to_dict()}" for by in ("font", "ground", "pixels high")), sep="\n  ", flush=True)
-    table = pd.DataFrame(scores).T.rename_axis("rule")
-    print(table.round(3).to_string())
-    if keep:
-        with atomic(Path(keep)) as temporary:
-            table.round(4).to_csv(temporary)
+# %% ../notebooks/20_inpaint.ipynb #eb0551e5
+@functools.cache
+def code_key() -> str:
+    "Return a hash of the code and the fitted networks that decide what a cleaned half looks like; words in the code do not count."
+    load_nets()  # raises `InputError` when the networks are not there
+    sources = [(package_folder() / f"{module}.py").read_text(encoding="utf-8") for module in ("images", "inpaint")]
+    return hashlib.sha256("".join(map(code_behaviour, sources)).encode() + nets_file().read_bytes()).hexdigest()
 
 
-def main(argv: list[str] | None = None) -> int:
-    "`python -m nbs_lib.inpaint judge [COUNT] [--keep FILE]` judges both rules on composites; `… fit finder` and `… fit reader` go on with the fit of a network. 0 done, 2 the call is wrong."
-    p = argparse.ArgumentParser(prog="python -m nbs_lib.inpaint", description="Judge the search for stamps, or fit its networks.")
-    commands = p.add_subparsers(dest="command", required=True)
-    judging, fitting = commands.add_parser("judge", help="on composites, beside the orange rule"), commands.add_parser("fit", help="on drawn stamps")
-    judging.add_argument("count", nargs="?", type=int, default=100, help="composites with a stamp, and as many without")
-    judging.add_argument("--seed", type=int, default=0)
-    judging.add_argument("--keep", default="", metavar="FILE", help="put the scores into this table")
-    fitting.add_argument("net", choices=("finder", "reader"))
-    fitting.add_argument("--minutes", type=float, default=50, help="of learning; drawing comes on top")
-    fitting.add_argument("--seed", type=int, default=1)
-    fitting.add_argument("--grounds", type=int, default=700)
-    a = p.parse_args(argv)
+def photo_key(content: bytes, settings: Settings) -> bytes:
+    "24 hexadecimal digits for a photo's bytes and whatever decides how it is cleaned."
+    photo = len(content), zlib.crc32(content)  # tells that the photo of a row is another one; no hash of the standard library is faster
+    told = json.dumps([photo, dataclasses.asdict(settings.inpaint), code_key()], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:24].encode()
+
+
+def clean_halves(content: bytes, name: str, settings: Settings) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    "Left and right half of the photo in `content`, cleaned, at full size; and its record. Raises `InputError` naming the photo."
+    photo = decode_photo(content, name)
+    clean, mask = clean_photo(photo, settings.inpaint, with_mask=True)
+    record = np.zeros((), ROW)
+    record["size"] = photo.shape[:2]
+    if mask is not None:
+        x, y, w, h = cv2.boundingRect(mask.view(np.uint8))
+        record["found"], record["box"], record["area"] = 1, (x, y, x + w, y + h), np.count_nonzero(mask)
+    record["quality"] = list(photo_quality(photo, mask).values())
+    return split_halves(clean), record
+
+# %% ../notebooks/20_inpaint.ipynb #17d43900
+def build_stores(
+    run: Run,
+    split: str,  # train or test
+    paths: Sequence[str | Path],  # of the n photos
+    ids: Sequence[str],  # their image_id
+    shapes: Iterable[int | Shape],  # one store each
+    folder: Path | None = None,  # that holds the stores; None: artefacts/photos
+    strict: bool = True,  # no: a photo that cannot be read becomes mid-grey halves and a warning
+) -> list[PhotoStore]:
+    "Stores of all `shapes` from one decode a photo; goes on where a killed build stopped. Raises `InputError` for a photo that cannot be read, and unless each has its id."
+    if len(paths) != len(ids) or len(set(ids)) != len(ids):
+        raise InputError(f"{split} photos: {len(paths)} files and {len(set(ids))} image_ids; each photo needs one of its own")
+    folders = {store_folder(run, split, shape, folder): half_shape(shape) if isinstance(shape, int) else tuple(shape) for shape in shapes}
+    check_room(folders, len(paths))
+    code_key()  # without the networks no photo can be cleaned: that is no fault of a photo
+    keep_memory()
+    writers = [StoreWriter(place, ids, shape) for place, shape in folders.items()]
+    one = functools.partial(_build_one, writers=writers, settings=run.settings, strict=strict)
+    workers = run.settings.photos.workers or run.settings.run.workers or os.cpu_count()
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:  # a photo a core; the networks must not share each out again
+        try:
+            for warning in progress(pool.map(one, range(len(paths)), paths), len(paths), f"{split} photos"):
+                if warning:
+                    run.warn(warning)
+            return [w.finish(run.settings.inpaint) for w in writers]
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)  # what a worker sets, torch keeps for all that comes later
+            for writer in writers:
+                writer.close()
+
+
+def build_store(run: Run, split: str, paths: Sequence[str | Path], ids: Sequence[str], size: int | Shape, folder: Path | None = None, strict: bool = True) -> PhotoStore:
+    "The store of one size; see `build_stores`."
+    return build_stores(run, split, paths, ids, [size], folder, strict)[0]
+
+
+def _build_one(i: int, path: str | Path, writers: list[StoreWriter], settings: Settings, strict: bool) -> str:
+    "Clean photo i and write it to every store that lacks it; the warning, if any."
+    content, warning = b"", ""
     try:
-        if a.command == "judge":
-            tell_scores(a.count, a.seed, a.keep)
-        else:
-            {"finder": fit_finder, "reader": fit_reader}[a.net](a.minutes, a.seed, a.grounds)
+        content = read_bytes(path)
+        key = photo_key(content, settings)
+        writers = [w for w in writers if not w.has(i, key)]
+        if not writers:
+            return ""
+        halves, record = clean_halves(content, str(path), settings)
+    except Exception as e:  # whatever it is, it must not cost the photos beside this one
+        if strict:
+            raise
+        told = str(e) if isinstance(e, InputError) else f"{path}: {type(e).__name__}: {' '.join(str(e).split())}"
+        (halves, record), key, warning = stand_in(), b"", f"{told} (a grey picture stands in)"  # no key: the next build tries the photo again
+    record["key"] = key
+    full = [resize_half(half, FULL) for half in halves]  # every size is made of this one, as inference makes it
+    for writer in writers:
+        writer.write(i, [resize_half(half, writer.shape) for half in full], record)
+    return warning
+
+
+def stand_in() -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    "Mid-grey halves and an empty record, whose size of 0 says that there was no photo."
+    grey = np.full((*FULL, 3), 128, np.uint8)
+    return (grey, grey), np.zeros((), ROW)
+
+# %% ../notebooks/20_inpaint.ipynb #8ed8b1c8
+def describe_store(store: PhotoStore, split: str) -> pd.DataFrame:
+    "A row a photo: image_id, split, found, box, area of the stamp, height, width, and the columns of `photo_quality`."
+    rows = store.rows
+    table = pd.DataFrame({"image_id": store.ids, "split": split, "found": rows["found"].astype(bool)})
+    table["box"] = [" ".join(map(str, box)) if found else "" for box, found in zip(rows["box"], rows["found"])]
+    table["area"], table["height"], table["width"] = rows["area"], rows["size"][:, 0], rows["size"][:, 1]
+    return table.assign(**{name: rows["quality"][:, k] for k, name in enumerate(QUALITY)})
+
+
+def labelled_photos(run: Run) -> dict[str, Path]:
+    "The file of each training photo, by image_id; raise `InputError` for whatever is wrong with train.csv."
+    train = read_train(run.input)
+    return {image_id: run.input / path for image_id, path in zip(train["image_id"], train["image_path"], strict=True)}
+
+
+def readable_photos(run: Run) -> dict[str, Path]:
+    "The file of each visible test photo that can be read, by image_id; a warning names each of the others, for they must not stop a run."
+    found = {}
+    try:
+        test, _ = read_test(run.input, lambda text: None)  # what is odd about it `submit` says
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+        run.warn(f"{e} (none is kept in the store)")
+        return found
+    for image_id, name in zip(test["image_id"], test["image_path"], strict=True):
+        try:
+            path = run.input / name
+            decode_photo(read_bytes(path), path)
+            found[image_id] = path
+        except InputError as e:
+            run.warn(f"{e} (left out of the store)")
+    return found
 
 
-if __name__ == "__main__" and "get_ipython" not in globals():
-    sys.exit(importlib.import_module("nbs_lib.inpaint").main())  # joblib's workers find a function by its module's name, which __main__ is not
+@stage("inpaint", reads=("input/train.csv", "input/test.csv", "input/sample_submission*.csv", "input/train/*", "input/test/*"), sections=("photos", "train_dinov3", "frozen"))
+def run_inpaint(run: Run) -> dict:
+    "Build the stores of train and visible test photos and write stamps.csv and photos.csv; how many photos, stamps and bytes."
+    check_augmentation(run.settings.photos)
+    photo_weights(pd.DataFrame(columns=QUALITY, dtype=float), run.settings.photos.weights)  # a rule that cannot be read is told of now, not after the build
+    shapes, tables, size = wanted_shapes(run.settings), [], 0
+    for split, photos in (("train", labelled_photos(run)), ("test", readable_photos(run))):
+        if not photos:  # then no other stage may find those of an earlier run
+            for word in run.artefacts.glob(f"photos/{split}_*/store.json"):
+                word.unlink()
+            continue
+        stores = build_stores(run, split, list(photos.values()), list(photos), shapes)
+        tables.append(describe_store(stores[0], split))
+        for store in stores:
+            run.beside(store.folder / "halves.npy", ids=store.ids, shape=store.shape)
+            for name in ("rows.npy", "store.json"):
+                run.wrote(store.folder / name)
+            size += store.halves.nbytes
+    table = pd.concat(tables, ignore_index=True)
+    table["weight"] = photo_weights(table, run.settings.photos.weights)
+    photo_weights(table[table["split"] == "train"], run.settings.photos.weights)  # of those that are learned from, too, some must be left
+    for name, columns in (("stamps", ["found", "box", "area"]), ("photos", ["height", "width", *QUALITY, "weight"])):  # their definitions: `photo_quality`, `photo_weights`
+        write_table(run, name, table[["image_id", "split", *columns]])
+    return {"photos": len(table), "stamps": int(table.found.sum()), "shapes": shapes, "megabytes": round(size / 1e6)}
+
+
+def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
+    "artefacts/photos/<name>.csv, atomically, with its provenance beside it."
+    path = run.art("photos", f"{name}.csv")
+    with atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+    run.beside(path, rows=len(table))

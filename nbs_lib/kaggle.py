@@ -36,8 +36,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .core import InputError, Settings, atomic, kaggle_input, load_settings, mount_candidates
-from .core import read_json, settings_file, shipped, version, write_json
+from .runtime import InputError, atomic, kaggle_input, mount_candidates
+from .settings import Settings, load_settings
+from . import __version__ as version
+from .runtime import read_json, write_json
+from .settings import settings_file, shipped
 
 # %% ../notebooks/81_kaggle.ipynb #7bbbd08a
 @dataclass(frozen=True)
@@ -103,10 +106,10 @@ class Kernel:
 CODE_DATASETS, WEIGHT_DATASETS = ("nbs-lib", "wheels"), ("dinov3-weights", "siglip-weights")
 KAGGLE_KERNELS = {k.name: k for k in (
     Kernel("eda", "looks at the data and makes the folds", ("10_eda",), CODE_DATASETS, gpu=False),
-    Kernel("train", "cleans the photographs and trains model 1", ("20_inpaint", "32_train_dinov3"),
+    Kernel("train", "cleans the photographs and trains model 1", ("20_inpaint", "34_train_dinov3"),
            (*CODE_DATASETS, "dinov3-weights")),
     Kernel("features", "computes frozen features, fits model 2 and blends",
-           ("20_inpaint", "40_siglip", "41_frozen", "42_boosting", "51_ensemble"),
+           ("20_inpaint", "40_siglip", "41_frozen", "43_boosting", "51_ensemble"),
            CODE_DATASETS + WEIGHT_DATASETS, ("train",)),
     Kernel("submit", "predicts the hidden test", ("60_submit",), CODE_DATASETS + WEIGHT_DATASETS,
            ("train", "features")),
@@ -143,7 +146,7 @@ call = ["--profile", profile, "--preset", preset, "--input", input, "--output", 
 assert main(call + [w for o in overrides for w in ("--set", o)]) == 0, "see the message above"
 """
 LINK = """#| run
-from nbs_lib.kaggle import link_artefacts, unlink_artefacts
+
 link_artefacts(output)
 """
 UNLINK = "#| run\nunlink_artefacts(output)\n"

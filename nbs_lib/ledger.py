@@ -39,7 +39,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import FULL_DISK, InputError, Run, atomic, kaggle_input, load_settings, package_folder, read_json, shipped, version
+from . import __version__ as version
+from .runtime import InputError, atomic, kaggle_input, read_json
+from .settings import load_settings, package_folder, shipped
+from .stages import FULL_DISK, Run
 from .targets import TARGETS, WEIGHTS, per_target_r2_score
 
 try:

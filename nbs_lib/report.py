@@ -35,10 +35,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .core import InputError, Run, atomic, open_run, read_json, write_json
-from .data import SCHEMES, Competition, check_samples, draws_path, oof_path, read_competition, read_draws, read_folds, read_oof, read_table, to_wide
-from .reading import read_photo, to_landscape
-from .targets import CLOVER, QUADRAT_M2, TARGETS, TOTAL, WEIGHTS, constant_prediction, imbalance, per_target_r2_score, per_target_rmse, weighted_r2_score
+from .runtime import InputError, atomic, read_json, write_json
+from .stages import Run, open_run
+from nbs_lib.tables import (
+    Competition, check_samples, draws_path, oof_path, read_competition, read_draws, read_oof, read_table,
+    to_wide,
+)
+from .validation import SCHEMES, read_folds
+from .images import read_photo, to_landscape
+from nbs_lib.targets import (
+    CLOVER, QUADRAT_M2, TARGETS, TOTAL, WEIGHTS, constant_prediction, imbalance, per_target_r2_score,
+    per_target_rmse, weighted_r2_score,
+)
 from .validation import score_interval
 
 # %% ../notebooks/82_report.ipynb #dc99941b

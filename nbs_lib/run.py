@@ -43,13 +43,16 @@ from pathlib import Path
 
 import psutil
 
-from nbs_lib.core import (
-    FULL_DISK, InputError, LimitsSettings, Run, atomic, hash_inputs, installed, is_fresh, is_litter, load_settings, manifest_path, on_kaggle, open_run, read_json, resolve_mount, shipped, version, write_json,
+from . import __version__ as version
+from .runtime import InputError, atomic, on_kaggle, read_json, resolve_mount, write_json
+from .settings import LimitsSettings, load_settings, shipped
+from nbs_lib.stages import (
+    FULL_DISK, Run, hash_inputs, installed, is_fresh, is_litter, manifest_path, open_run,
 )
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
-STAGES = {"eda": "10_eda", "inpaint": "20_inpaint", "train_dinov3": "32_train_dinov3", "siglip": "40_siglip", "frozen": "41_frozen",
-          "boosting": "42_boosting", "ensemble": "51_ensemble", "submit": "60_submit"}
+STAGES = {"eda": "10_eda", "inpaint": "20_inpaint", "train_dinov3": "34_train_dinov3", "siglip": "40_siglip", "frozen": "41_frozen",
+          "boosting": "43_boosting", "ensemble": "51_ensemble", "submit": "60_submit"}
 
 
 PHOTO_STAGES = {"eda", "inpaint", "train_dinov3", "siglip", "frozen", "submit"}  # the others read tables and artefacts only
@@ -714,7 +717,7 @@ def shorten(args: argparse.Namespace) -> list[str]:
 
 def run_call(args: argparse.Namespace) -> None:
     "Do what the command line asks."
-    from nbs_lib.data import read_competition
+    from nbs_lib.tables import read_competition
 
     names = choose_stages(args.only, args.start)
     output = args.output or str(Path("runs") / args.profile)

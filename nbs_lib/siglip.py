@@ -22,10 +22,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .backbones import run_autocast
-from .core import (BUILDING, InputError, Run, SiglipSettings, attached_files, installed, kaggle_input,
-                          pick_device, progress, read_json, select_attached, stage)
+from nbs_lib.runtime import (
+    BUILDING, InputError, attached_files, kaggle_input, pick_device, progress, read_json, select_attached,
+)
+from .settings import SiglipSettings
+from .stages import Run, installed, stage
 from .features import FEATURE_PACKAGES, write_features
-from .photos import FULL, PhotoStore, join, open_store, resize_half
+from .images import resize_half
+from .store import FULL, PhotoStore, join, open_store
 
 # %% ../notebooks/40_siglip.ipynb #0498165a
 def patch_starts(length: int, patch: int, overlap: int) -> list[int]:

@@ -92,7 +92,7 @@ def stamps() -> str:
 
 def bench() -> str:
     "Every row that `make bench` measured, with its machine."
-    from nbs_lib.bench import label, measured
+    from benchmarks.bench import label, measured
 
     if not (RESULTS / "bench.csv").is_file():
         return "Nothing is kept here yet: `make bench`, then `make results`.\n"

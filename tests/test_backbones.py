@@ -23,7 +23,7 @@ from nbs_lib.backbones import (
     pool_features,
     run_autocast,
 )
-from nbs_lib.core import InputError
+from nbs_lib.runtime import InputError
 
 # Families that give their final map in different forms: behind a head convolution (EfficientNet), as it is (ResNet, ConvNeXt),
 # channels last and normalised (Swin), tokens with and without a class token (ViT).

@@ -1,4 +1,4 @@
-"""01_targets: what must hold for any prediction and any positive-definite weighting."""
+"""04_targets: what must hold for any prediction and any positive-definite weighting."""
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -6,8 +6,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.optimize import nnls
 
-from nbs_lib.core import InputError
-from nbs_lib.targets import SUMS, as_weighting, imbalance, make_weighting, project, reconcile, shrunk_covariance
+from nbs_lib.runtime import InputError
+from nbs_lib.targets import (
+    SUMS,
+    as_weighting,
+    imbalance,
+    make_weighting,
+    project,
+    reconcile,
+    shrunk_covariance,
+)
 
 grams = st.floats(-300, 300, allow_subnormal=False).map(lambda v: round(v, 6))
 rows = arrays(np.float64, st.tuples(st.integers(1, 20), st.just(5)), elements=grams)

@@ -4,7 +4,7 @@ import json
 import pandas as pd
 import pytest
 
-from nbs_lib import bench
+from benchmarks import bench
 
 
 @pytest.fixture

@@ -25,10 +25,12 @@ from nbs_lib.boosting import (
     run_boosting,
     select_members,
 )
-from nbs_lib.core import InputError, load_settings, open_run
-from nbs_lib.data import read_draws, read_oof
 from nbs_lib.features import find_features, join_features
 from nbs_lib.members import CompactFeatures
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import open_run
+from nbs_lib.tables import read_draws, read_oof
 from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, reconcile, weighted_r2_score
 from nbs_lib.validation import conformal_radius, group_folds, intervals, left_out_coverage, simplex_weights
 

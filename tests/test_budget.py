@@ -12,16 +12,17 @@ from conftest import ROOT
 
 from nbs_lib import budget
 from nbs_lib.biomass_net import build_model, load_model, save_model
-from nbs_lib.core import InputError, load_settings
-from nbs_lib.photos import half_shape
-from nbs_lib.train_dinov3 import (
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
+from nbs_lib.store import half_shape
+from nbs_lib.train_dinov3 import model_config
+from nbs_lib.trainer import (
     Fit,
     Progress,
     accelerator,
     halve_frozen,
     keep_end,
     load_state,
-    model_config,
     parameter_groups,
     save_state,
     unfreeze,
@@ -67,7 +68,7 @@ import psutil, torch
 sys.path.insert(0, {str(ROOT / "tests")!r})
 from test_budget import twin
 from nbs_lib.budget import train_really
-from nbs_lib.core import peak_memory
+from nbs_lib.runtime import peak_memory
 torch.set_num_threads(1)
 train_really(*twin(["backbone=vit_twin_patch16_dinov3", "size=32"]), steps=1)  # what libraries load at their first use
 before = psutil.Process().memory_info().rss

@@ -14,10 +14,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbs_lib import demo
-from nbs_lib.core import InputError
-from nbs_lib.data import read_competition
-from nbs_lib.demo import FONTS, Site, burn_stamp, plan_shots, polygon_area, render_photo, sow_grass, stamp_glyphs, write_demo
+from nbs_lib.demo import (
+    FONTS,
+    Site,
+    burn_stamp,
+    plan_shots,
+    polygon_area,
+    render_photo,
+    sow_grass,
+    stamp_glyphs,
+    write_demo,
+)
 from nbs_lib.eda import photo_facts
+from nbs_lib.runtime import InputError
+from nbs_lib.tables import read_competition
 from nbs_lib.targets import TARGETS, imbalance
 
 ROOT = Path(__file__).resolve().parent.parent

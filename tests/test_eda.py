@@ -12,10 +12,11 @@ from PIL import Image
 from tiny import competition, grass
 
 from nbs_lib import eda
-from nbs_lib.core import InputError, open_run
-from nbs_lib.data import read_competition
 from nbs_lib.demo import write_demo
-from nbs_lib.reading import read_photo, to_landscape
+from nbs_lib.images import read_photo, to_landscape
+from nbs_lib.runtime import InputError
+from nbs_lib.stages import open_run
+from nbs_lib.tables import read_competition
 from nbs_lib.targets import TARGETS
 
 

@@ -8,8 +8,6 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nbs_lib.core import InputError, load_settings, read_json
-from nbs_lib.data import read_competition, read_oof
 from nbs_lib.ensemble import (
     Members,
     Policy,
@@ -24,6 +22,9 @@ from nbs_lib.ensemble import (
     run_ensemble,
     score_table,
 )
+from nbs_lib.runtime import InputError, read_json
+from nbs_lib.settings import load_settings
+from nbs_lib.tables import read_competition, read_oof
 from nbs_lib.targets import from_parts, imbalance, weighted_r2_score
 from nbs_lib.validation import bootstrap_scores
 
@@ -192,7 +193,7 @@ def test_one_model_is_enough(run):
 
 
 def test_preset_recipe(tmp_path):
-    from nbs_lib.core import open_run
+    from nbs_lib.stages import open_run
 
     run = open_run(tiny.competition(tmp_path / "in", n_train=24, n_test=2, size=(128, 64)), tmp_path / "out", "demo", "recipe")
     tiny.fake_members(run)
@@ -228,8 +229,8 @@ def test_verdicts_use_the_random_draws_where_every_model_has_them():
 
 
 def test_draws_of_a_model_that_differ_are_not_compared(tmp_path):
-    from nbs_lib.data import write_draws
     from nbs_lib.ensemble import read_members
+    from nbs_lib.tables import write_draws
 
     run = tiny.run_on(tiny.competition(tmp_path / "in"), tmp_path / "out")
     tiny.fake_members(run)

@@ -16,11 +16,15 @@ import tiny
 import torch
 from conftest import ROOT
 
-from nbs_lib import backbones, frozen, submit
-from nbs_lib.backbones import TWIN, Backbone, FeatureExtractor, load_weights
-from nbs_lib.core import load_settings, open_run, read_json
-from nbs_lib.photos import FULL, build_store, open_store, run_inpaint
+from nbs_lib import backbones, frozen, inference, submit
+from nbs_lib.backbones import TWIN, Backbone, FeatureExtractor
+from nbs_lib.inpaint import build_store, run_inpaint
+from nbs_lib.runtime import read_json
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import open_run
+from nbs_lib.store import FULL, open_store
 from nbs_lib.train_dinov3 import run_train_dinov3
+from nbs_lib.weights import load_weights
 
 CPU, CNN = torch.device("cpu"), "tf_efficientnet_lite0"
 SMALL, LARGE = (64, 64), (64, 96)  # shapes of a half
@@ -363,14 +367,14 @@ def test_model_2_of_a_submission_asks_the_backbone_for_no_photo_after_model_1(de
     for stage in (frozen.run_frozen, run_boosting, run_ensemble):
         stage(run)
     assert not looked
-    real, during = submit.Model2.describe, []
+    real, during = inference.Model2.describe, []
 
     def describe(model, piece):
         before = len(looked)
         real(model, piece)
         during.append(len(looked) - before)
 
-    monkeypatch.setattr(submit.Model2, "describe", describe)
+    monkeypatch.setattr(inference.Model2, "describe", describe)
     assert submit.run_submit(run)["models"] == {"dinov3": 2, "boosting": 2}
     assert looked and during and not any(during)
     first = (run.output / "submission.csv").read_bytes()

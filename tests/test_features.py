@@ -18,10 +18,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from nbs_lib import backbones, features, frozen, siglip
+from nbs_lib import backbones, features, frozen, siglip, weights
 from nbs_lib.backbones import feature_names, fitting_shape, pool_features, pool_map
-from nbs_lib.core import InputError, installed, load_settings, open_run, read_json
-from nbs_lib.photos import FULL, ROW, half_shape, resize_half, store_folder
+from nbs_lib.images import resize_half
+from nbs_lib.runtime import InputError, read_json
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import installed, open_run
+from nbs_lib.store import FULL, ROW, half_shape, store_folder
 
 CPU = torch.device("cpu")
 
@@ -140,7 +143,7 @@ def test_threads_build_one_network_at_a_time(tiny, eye, settings, monkeypatch):
         return build
 
     monkeypatch.setattr(siglip, "read_parts", watched(siglip.read_parts))
-    monkeypatch.setattr(backbones, "load_weights", watched(backbones.load_weights))
+    monkeypatch.setattr(weights, "load_weights", watched(weights.load_weights))
     jobs = [lambda: siglip.load_siglip(tiny, CPU).model, lambda: frozen.make_extractor(settings.frozen, device=CPU).backbone] * 3
     with ThreadPoolExecutor(len(jobs)) as pool:
         built = [future.result().state_dict() for future in [pool.submit(job) for job in jobs]]

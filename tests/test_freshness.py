@@ -2,21 +2,21 @@
 import pytest
 import tiny
 
-from nbs_lib import core
-from nbs_lib.core import code_behaviour, hash_code
-from nbs_lib.photos import code_key, run_inpaint
+from nbs_lib import stages
+from nbs_lib.inpaint import code_key, run_inpaint
+from nbs_lib.stages import code_behaviour, hash_code
 
 
 def edited(monkeypatch, module, old, new):
     "Let the library's source of `module` read as if `old` were `new`."
-    real = core.module_sources
+    real = stages.module_sources
 
     def sources(name):
         found = real(name)
         assert module not in found or old in found[module]
         return {n: text.replace(old, new) if n == module else text for n, text in found.items()}
 
-    monkeypatch.setattr(core, "module_sources", sources)
+    monkeypatch.setattr(stages, "module_sources", sources)
 
 
 DOCSTRING = '"(h, w, 3) uint8 → (H, W, 3): halved by'
@@ -26,18 +26,18 @@ def test_a_changed_docstring_leaves_a_stage_fresh_and_a_changed_constant_does_no
     run = tiny.run_on(tiny.competition(tmp_path / "in", n_train=6, n_test=1), tmp_path / "out")
     run_inpaint(run)
     capsys.readouterr()
-    edited(monkeypatch, "photos", DOCSTRING, '"Resize a half: (h, w, 3) uint8 → (H, W, 3), halved by')
+    edited(monkeypatch, "images", DOCSTRING, '"Resize a half: (h, w, 3) uint8 → (H, W, 3), halved by')
     run_inpaint(run)
     assert "inpaint: up to date" in capsys.readouterr().out
     monkeypatch.undo()
-    edited(monkeypatch, "photos", ">= 2.5:", ">= 3.5:")
+    edited(monkeypatch, "images", ">= 2.5:", ">= 3.5:")
     run_inpaint(run)
     assert "inpaint: up to date" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["core", "photos", "train_dinov3", "boosting"])
+@pytest.mark.parametrize("module", ["runtime", "store", "train_dinov3", "boosting"])
 def test_words_do_not_count(module):
-    source = core.module_sources(module)[module]
+    source = stages.module_sources(module)[module]
     assert code_behaviour(source) == code_behaviour("# a remark\n" + source.replace('"""', '"""Differently said. ', 1))
     assert hash_code(module) == hash_code(module) and code_behaviour(source) != code_behaviour(source + "\nLAST = 1\n")
 
@@ -45,9 +45,9 @@ def test_words_do_not_count(module):
 def test_the_store_is_keyed_by_what_cleaning_does(monkeypatch):
     before = code_key()
     code_key.cache_clear()
-    monkeypatch.setattr("nbs_lib.photos.code_behaviour", lambda source: code_behaviour(source.replace(DOCSTRING, '"Something else, halved by')))
+    monkeypatch.setattr("nbs_lib.inpaint.code_behaviour", lambda source: code_behaviour(source.replace(DOCSTRING, '"Something else, halved by')))
     assert code_key() == before
     code_key.cache_clear()
-    monkeypatch.setattr("nbs_lib.photos.code_behaviour", lambda source: code_behaviour(source.replace(">= 2.5:", ">= 3.5:")))
+    monkeypatch.setattr("nbs_lib.inpaint.code_behaviour", lambda source: code_behaviour(source.replace(">= 2.5:", ">= 3.5:")))
     assert code_key() != before
     code_key.cache_clear()

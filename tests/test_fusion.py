@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import fusion as scan_bench
 from nbs_lib import fusion
 from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.fusion import (
@@ -248,7 +249,7 @@ def test_chunked_scan_runs_in_the_memory_of_a_chunk():
     """Forward and backward add less to a new process than one tensor (B, D, L, N)."""
     code = """
 import torch
-from nbs_lib.core import peak_memory
+from nbs_lib.runtime import peak_memory
 from nbs_lib.fusion import selective_scan
 torch.set_num_threads(1)
 def go(length):
@@ -680,9 +681,9 @@ def test_cpu_forward_is_many_times_faster_than_the_official_reference(official):
 
 
 def test_a_benchmark_row_says_why_it_is_empty(monkeypatch):
-    monkeypatch.setitem(fusion.SCAN_IMPLEMENTATIONS, "absent", ("scan", None))  # here, not in the new process
-    row = fusion._measure_in_process(("absent", 8, 1, 4, 2, False, 1, 1.0), 300.0)
+    monkeypatch.setitem(scan_bench.SCAN_IMPLEMENTATIONS, "absent", ("scan", None))  # here, not in the new process
+    row = scan_bench._measure_in_process(("absent", 8, 1, 4, 2, False, 1, 1.0), 300.0)
     assert row["seconds"] is None and "absent" in row["note"] and "\n" not in row["note"]
-    rows = fusion.bench_scan(lengths=(8,), names=("chunked",), inner=4, limit=.01)
+    rows = scan_bench.bench_scan(lengths=(8,), names=("chunked",), inner=4, limit=.01)
     assert [r["direction"] for r in rows] == ["forward", "forward + backward"]
     assert all(r["seconds"] is None and r["note"] == "stopped after 0.01 s" for r in rows)

@@ -123,7 +123,7 @@ def test_no_file_names_a_machine():
 
 def test_settings_explain_their_keys():
     """settings.ini says of each key what the dataclass says of it."""
-    source, text = (ROOT / "nbs_lib/core.py").read_text(), (ROOT / "settings.ini").read_text()
+    source, text = (ROOT / "nbs_lib/runtime.py").read_text(), (ROOT / "settings.ini").read_text()
     for block in re.findall(r'class \w+Settings:\n    ".*?"\n((?:    .*\n|\n)+)', source):
         for key, comment in re.findall(r"^    (\w+): [^#\n]+?# *(.+)$", block, re.M):
             assert f"# {key}: {comment.strip()}\n" in text, f"{key}: {comment}"

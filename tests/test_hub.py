@@ -19,7 +19,8 @@ import pytest
 from conftest import ROOT
 
 from nbs_lib import kaggle
-from nbs_lib.core import InputError, load_settings
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
 
 REPOSITORY = "owner/some-model"
 WEIGHTS = bytes(range(256)) * 4096  # 1 MB

@@ -15,9 +15,10 @@ import pytest
 from conftest import ROOT
 
 from nbs_lib import kaggle
-from nbs_lib.core import InputError, load_settings, mount_candidates, resolve_mount
 from nbs_lib.demo import write_demo
 from nbs_lib.run import STAGES
+from nbs_lib.runtime import InputError, mount_candidates, resolve_mount
+from nbs_lib.settings import load_settings
 
 SETTINGS = load_settings("kaggle", path=ROOT / "settings.ini")
 NEW, OLD = 0, 1  # layouts of mounts
@@ -401,7 +402,7 @@ def fingerprint(folder: Path) -> str:
 @pytest.mark.parametrize("layout", [NEW, OLD])
 def test_the_cell_installs_from_the_attached_dataset(layout, kernel, wheel, tmp_path):
     root = Kaggle(tmp_path, kernel, wheel, layout)
-    done = root.run(kernel, "-c", f"{kaggle.read_install_cell()}\nimport nbs_lib.core\nprint(nbs_lib.core.__file__, nbs_lib.core.load_settings('kaggle').run.folds)")
+    done = root.run(kernel, "-c", f"{kaggle.read_install_cell()}\nimport nbs_lib.core\nprint(nbs_lib.runtime.__file__, nbs_lib.settings.load_settings('kaggle').run.folds)")
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "venv") in done.stdout and done.stdout.split()[-1] == str(SETTINGS.run.folds)
 

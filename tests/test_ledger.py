@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbs_lib import ledger
-from nbs_lib.core import InputError, write_json
 from nbs_lib.ledger import (
     Board,
     Candidates,
@@ -48,6 +47,7 @@ from nbs_lib.ledger import (
     site_sums,
     try_record,
 )
+from nbs_lib.runtime import InputError, write_json
 from nbs_lib.targets import weighted_r2_score
 
 BOARD = Board(805, 0.47)
@@ -262,8 +262,8 @@ def test_an_entry_of_kaggle_joins_its_run_once_the_reference_is_known(tmp_path):
 # ---- the line of a run ----
 @pytest.fixture(scope="module")
 def blended(tmp_path_factory):
-    from nbs_lib.data import read_competition
     from nbs_lib.ensemble import run_ensemble
+    from nbs_lib.tables import read_competition
 
     folder = tmp_path_factory.mktemp("ledger")
     run = tiny.run_on(tiny.competition(folder / "in"), folder / "out", "ensemble.draws=100")
@@ -277,7 +277,7 @@ def blended(tmp_path_factory):
 
 def test_record_tells_what_the_artefacts_say(blended, tmp_path):
     run, comp = blended
-    from nbs_lib.data import read_oof
+    from nbs_lib.tables import read_oof
 
     entry = record(run, ledger=tmp_path / "ledger.jsonl", message="hello")
     assert record(run, ledger=tmp_path / "ledger.jsonl") == entry and len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nbs_lib.backbones import Backbone, BackboneFeatures, load_weights, pool_map, pooling_influence_map
+from nbs_lib.backbones import Backbone, BackboneFeatures, pool_map, pooling_influence_map
 from nbs_lib.biomass_net import (
     TARGETS_TO_PARTS,
     ModelConfig,
@@ -17,9 +17,10 @@ from nbs_lib.biomass_net import (
     parts_to_targets,
     save_model,
 )
-from nbs_lib.core import InputError
+from nbs_lib.runtime import InputError
 from nbs_lib.targets import QUADRAT_M2, SUMS, imbalance
 from nbs_lib.train_dinov3 import split_groups
+from nbs_lib.weights import load_weights
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 

@@ -1,4 +1,4 @@
-"""Faults and properties of 20_inpaint and 21_photos that are no lesson: kills, full disks, torn stores, flips."""
+"""Faults and properties of 20_inpaint and 19_store that are no lesson: kills, full disks, torn stores, flips."""
 import errno
 import os
 import shutil
@@ -21,27 +21,28 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import claim_size, grass
 
-from nbs_lib import core, demo, inpaint, photos, stamps
-from nbs_lib.core import InputError, is_fresh, load_settings, open_run
-from nbs_lib.data import read_weights
-from nbs_lib.inpaint import clean_photo, inpaint_stamp, orange_rule, split_halves, stamp_mask
-from nbs_lib.photos import (
+from benchmarks.store import bench_photos
+from nbs_lib import demo, images, inpaint, settings, stages, stamp_training, stamps
+from nbs_lib import store as store_module
+from nbs_lib.images import photo_quality, read_photo, split_halves
+from nbs_lib.inpaint import build_store, build_stores, clean_photo, inpaint_stamp, orange_rule, stamp_mask
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import is_fresh, open_run
+from nbs_lib.stamp_training import composites
+from nbs_lib.store import (
     FULL,
     augment,
-    build_store,
-    build_stores,
     half_shape,
     join,
     open_store,
-    photo_quality,
     photo_weights,
     quarter_turns,
     split,
     to_tensor,
     tta_views,
 )
-from nbs_lib.reading import read_photo
-from nbs_lib.stamps import composites
+from nbs_lib.tables import read_weights
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -91,29 +92,30 @@ def test_only_writing_from_red_to_yellow_is_a_stamp(ink, ground, found):
 
 def test_a_build_without_the_networks_says_so(folder, monkeypatch):
     monkeypatch.setattr(inpaint, "nets_file", lambda: folder / "nets.safetensors")
-    photos.code_key.cache_clear(), inpaint.load_nets.cache_clear()
+    inpaint.code_key.cache_clear(), inpaint.load_nets.cache_clear()
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):  # no grey picture stands in for each photo
         build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
 
 
 def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
-    monkeypatch.setattr(inpaint, "nets_file", lambda: tmp_path / "nets.safetensors")
+    for module in (inpaint, stamp_training):
+        monkeypatch.setattr(module, "nets_file", lambda: tmp_path / "nets.safetensors")
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):
         inpaint.load_net(inpaint.Finder)  # not random ones, which would paint anything
-    inpaint.fit_finder(minutes=0.01, grounds=2)
+    stamp_training.fit_finder(minutes=0.01, grounds=2)
     finder = inpaint.load_net(inpaint.Finder).state_dict()
-    inpaint.fit_reader(minutes=0.01, grounds=2)
+    stamp_training.fit_reader(minutes=0.01, grounds=2)
     assert all(torch.equal(v, finder[key]) for key, v in inpaint.load_net(inpaint.Finder).state_dict().items())
     before = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
-    inpaint.fit_reader(minutes=0.01, grounds=2, seed=2)  # goes on
+    stamp_training.fit_reader(minutes=0.01, grounds=2, seed=2)  # goes on
     after = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
     assert 0 < (after - before).abs().max() < before.abs().max()
 
 
 def test_the_search_is_judged_from_the_command_line(tmp_path, capsys):
-    assert inpaint.main(["judge", "2", "--keep", str(tmp_path / "new" / "stamps.csv")]) == 0
+    assert stamp_training.main(["judge", "2", "--keep", str(tmp_path / "new" / "stamps.csv")]) == 0
     assert (tmp_path / "new" / "stamps.csv").read_text().startswith("rule,stamps,recall,precision,clean,coverage,area\nwriting (stamp_mask),2.0,")
-    assert inpaint.main(["judge", "0"]) == 2 and capsys.readouterr().err == "error: judge 0: at least one composite is needed\n"
+    assert stamp_training.main(["judge", "0"]) == 2 and capsys.readouterr().err == "error: judge 0: at least one composite is needed\n"
 
 
 def test_rules_and_crop():
@@ -159,8 +161,8 @@ def test_writing_that_was_turned_with_the_photo_is_found(turn):
 # --- the store -------------------------------------------------------------------------------------------------------------
 def count_cleaned(monkeypatch) -> list[str]:
     "Names of the photos that are cleaned from now on."
-    seen, real = [], photos.clean_halves
-    monkeypatch.setattr(photos, "clean_halves", lambda content, name, settings: (seen.append(Path(name).stem), real(content, name, settings))[1])
+    seen, real = [], inpaint.clean_halves
+    monkeypatch.setattr(inpaint, "clean_halves", lambda content, name, settings: (seen.append(Path(name).stem), real(content, name, settings))[1])
     return seen
 
 
@@ -191,8 +193,8 @@ def test_a_killed_build_goes_on(folder):
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
-        from nbs_lib.core import open_run
-        from nbs_lib.photos import build_stores
+        from nbs_lib.stages import open_run
+        from nbs_lib.inpaint import build_stores
         folder = Path(sys.argv[1])
         paths = [folder / "in" / f"ID{k}.jpg" for k in range(12)]
         run = open_run(folder / "in", folder / "out", overrides=["photos.workers=1"])
@@ -231,9 +233,9 @@ def test_a_full_disk_is_told(folder, monkeypatch):
         with pytest.raises(OSError) as told:  # the stage decorator turns it into one line
             build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 64)
         assert told.value.errno == errno.ENOSPC
-    usage = photos.shutil.disk_usage(folder)
-    one = photos.store_bytes(2, half_shape(96))
-    monkeypatch.setattr(photos.shutil, "disk_usage", lambda _: usage._replace(free=int(1.5 * one)))
+    usage = store_module.shutil.disk_usage(folder)
+    one = store_module.store_bytes(2, half_shape(96))
+    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda _: usage._replace(free=int(1.5 * one)))
     build_store(run_in(folder), "train", paths, ["ID0", "ID1"], 96)  # there is room for one
     with pytest.raises(InputError, match="GB more"):  # and not for two, though each alone would do
         build_stores(run_in(folder), "train", paths, ["ID0", "ID1"], [(96, 128), (128, 96)])
@@ -316,7 +318,7 @@ def test_a_disk_that_fills_up_in_the_middle(folder, monkeypatch):
     try:
         paths = write_photos(folder, 20)
         ids = [p.stem for p in paths]
-        monkeypatch.setattr(photos, "check_room", lambda *_: None)  # another program took the room after it was checked
+        monkeypatch.setattr(inpaint, "check_room", lambda *_: None)  # another program took the room after it was checked
         with pytest.raises(OSError) as told:
             build_store(run_in(folder), "train", paths, ids, 64, folder=small)
         assert told.value.errno == errno.ENOSPC and not (small / "train_64x64/store.json").exists()
@@ -341,21 +343,21 @@ def test_a_broken_photo(folder):
 
 def test_what_a_library_raises_costs_one_photo(folder, monkeypatch):
     "A submission reads up to 32 photos at a time."
-    paths, ids, real = write_photos(folder, 3), ["ID0", "ID1", "ID2"], photos.clean_photo
+    paths, ids, real = write_photos(folder, 3), ["ID0", "ID1", "ID2"], inpaint.clean_photo
 
     def choke(photo, *args, **more):
         if abs(photo.mean() - read_photo(paths[1]).mean()) < 1e-9:
             raise cv2.error("OpenCV: an assertion\nfailed somewhere")
         return real(photo, *args, **more)
 
-    monkeypatch.setattr(photos, "clean_photo", choke)
+    monkeypatch.setattr(inpaint, "clean_photo", choke)
     run = run_in(folder)
     store = build_store(run, "test", paths, ids, 64, strict=False)
     assert [bool((store[k] == 128).all()) for k in range(3)] == [False, True, False] and (store.rows["size"].min(1) > 0).tolist() == [True, False, True]
     assert len(run.warnings) == 1 and "ID1.jpg: error: OpenCV: an assertion failed" in run.warnings[0] and "\n" not in run.warnings[0]
     with pytest.raises(cv2.error):
         build_store(run_in(folder), "test", paths, ids, 64)
-    monkeypatch.setattr(photos, "clean_photo", real)  # what ailed it has passed: nobody takes the stand-in for the photo
+    monkeypatch.setattr(inpaint, "clean_photo", real)  # what ailed it has passed: nobody takes the stand-in for the photo
     assert (build_store(run_in(folder), "test", paths, ids, 64)[1] != 128).any()
 
 
@@ -370,10 +372,10 @@ def paddock(tmp_path):
 def test_a_test_photo_that_cannot_be_read_is_left_out(paddock):
     broken, good = sorted((paddock.input / "test").iterdir())
     broken.write_text("this is no photo")
-    assert photos.readable_photos(paddock) == {good.stem: good}
+    assert inpaint.readable_photos(paddock) == {good.stem: good}
     assert len(paddock.warnings) == 1 and broken.name in paddock.warnings[0]
     broken.unlink()
-    assert photos.readable_photos(paddock) == {good.stem: good} and len(paddock.warnings) == 2
+    assert inpaint.readable_photos(paddock) == {good.stem: good} and len(paddock.warnings) == 2
 
 
 def test_photos_go_by_image_id_whatever_their_files_are_called(paddock):
@@ -385,21 +387,21 @@ def test_photos_go_by_image_id_whatever_their_files_are_called(paddock):
     moved = (paddock.input / "test" / f"{last}.jpg").rename(paddock.input / "test" / f"{last}.JPEG")
     test["image_path"] = [name.replace("/", "\\") if k % 2 else name for k, name in enumerate(test["image_path"])]  # one photo, written in two ways
     test.to_csv(paddock.input / "test.csv", index=False)
-    assert photos.readable_photos(paddock)[last] == moved
-    photos.run_inpaint(paddock)
+    assert inpaint.readable_photos(paddock)[last] == moved
+    inpaint.run_inpaint(paddock)
     for name, table in (("train", train), ("test", test)):
         assert open_store(paddock, name, 64).ids == sorted(set(table["sample_id"].str.rpartition("__")[0]))
     where = open_store(paddock, "train", FULL).position([first])[0]
     wanted = clean_photo(read_photo(renamed), paddock.settings.inpaint)
-    assert (open_store(paddock, "train", FULL)[where] == np.stack([photos.resize_half(half, FULL) for half in split_halves(wanted)])).all()
+    assert (open_store(paddock, "train", FULL)[where] == np.stack([images.resize_half(half, FULL) for half in split_halves(wanted)])).all()
 
 
 def test_photos_of_an_earlier_test_do_not_stay(paddock):
-    photos.run_inpaint(paddock)
+    inpaint.run_inpaint(paddock)
     assert len(open_store(paddock, "test", 64)) == 2
     for path in (paddock.input / "test").iterdir():
         path.write_text("this is no photo")
-    photos.run_inpaint(paddock)
+    inpaint.run_inpaint(paddock)
     assert len(open_store(paddock, "train", 64)) == 8
     for shape in (64, FULL):
         with pytest.raises(InputError, match="not there"):
@@ -408,25 +410,26 @@ def test_photos_of_an_earlier_test_do_not_stay(paddock):
 
 @pytest.mark.parametrize("name", ["rows.npy", "halves.npy", "store.json"])
 def test_the_stage_is_not_up_to_date_while_a_part_of_its_store_is_gone(paddock, name):
-    photos.run_inpaint(paddock)
+    inpaint.run_inpaint(paddock)
     store = open_store(paddock, "train", 64)
     assert is_fresh(paddock, "inpaint")
     (store.folder / name).unlink()
     with pytest.raises(InputError, match="--from inpaint"):
         open_store(paddock, "train", 64)
     assert not is_fresh(paddock, "inpaint")
-    photos.run_inpaint(paddock)
+    inpaint.run_inpaint(paddock)
     assert len(open_store(paddock, "train", 64)) == 8
 
 
 def test_networks_fitted_anew_make_what_they_cleaned_stale(tmp_path, monkeypatch):
-    shutil.copytree(core.package_folder(), tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(core, "package_folder", lambda: tmp_path / "lib")
-    rooms = ("photos", "train_dinov3", "submit", "ensemble")
-    before = {room: core.hash_code(room) for room in rooms}
+    shutil.copytree(settings.package_folder(), tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
+    for module in (settings, stages):
+        monkeypatch.setattr(module, "package_folder", lambda: tmp_path / "lib")
+    rooms = ("inpaint", "train_dinov3", "submit", "ensemble")
+    before = {room: stages.hash_code(room) for room in rooms}
     nets = tmp_path / "lib" / inpaint.nets_file().name
     nets.write_bytes(nets.read_bytes()[:-1] + b"\1")
-    assert [core.hash_code(room) != before[room] for room in rooms] == [True, True, True, False]
+    assert [stages.hash_code(room) != before[room] for room in rooms] == [True, True, True, False]
 
 
 def test_workers_may_pickle_a_store(folder):
@@ -540,7 +543,7 @@ def test_weights_reach_those_who_train(tmp_path):
     tiny.competition(tmp_path / "in", 8, 2)
     rule = "exposure>0.4:0.5"
     run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", [f"photos.weights={rule}", "train_dinov3.size=64", "photos.workers=2"])
-    photos.run_inpaint(run)
+    inpaint.run_inpaint(run)
     table = pd.read_csv(run.artefacts / "photos/photos.csv").set_index("image_id")
     assert set(table["weight"]) <= {0.5, 1.0} and (table["weight"] == np.where(table["exposure"] > 0.4, 0.5, 1)).all() and table["weight"].nunique() == 2
     ids = list(table.index[table["split"] == "train"])[::-1]
@@ -548,7 +551,7 @@ def test_weights_reach_those_who_train(tmp_path):
     with pytest.raises(InputError, match="no weight for ID0"):
         read_weights(run, ["ID0", *ids])
     assert read_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
-    quality = table[list(photos.QUALITY)]
+    quality = table[list(images.QUALITY)]
     assert photo_weights(quality, [rule, "exposure>0.4:0.5"]).min() == 0.25
     for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("lamps>1.2.3:0.3", "is no rule"), ("lamps>.:1", "is no rule"), ("lamps>0.001:.", "is no rule"), ("exposure>0:0", "leaves no photo"),
                      ("exposure>0:1e999", "is no rule"), ("exposure<1e999:0.5", "is no rule")):
@@ -557,12 +560,12 @@ def test_weights_reach_those_who_train(tmp_path):
     with pytest.raises(InputError, match="smaller weights"):
         photo_weights(quality, ["exposure>0:1e200", "exposure>0:1e200", "exposure>0:0"])
     with pytest.raises(InputError, match="is no rule"):  # said before a photo is opened
-        photos.run_inpaint(open_run(tmp_path / "in", tmp_path / "early", "demo", "", ["photos.weights=lamp>1:0"]))
+        inpaint.run_inpaint(open_run(tmp_path / "in", tmp_path / "early", "demo", "", ["photos.weights=lamp>1:0"]))
     assert not (tmp_path / "early/artefacts/photos").exists()
     white = next((tmp_path / "in/test").glob("*.jpg"))
     Image.fromarray(np.full((300, 600, 3), 255, np.uint8)).save(white)
     with pytest.raises(InputError, match="leaves no photo"):  # a test photo that is left teaches nothing
-        photos.run_inpaint(open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["photos.weights=exposure<0.9:0", "train_dinov3.size=64"]))
+        inpaint.run_inpaint(open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["photos.weights=exposure<0.9:0", "train_dinov3.size=64"]))
 
 
 @pytest.mark.parametrize("fault", ["no halves", "short halves", "other rows", "torn rows", "cut word", "no word", "other word"])
@@ -572,7 +575,7 @@ def test_a_store_that_is_not_whole_says_so_and_is_mended(folder, fault):
     halves = whole.halves.copy()
     {"no halves": lambda: (whole.folder / "halves.npy").unlink(),
      "short halves": lambda: os.truncate(whole.folder / "halves.npy", 5000),
-     "other rows": lambda: np.save(whole.folder / "rows.npy", np.zeros(3, photos.ROW)),
+     "other rows": lambda: np.save(whole.folder / "rows.npy", np.zeros(3, store_module.ROW)),
      "torn rows": lambda: (whole.folder / "rows.npy").write_bytes((whole.folder / "rows.npy").read_bytes().replace(b"'descr': [", b"'descr': {{")),
      "cut word": lambda: os.truncate(whole.folder / "store.json", 12),
      "no word": lambda: (whole.folder / "store.json").unlink(),
@@ -585,9 +588,9 @@ def test_a_store_that_is_not_whole_says_so_and_is_mended(folder, fault):
 
 def test_the_word_that_a_store_is_whole_comes_last(folder, monkeypatch):
     "After a power cut there may be rows without the word, never the word without the rows."
-    told, sync, say = [], os.fsync, photos.write_json
-    monkeypatch.setattr(photos.os, "fsync", lambda file: (told.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
-    monkeypatch.setattr(photos, "write_json", lambda path, what: (told.append(str(path)), say(path, what)))
+    told, sync, say = [], os.fsync, store_module.write_json
+    monkeypatch.setattr(store_module.os, "fsync", lambda file: (told.append(os.readlink(f"/proc/self/fd/{file}")), sync(file)))
+    monkeypatch.setattr(store_module, "write_json", lambda path, what: (told.append(str(path)), say(path, what)))
     build_store(run_in(folder), "train", write_photos(folder, 1), ["ID0"], 64)
     names = [name for t in told if (name := Path(t).name) in ("halves.npy", "rows.npy", "store.json")]
     assert sorted(names[:2]) == ["halves.npy", "rows.npy"] and names[2:] == ["store.json"]
@@ -601,15 +604,15 @@ def test_each_photo_needs_an_id_of_its_own(folder, ids):
 
 def test_the_bench_needs_photographs(folder):
     with pytest.raises(InputError, match=r"in: holds no \*.jpg"):
-        photos.bench_photos(folder / "in")
+        bench_photos(folder / "in")
 
 
 def test_the_bench_measures_each_way(folder):
-    from nbs_lib.bench import find_benches
+    from benchmarks.bench import find_benches
 
-    assert list(find_benches(["photos"])) == ["photos.bench_photos"]
+    assert list(find_benches(["store"])) == ["store.bench_photos"]
     write_photos(folder, 2)
-    rows = {row["way"].partition(", files")[0]: row for row in photos.bench_photos(folder / "in", many=3)}
+    rows = {row["way"].partition(", files")[0]: row for row in bench_photos(folder / "in", many=3)}
     assert len(rows) == 7 and all(row["ms"] > 0 for row in rows.values())
     assert rows["decode alone"]["times_decode"] == 1 and rows["the recipe, each epoch"]["times_recipe"] == 1
     assert "0.00 GB on disk" in rows["ours, 3 photos built at 512 and read"]["note"]
@@ -629,7 +632,7 @@ def test_a_store_of_another_size_is_only_built_for_a_backbone_that_is_trained(tm
     tiny.competition(tmp_path / "in", 4, 1)
     for more, built in (((), {"900x1000"}), (("train_dinov3.unfreeze=1",), {"900x1000", "64x64"}), (("train_dinov3.unfreeze=1", "train_dinov3.size=96"), {"900x1000", "64x64", "96x96"})):
         run = open_run(tmp_path / "in", tmp_path / "out", "demo", "", ["train_dinov3.size=64", *more])
-        photos.run_inpaint(run)
+        inpaint.run_inpaint(run)
         assert {p.parent.name for p in (run.artefacts / "photos").glob("*/store.json")} >= {f"{split}_{form}" for split in ("train", "test") for form in built}
         assert ("64x64" in built) == (run.artefacts / "photos" / "train_64x64").exists()
-        assert photos.wanted_shapes(run.settings)[-1] == FULL and len(photos.wanted_shapes(run.settings)) == 1 + bool(more)
+        assert store_module.wanted_shapes(run.settings)[-1] == FULL and len(store_module.wanted_shapes(run.settings)) == 1 + bool(more)

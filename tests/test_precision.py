@@ -17,11 +17,14 @@ from timm.layers.mlp import GluMlp, SwiGLU, SwiGLUPacked
 from timm.models import register_model
 from torch import nn
 
-from nbs_lib import backbones, core, siglip, submit, train_dinov3
+from nbs_lib import backbones, deadline, runtime, settings, siglip, stages, train_dinov3, trainer
 from nbs_lib.backbones import Backbone, guard_glu, run_autocast
 from nbs_lib.biomass_net import ModelConfig, build_model
-from nbs_lib.core import InputError, load_settings, open_run, pick_device, pick_dtype
-from nbs_lib.train_dinov3 import Fit, ImageBatches, train
+from nbs_lib.prediction import ImageBatches
+from nbs_lib.runtime import InputError, pick_device, pick_dtype
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import open_run
+from nbs_lib.trainer import Fit, train
 
 CPU = torch.device("cpu")
 NARROW = "vit_narrow_swiglu_patch16_dinov3"
@@ -157,7 +160,7 @@ def small_training(epochs=10, every=20, guard=True, seed=0):
 def train_in(precision, monkeypatch, scales=None, warn=print, **more):
     "The losses by epoch of `small_training` in `precision`; the loss scale after it goes to `scales`."
     monkeypatch.setenv("NBS_PRECISION", precision)
-    real = train_dinov3.accelerator
+    real = trainer.accelerator
 
     def noted(device):
         acc = real(device)
@@ -166,7 +169,7 @@ def train_in(precision, monkeypatch, scales=None, warn=print, **more):
 
     with monkeypatch.context() as m:
         if scales is not None:
-            m.setattr(train_dinov3, "accelerator", noted)
+            m.setattr(trainer, "accelerator", noted)
         history = train(*small_training(**more), warn)
     if scales is not None:
         scales[:] = [scales[-1].get_scale()]
@@ -199,10 +202,10 @@ def test_overflow_in_one_step_of_twenty_costs_nothing(guard, without_overflow, m
 
 def test_without_either_the_scale_falls_below_one(monkeypatch):
     "What both are for: the scaler takes an overflow of the network for one of its own making. That does not stay unsaid."
-    scales, real = [], train_dinov3.forward_loss
+    scales, real = [], trainer.forward_loss
     blind = lambda *args, **kwargs: (real(*args, **kwargs)[0], torch.ones(1, dtype=torch.bool))  # noqa: E731
-    monkeypatch.setattr(train_dinov3, "forward_loss", blind)
-    monkeypatch.setattr(train_dinov3, "GROWTH_STEPS", 2000)  # as PyTorch has it
+    monkeypatch.setattr(trainer, "forward_loss", blind)
+    monkeypatch.setattr(trainer, "GROWTH_STEPS", 2000)  # as PyTorch has it
     with pytest.raises(InputError, match=r"run\.precision: float16 .* below 1 for 20 steps .*set run\.precision = float32"):
         train_in("float16", monkeypatch, scales, guard=False, epochs=20)
     assert scales[-1].get_scale() < 1
@@ -211,18 +214,18 @@ def test_without_either_the_scale_falls_below_one(monkeypatch):
 def test_a_repeat_counts_frozen_half_precision_layers_in_float32(half, monkeypatch):
     "Gradients of a repeated forward pass are those of float32, and the frozen layers are back in half precision after it."
     net, fit = small_training(every=1, guard=False)
-    train_dinov3.unfreeze(net, 1)
+    trainer.unfreeze(net, 1)
     for layer in net.backbone.net.blocks[2].mlp.children():
         layer.requires_grad_(False)  # behind what is trained, so that gradients pass through it
     exact = copy.deepcopy(net)
-    train_dinov3.halve_frozen(net, torch.float16)
+    trainer.halve_frozen(net, torch.float16)
     exact.load_state_dict(net.state_dict())  # in float32, the rounded numbers
     grads, kinds = [], {n: p.dtype for n, p in net.named_parameters()}
     for model, precision in ((net, "float16"), (exact, "float32")):
         monkeypatch.setenv("NBS_PRECISION", precision)
-        acc = train_dinov3.accelerator(CPU)
+        acc = trainer.accelerator(CPU)
         acc.scaler = None  # plain gradients
-        train_dinov3.train_step(model, fit, [np.array([3])], (0, 0), acc)
+        trainer.train_step(model, fit, [np.array([3])], (0, 0), acc)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     assert fit.repeated == {3: 1} and torch.float16 in kinds.values()
     assert {n: p.dtype for n, p in net.named_parameters()} == kinds
@@ -232,7 +235,7 @@ def test_a_repeat_counts_frozen_half_precision_layers_in_float32(half, monkeypat
 
 def test_a_scale_below_one_ends_the_training(half, monkeypatch):
     net, fit = small_training(epochs=20, every=0)
-    real = train_dinov3.train_step
+    real = trainer.train_step
 
     def overflowing(model, fit, micro, draw, acc):
         loss = real(model, fit, micro, draw, acc)
@@ -240,15 +243,15 @@ def test_a_scale_below_one_ends_the_training(half, monkeypatch):
             next(p for p in model.parameters() if p.grad is not None).grad.fill_(torch.inf)
         return loss
 
-    monkeypatch.setattr(train_dinov3, "train_step", overflowing)
-    monkeypatch.setattr(train_dinov3, "SKIPPED_STEPS", 99)
+    monkeypatch.setattr(trainer, "train_step", overflowing)
+    monkeypatch.setattr(trainer, "SKIPPED_STEPS", 99)
     with pytest.raises(InputError, match=r"run\.precision: float16 .* below 1 for 20 steps .*set run\.precision = float32"):
         train(net, fit)
 
 
 def test_the_scale_recovers_within_a_fold(half, monkeypatch):
-    scaler = train_dinov3.accelerator(CPU).scaler
-    assert scaler.get_growth_interval() == train_dinov3.GROWTH_STEPS <= 300 and scaler.get_scale() == 65536
+    scaler = trainer.accelerator(CPU).scaler
+    assert scaler.get_growth_interval() == trainer.GROWTH_STEPS <= 300 and scaler.get_scale() == 65536
 
 
 # One function runs every backbone
@@ -284,7 +287,7 @@ def test_memory_that_runs_out_in_siglip_names_its_own_setting():
 
 
 def test_nobody_else_opens_an_autocast_for_inference():
-    package = core.package_folder()
+    package = settings.package_folder()
     found = [p.name for p in package.glob("*.py") for line in p.read_text().splitlines() if "torch.autocast(" in line and "enabled=False" not in line]
     assert set(found) == {"backbones.py", "budget.py"}, found  # budget.py only rehearses
 
@@ -310,7 +313,7 @@ def test_a_stage_exports_the_precision_of_its_own_run(tmp_path):
     first = open_run(tmp_path / "in", tmp_path / "out", overrides=["run.precision=bfloat16"])
     open_run(tmp_path / "in", tmp_path / "out")
     seen = []
-    core.stage("core")(lambda run: seen.append(os.environ["NBS_PRECISION"]))(first, force=True)
+    stages.stage("core")(lambda run: seen.append(os.environ["NBS_PRECISION"]))(first, force=True)
     assert seen == ["bfloat16"]
 
 
@@ -328,7 +331,7 @@ def test_precision_may_change_between_two_trainings_of_a_process(monkeypatch):
     made = []
     for word in ("float32", "float16", "bfloat16"):
         monkeypatch.setenv("NBS_PRECISION", word)
-        made.append(train_dinov3.accelerator(CPU).mixed_precision)
+        made.append(trainer.accelerator(CPU).mixed_precision)
     assert made == ["no", "fp16", "bf16"]
 
 
@@ -342,10 +345,10 @@ def cards(monkeypatch):
         tried = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: len(words))
-        monkeypatch.setattr(core, "try_gpu", lambda i: (tried.append(i), words[i])[1])
+        monkeypatch.setattr(runtime, "try_gpu", lambda i: (tried.append(i), words[i])[1])
         return tried
 
-    core.warn_once.cache_clear()
+    runtime.warn_once.cache_clear()
     return make
 
 
@@ -353,7 +356,7 @@ def test_a_card_without_kernels_gives_way_to_another(cards, capsys, monkeypatch)
     cards(NO_KERNEL, "", "")
     assert pick_device() == torch.device("cuda", 1) and pick_device() == torch.device("cuda", 1)
     assert capsys.readouterr().out.splitlines() == [f"warning: GPU 0 is there but cannot run this PyTorch ({NO_KERNEL}); going on with GPU 1, 2"]
-    assert [d.device for d in submit.find_devices(4)] == [torch.device("cuda", 1), torch.device("cuda", 2)]
+    assert [d.device for d in deadline.find_devices(4)] == [torch.device("cuda", 1), torch.device("cuda", 2)]
     s = dataclasses.replace(load_settings("demo").train_dinov3, parallel_folds=3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert train_dinov3.gpus(s) == ["1", "2"]
@@ -363,14 +366,14 @@ def test_a_card_without_kernels_gives_way_to_another(cards, capsys, monkeypatch)
 
 def test_where_no_card_runs_the_cpu_does(cards, capsys):
     cards(NO_KERNEL)
-    assert pick_device() == CPU and [d.device for d in submit.find_devices(4)] == [CPU]
+    assert pick_device() == CPU and [d.device for d in deadline.find_devices(4)] == [CPU]
     assert train_dinov3.gpus(dataclasses.replace(load_settings("demo").train_dinov3, parallel_folds=2)) == ["", ""]
     assert capsys.readouterr().out.count("going on with the CPU") == 1
 
 
 def test_cards_that_run_are_used_without_a_word(cards, capsys):
     cards("", "")
-    assert pick_device() == torch.device("cuda") and len(submit.find_devices(4)) == 2 and not capsys.readouterr().out
+    assert pick_device() == torch.device("cuda") and len(deadline.find_devices(4)) == 2 and not capsys.readouterr().out
 
 
 def test_the_trial_runs_an_operation_once_and_gives_the_reason(monkeypatch):
@@ -380,13 +383,13 @@ def test_the_trial_runs_an_operation_once_and_gives_the_reason(monkeypatch):
         calls.append(device)
         raise RuntimeError(NO_KERNEL + "\nCompile with `TORCH_USE_CUDA_DSA`")
 
-    core.try_gpu.cache_clear()
+    runtime.try_gpu.cache_clear()
     monkeypatch.setattr(torch, "ones", dead)
-    assert [core.try_gpu(3), core.try_gpu(3)] == [NO_KERNEL] * 2 and calls == ["cuda:3"]
-    core.try_gpu.cache_clear()
+    assert [runtime.try_gpu(3), runtime.try_gpu(3)] == [NO_KERNEL] * 2 and calls == ["cuda:3"]
+    runtime.try_gpu.cache_clear()
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(*shape))
-    assert core.try_gpu(3) == ""
-    core.try_gpu.cache_clear()
+    assert runtime.try_gpu(3) == ""
+    runtime.try_gpu.cache_clear()
 
 
 # Several processes

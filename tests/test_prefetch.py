@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from nbs_lib import budget, photos, train_dinov3
+from nbs_lib import budget, trainer
 from nbs_lib.biomass_net import ModelConfig, build_model
-from nbs_lib.core import InputError, load_settings
-from nbs_lib.photos import augment, to_tensor
-from nbs_lib.train_dinov3 import Fit, ImageBatches, Prefetcher, load_state, train
+from nbs_lib.prediction import ImageBatches, Prefetcher
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
+from nbs_lib.store import _colour, augment, to_tensor
+from nbs_lib.trainer import Fit, load_state, train
 
 CPU = torch.device("cpu")
 JITTER = dataclasses.replace(load_settings("kaggle").photos, jitter=0.5, rotate=5.0, lamps=0.3, stamps=0.3)
@@ -57,7 +59,7 @@ def training(threads, monkeypatch, data=None, epochs=3, **more):
 def test_any_number_of_threads_trains_the_same_network(monkeypatch):
     "Bit for bit, and the same as without them."
     with monkeypatch.context() as m:
-        m.setattr(train_dinov3, "prefetch", lambda p, fit, plan: Direct(fit.data))
+        m.setattr(trainer, "prefetch", lambda p, fit, plan: Direct(fit.data))
         plain, losses = training(1, m)
     for threads in (1, 4):
         with monkeypatch.context() as m:
@@ -82,7 +84,7 @@ def test_each_thread_has_a_compose_of_its_own():
     store, made, results = pairs(8), {}, {}
 
     def work(name):
-        made[name] = photos._colour(JITTER.jitter, JITTER.hue)
+        made[name] = _colour(JITTER.jitter, JITTER.hue)
         results[name] = [augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)]
 
     running = [threading.Thread(target=work, args=(k,)) for k in range(4)]
@@ -93,8 +95,8 @@ def test_each_thread_has_a_compose_of_its_own():
     work("alone")
     assert len({id(m) for m in made.values()}) == 5
     assert all(np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True))
-    assert photos._colour(0.5, 0.1) is photos._colour(0.5, 0.1)
-    assert len({id(photos._colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
+    assert _colour(0.5, 0.1) is _colour(0.5, 0.1)
+    assert len({id(_colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
 
 
 def test_bytes_travel_and_are_normalised_on_the_device():
@@ -228,7 +230,7 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
 
 KILLED = """
 import time, numpy as np, torch
-from nbs_lib.train_dinov3 import Prefetcher
+from nbs_lib.prediction import Prefetcher
 class Slow:
     to_input = None
     def batch(self, index, draw):

@@ -15,10 +15,8 @@ import tiny
 from PIL import Image, ImageCms, ImageOps, TiffImagePlugin, features
 from tiny import claim_size, grass
 
-from nbs_lib.core import InputError, open_run, peak_memory
 from nbs_lib.eda import describe_photo, describe_photos, run_eda
-from nbs_lib.photos import run_inpaint
-from nbs_lib.reading import (
+from nbs_lib.images import (
     ADOBE_RGB,
     BT2020,
     DISPLAY_P3,
@@ -30,6 +28,9 @@ from nbs_lib.reading import (
     srgb_transform,
     to_landscape,
 )
+from nbs_lib.inpaint import run_inpaint
+from nbs_lib.runtime import InputError, peak_memory
+from nbs_lib.stages import open_run
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF", "HEIF")
 
@@ -741,7 +742,7 @@ def test_a_portrait_photo_is_used_in_landscape(tmp_path):
 
 
 def test_facts_do_not_depend_on_how_a_photo_is_turned(tmp_path):
-    from nbs_lib.data import read_competition
+    from nbs_lib.tables import read_competition
 
     folder = write_paddock(tmp_path)
     before, _ = describe_photos(read_competition(folder))
@@ -778,13 +779,13 @@ def test_heic_photos_are_used_by_the_stages(tmp_path):
 
 
 def open_competition(folder):
-    from nbs_lib.data import read_competition
+    from nbs_lib.tables import read_competition
 
     return read_competition(folder)
 
 
 def test_a_sidecar_is_not_taken_for_the_photo(tmp_path):
-    from nbs_lib.data import find_photo
+    from nbs_lib.tables import find_photo
 
     (tmp_path / "test").mkdir()
     for name in ("ID9.AAE", "ID9.json", "ID9.HEIC", "ID9.mov"):

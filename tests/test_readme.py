@@ -24,8 +24,9 @@ from conftest import ROOT
 
 from nbs_lib import fusion
 from nbs_lib.biomass_net import ModelConfig, build_model
-from nbs_lib.core import SECTIONS, InputError, load_settings
 from nbs_lib.run import choose_stages, parse_call
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import SECTIONS, load_settings
 from nbs_lib.targets import TARGETS
 
 README = ROOT / "README.md"
@@ -284,7 +285,7 @@ def test_commands_are_found():
 
 
 @pytest.mark.parametrize("line", ["make harvest", "make run PROFILE=moon DATA=x", "python -m nbs_lib.run --moon demo", "python -m nbs_lib.run --set demo.n_trian=3", "python -m nbs_lib.run --only mow",
-                                  "python -m nbs_lib.moon", "python -m nbs_lib.bench --onyl fusion", "papermill notebooks/99_moon.ipynb out.ipynb", "papermill notebooks/41_frozen.ipynb out.ipynb -p inptu x",
+                                  "python -m nbs_lib.moon", "python -m benchmarks.bench --onyl fusion", "papermill notebooks/99_moon.ipynb out.ipynb", "papermill notebooks/41_frozen.ipynb out.ipynb -p inptu x",
                                   "pip install '.[moon]'", "python tests/moon.py"])
 def test_wrong_command_is_found(line):
     with pytest.raises(AssertionError):

@@ -9,13 +9,14 @@ import tiny
 import torch
 
 from nbs_lib.biomass_net import Head, ModelConfig, build_model
-from nbs_lib.core import InputError, load_settings
 from nbs_lib.ensemble import Blend, Members, Policy, apply_blend, choose_policy
 from nbs_lib.inpaint import clean_photo, orange_rule
-from nbs_lib.photos import augment
 from nbs_lib.report import answer, is_optimistic
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
+from nbs_lib.store import augment
 from nbs_lib.targets import TARGETS
-from nbs_lib.train_dinov3 import schedule
+from nbs_lib.trainer import schedule
 
 # section.key: the recipe's value, where the recipe says so. README shows this table (`python tests/readme.py`).
 RECIPE = {
@@ -162,15 +163,15 @@ def test_the_wa_rule_moves_nothing_into_green_and_clover():
 
 @pytest.fixture(scope="module")
 def recipe_run(tmp_path_factory):
-    from nbs_lib import boosting, ensemble, frozen, inpaint, photos, siglip, submit, train_dinov3
-    from nbs_lib.core import open_run
+    from nbs_lib import boosting, ensemble, frozen, inpaint, siglip, submit, train_dinov3
+    from nbs_lib.stages import open_run
 
     folder = tmp_path_factory.mktemp("recipe")
     source = tiny.competition(folder / "in", n_train=24, n_test=4)
     small = ["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random", "train_dinov3.size=64", "train_dinov3.epochs=3", "run.folds=2",
              "train_dinov3.dim=16", "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.02", "run.draws=2"]
     run = open_run(source, folder / "out", "demo", "recipe", small)
-    stages = (photos.run_inpaint, train_dinov3.run_train_dinov3, siglip.run_siglip, frozen.run_frozen, boosting.run_boosting, ensemble.run_ensemble, submit.run_submit)
+    stages = (inpaint.run_inpaint, train_dinov3.run_train_dinov3, siglip.run_siglip, frozen.run_frozen, boosting.run_boosting, ensemble.run_ensemble, submit.run_submit)
     assert inpaint is not None
     return run, [stage(run) for stage in stages]
 

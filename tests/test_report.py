@@ -14,8 +14,17 @@ from markupsafe import escape
 from tiny import competition, fake_members, run_on
 
 from nbs_lib import ensemble, report
-from nbs_lib.core import Run, read_json, write_json
-from nbs_lib.data import long_form, read_competition, read_draws, read_oof, write_draws, write_oof, write_submission
+from nbs_lib.runtime import read_json, write_json
+from nbs_lib.stages import Run
+from nbs_lib.tables import (
+    long_form,
+    read_competition,
+    read_draws,
+    read_oof,
+    write_draws,
+    write_oof,
+    write_submission,
+)
 from nbs_lib.targets import TARGETS, constant_prediction, from_parts, weighted_r2_score
 from nbs_lib.validation import bootstrap_scores, left_out_coverage, random_site_folds
 

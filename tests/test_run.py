@@ -16,9 +16,10 @@ import pytest
 import tiny
 from conftest import ROOT, SMALL, command
 
-from nbs_lib.core import load_settings, read_json
-from nbs_lib.data import read_oof
 from nbs_lib.run import STAGES
+from nbs_lib.runtime import read_json
+from nbs_lib.settings import load_settings
+from nbs_lib.tables import read_oof
 from nbs_lib.targets import TARGETS, imbalance, weighted_r2_score
 
 

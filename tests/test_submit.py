@@ -25,15 +25,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from nbs_lib import submit
+from nbs_lib import deadline, inference, submit
 from nbs_lib.backbones import Backbone
 from nbs_lib.biomass_net import build_model, load_model, save_model
-from nbs_lib.core import InputError, is_fresh, read_json
-from nbs_lib.data import read_competition, read_oof
-from nbs_lib.photos import FULL, open_store, run_inpaint
+from nbs_lib.inpaint import run_inpaint
+from nbs_lib.prediction import predict
+from nbs_lib.runtime import InputError, read_json
+from nbs_lib.stages import is_fresh
+from nbs_lib.store import FULL, open_store
 from nbs_lib.submit import run_submit
+from nbs_lib.tables import read_competition, read_oof
 from nbs_lib.targets import TARGETS
-from nbs_lib.train_dinov3 import predict
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->\n"
@@ -78,7 +80,7 @@ def before_submit() -> list[Callable]:
     from nbs_lib.eda import run_eda
     from nbs_lib.ensemble import run_ensemble
     from nbs_lib.frozen import run_frozen
-    from nbs_lib.photos import run_inpaint
+    from nbs_lib.inpaint import run_inpaint
     from nbs_lib.siglip import run_siglip
     from nbs_lib.train_dinov3 import run_train_dinov3
 
@@ -293,17 +295,17 @@ def memory(run, monkeypatch):
 
 def memory_gpu(run, monkeypatch):
     "A GPU on which not even one photo fits: the work ends on the CPU."
-    real = submit.FoldGroup.predict_view
+    real = inference.FoldGroup.predict_view
 
     def predict_view(group, store, index, view, device):
         if device.type != "cpu":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return real(group, store, index, view, device)
 
-    monkeypatch.setattr(submit.FoldGroup, "predict_view", predict_view)
+    monkeypatch.setattr(inference.FoldGroup, "predict_view", predict_view)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cpu = torch.device("cpu")
-    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [submit.Device(torch.device("cuda", 0), batch, warn)])
+    monkeypatch.setattr(deadline, "find_devices", lambda batch, warn: [deadline.Device(torch.device("cuda", 0), batch, warn)])
     for module in (submit.siglip, submit.frozen):
         compute = module.compute_features
         monkeypatch.setattr(module, "compute_features", lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
@@ -323,9 +325,9 @@ def nan_boosting(run, monkeypatch):
 
 
 def full_disk(run, monkeypatch):
-    from nbs_lib import photos
+    from nbs_lib import store
 
-    monkeypatch.setattr(photos.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
 
 
 def late(run, monkeypatch):
@@ -452,11 +454,11 @@ def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_pa
     run = copy_run(trained, tmp_path)
     with_another_fold(run, k, **changes)
     seen = {}
-    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(inference.SubmissionWriter, "take", lambda self, model, rows, grams, real=inference.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     assert run_submit(run)["models"] == ALL
     assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     run_inpaint(run)
-    task = submit.read_task(run.input)
+    task = inference.read_task(run.input)
     store = open_store(run, "test", FULL)
     wanted = np.mean([predict(submit.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids)) for k in range(3)], axis=0)
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-4
@@ -560,9 +562,9 @@ def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkey
     rows = pd.DataFrame({"sample_id": [f"{i}__{t}" for i in ids for t in TARGETS]})
     rows.assign(image_path="train/" + rows["sample_id"].str.partition("__")[0] + ".jpg", target_name=rows["sample_id"].str.partition("__")[2]).to_csv(run.input / "test.csv", index=False)
     rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
-    monkeypatch.setattr(submit, "plan_fold_groups", lambda artefacts: [(1,)])
+    monkeypatch.setattr(inference, "plan_fold_groups", lambda artefacts: [(1,)])
     seen = {}
-    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(inference.SubmissionWriter, "take", lambda self, model, rows, grams, real=inference.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     run_submit(run)
     wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[[list(comp.train["image_id"]).index(i) for i in sorted(ids)]]
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-5
@@ -595,12 +597,12 @@ def part_ways(run) -> None:
 def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, tmp_path, monkeypatch):
     run = copy_run(trained, tmp_path)
     part_ways(run)
-    assert submit.plan_fold_groups(run.artefacts) == [(0,), (1,), (2,)]
+    assert inference.plan_fold_groups(run.artefacts) == [(0,), (1,), (2,)]
     cpu = torch.device("cpu")
     used = set()
-    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [submit.Device(cpu, 2, warn), submit.Device(cpu, 2, warn)])
-    real = submit.Device.each
-    monkeypatch.setattr(submit.Device, "each", lambda self, index, work: (used.add((id(self), threading.get_ident())), real(self, index, work))[1])
+    monkeypatch.setattr(deadline, "find_devices", lambda batch, warn: [deadline.Device(cpu, 2, warn), deadline.Device(cpu, 2, warn)])
+    real = deadline.Device.each
+    monkeypatch.setattr(deadline.Device, "each", lambda self, index, work: (used.add((id(self), threading.get_ident())), real(self, index, work))[1])
     run_submit(run)
     assert len({device for device, _ in used}) >= 2 and len({thread for _, thread in used}) >= 2, "both devices worked, each in its thread"
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
@@ -655,11 +657,11 @@ def test_where_the_hours_count_from(trained, tmp_path, monkeypatch):
     monkeypatch.delenv("NBS_STARTED", raising=False)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     monkeypatch.setattr(submit.psutil.Process, "create_time", lambda self: time.time() - 3600)
-    assert submit.open_clock(run).left() == pytest.approx(1.5 * 3600, abs=5), "at home from the stage's start"
+    assert deadline.open_clock(run).left() == pytest.approx(1.5 * 3600, abs=5), "at home from the stage's start"
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert submit.open_clock(run).left() == pytest.approx(0.5 * 3600, abs=5), "on Kaggle from the session's"
+    assert deadline.open_clock(run).left() == pytest.approx(0.5 * 3600, abs=5), "on Kaggle from the session's"
     monkeypatch.setenv("NBS_STARTED", str(time.time() - 2 * 3600))
-    assert submit.open_clock(run).left() == pytest.approx(-0.5 * 3600, abs=5)
+    assert deadline.open_clock(run).left() == pytest.approx(-0.5 * 3600, abs=5)
 
 
 def test_folds_of_an_earlier_division_do_not_answer(trained, untouched, tmp_path, capsys):
@@ -691,7 +693,7 @@ def test_a_lost_ring_is_followed_by_another():
             time.sleep(0.4)
 
     start = time.time()
-    with pytest.raises(submit.DeadlinePassed), submit.alarm(submit.Clock(start + 0.2)):
+    with pytest.raises(deadline.DeadlinePassed), deadline.alarm(deadline.Clock(start + 0.2)):
         slow = Slow()
         del slow
         time.sleep(30)

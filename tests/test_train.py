@@ -1,4 +1,4 @@
-"""Faults of 32_train_dinov3: kills, half files, bad numbers, several processes; and that every kind of network learns."""
+"""Faults of 34_train_dinov3: kills, half files, bad numbers, several processes; and that every kind of network learns."""
 import dataclasses
 import json
 import os
@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from nbs_lib import train_dinov3 as room
+from nbs_lib import prediction, train_dinov3, trainer
 from nbs_lib.backbones import BackboneFeatures
 from nbs_lib.biomass_net import ModelConfig, build_model
-from nbs_lib.core import InputError, load_settings
+from nbs_lib.prediction import CachedFeatures, predict
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
 from nbs_lib.targets import weighted_r2_score
-from nbs_lib.train_dinov3 import CachedFeatures, Fit, load_fold, load_state, predict, save_state, steps, train
+from nbs_lib.train_dinov3 import load_fold
+from nbs_lib.trainer import Fit, load_state, save_state, steps, train
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
@@ -88,7 +91,7 @@ def test_the_backbone_learns_only_where_it_should():
         net.init_output_from_labels(y[:4])
         before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
         s = settings(unfreeze=blocks, lora=lora, freeze_epochs=1, lr_backbone=1e-3, select="last")
-        train(net, Fit(room.ImageBatches(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
+        train(net, Fit(prediction.ImageBatches(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
         moved = {n for n, p in net.backbone.named_parameters() if not torch.equal(p, before[n])}
         assert {int(n.split("blocks.")[1].split(".")[0]) for n in moved if "blocks." in n} == changed
         assert all("lora_" in n for n in moved) or not lora
@@ -100,7 +103,7 @@ def test_the_first_epochs_leave_the_backbone_alone():
     net = net_on(VIT, head="pooled")
     net.init_output_from_labels(y[:2])
     before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
-    train(net, Fit(room.ImageBatches(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
+    train(net, Fit(prediction.ImageBatches(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
     assert all(torch.equal(p, before[n]) for n, p in net.backbone.named_parameters())
 
 
@@ -238,8 +241,8 @@ def test_views_are_averaged_and_an_index_is_a_subset():
     net = net_on(CNN, head="density").eval()
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
-    each = [predict(net, pairs, (v,)) for v in room.VIEWS]
-    np.testing.assert_allclose(predict(net, pairs, room.VIEWS), np.mean(each, 0), rtol=1e-5)
+    each = [predict(net, pairs, (v,)) for v in train_dinov3.VIEWS]
+    np.testing.assert_allclose(predict(net, pairs, train_dinov3.VIEWS), np.mean(each, 0), rtol=1e-5)
     assert max(np.abs(each[0] - e).max() for e in each[1:]) > 1e-3
     np.testing.assert_allclose(predict(net, pairs, index=[2, 0], batch=1), each[0][[2, 0]], rtol=1e-5)
     with pytest.raises(InputError, match="choose from id"):
@@ -248,7 +251,7 @@ def test_views_are_averaged_and_an_index_is_a_subset():
 
 def test_a_photo_is_augmented_alike_in_every_company():
     pairs = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64, 3), dtype=np.uint8)
-    pixels = room.ImageBatches(pairs, net_on(CNN).config, load_settings("demo").photos)
+    pixels = prediction.ImageBatches(pairs, net_on(CNN).config, load_settings("demo").photos)
     together, alone = pixels.batch(np.array([3, 1, 2]), (0, 5)), pixels.batch(np.array([1]), (0, 5))
     assert torch.equal(together[1:2], alone) and not torch.equal(alone, pixels.batch(np.array([1]), (0, 6)))
 
@@ -275,8 +278,8 @@ def test_what_asks_for_no_decay_gets_none_in_every_copy():
     import copy
 
     net = copy.deepcopy(copy.deepcopy(net_on(VIT, fusion="mamba", head="pooled")))
-    room.unfreeze(net, -1)
-    groups = room.parameter_groups(net, settings(weight_decay=0.1))
+    trainer.unfreeze(net, -1)
+    groups = trainer.parameter_groups(net, settings(weight_decay=0.1))
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert len(decay) == sum(p.requires_grad for p in net.parameters())
     told = {n: decay[id(p)] for n, p in net.fusion.named_parameters()}
@@ -307,23 +310,23 @@ def test_luck_is_refused_and_a_true_gain_is_kept():
     y = rng.gamma(2, 10, (60, 5))
     parts = np.array_split(np.arange(60), 3)
     better = np.stack([y + rng.normal(0, 9, y.shape), y + rng.normal(0, 5, y.shape), y + rng.normal(0, 7, y.shape)])
-    np.testing.assert_array_equal(room.honest_answers(better, y, parts), better[1])
+    np.testing.assert_array_equal(train_dinov3.honest_answers(better, y, parts), better[1])
     spoilt = better.copy()  # an epoch that is right only where it is asked: the others must not hear of it
     spoilt[2][parts[0]] = y[parts[0]]
-    np.testing.assert_array_equal(room.honest_answers(spoilt, y, parts)[parts[0]], better[1][parts[0]])
+    np.testing.assert_array_equal(train_dinov3.honest_answers(spoilt, y, parts)[parts[0]], better[1][parts[0]])
 
 
 @pytest.mark.parametrize("blocks, lora", [(2, 0), (-1, 2)])
 def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, lora):
     net = net_on(VIT, head="pooled", lora=lora).eval()
-    room.unfreeze(net, blocks)
+    trainer.unfreeze(net, blocks)
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
     x = torch.randn(1, 2, 3, 64, 64)
     answers = []
     for halved in (False, True):
         if halved:
-            room.halve_frozen(net, torch.bfloat16)
+            trainer.halve_frozen(net, torch.bfloat16)
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out = net(x)
@@ -337,8 +340,8 @@ def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, 
 
 def test_only_what_is_trained_has_a_mean_and_moments():
     net, s = net_on(VIT, head="pooled"), settings(unfreeze=2)
-    room.unfreeze(net, 2)
-    progress = room.Progress(net, torch.optim.AdamW(room.parameter_groups(net, s)), room.accelerator(torch.device("cpu")), s)
+    trainer.unfreeze(net, 2)
+    progress = trainer.Progress(net, torch.optim.AdamW(trainer.parameter_groups(net, s)), trainer.accelerator(torch.device("cpu")), s)
     names = {n for n, p in net.named_parameters() if p.requires_grad}
     assert progress.ema.mean.keys() == names == progress.plain()["net"].keys()
     assert sum(len(g["params"]) for g in progress.optimiser.param_groups) == len(names) < len(list(net.parameters())) / 3
@@ -356,8 +359,8 @@ def opened(tmp_path, *more, preset=""):
     "A run on a competition in miniature whose photographs are in the store."
     import tiny
 
-    from nbs_lib.core import open_run
-    from nbs_lib.photos import run_inpaint
+    from nbs_lib.inpaint import run_inpaint
+    from nbs_lib.stages import open_run
 
     if not (tmp_path / "in").exists():
         tiny.competition(tmp_path / "in", n_train=12, n_test=2)
@@ -367,16 +370,17 @@ def opened(tmp_path, *more, preset=""):
 
 
 def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
-    from nbs_lib.data import read_competition, read_folds, read_oof
-    from nbs_lib.submit import load_fold_group
+    from nbs_lib.inference import load_fold_group
+    from nbs_lib.tables import read_competition, read_oof
+    from nbs_lib.validation import read_folds
 
     run = opened(tmp_path)
-    room.run_train_dinov3(run)
+    train_dinov3.run_train_dinov3(run)
     train_table = read_competition(run.input).train
     ids, numbers = train_table["image_id"], read_folds(run, train_table)["fold_grouped"].to_numpy()
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
     folder = run.artefacts / "dinov3"
-    store = room.open_stores(run)["train"]
+    store = train_dinov3.open_stores(run)["train"]
     for k in (0, 1):  # what was written is what the saved weights say of the photos
         out = np.flatnonzero(numbers == k)
         np.testing.assert_allclose(predict(load_fold(run.artefacts, k), store, index=out), oof[out], rtol=1e-5, atol=1e-5)
@@ -384,7 +388,7 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
     np.testing.assert_allclose(both, [predict(load_fold(run.artefacts, k), store) for k in (0, 1)], rtol=1e-5, atol=1e-5)
     before = {k: (folder / f"fold{k}.safetensors").stat().st_mtime_ns for k in (0, 1)}
     (folder / "fold1.safetensors").unlink()
-    room.run_train_dinov3(run)
+    train_dinov3.run_train_dinov3(run)
     after = {k: (folder / f"fold{k}.safetensors").stat().st_mtime_ns for k in (0, 1)}
     assert after[0] == before[0] and after[1] != before[1]
     np.testing.assert_array_equal(read_oof(run.artefacts / "oof/dinov3.parquet", ids), oof)
@@ -392,11 +396,11 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("train_dinov3.select=last", "train_dinov3.head=density", "train_dinov3.views=id, H")])
 def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
-    from nbs_lib.data import read_competition, read_oof
+    from nbs_lib.tables import read_competition, read_oof
     from nbs_lib.targets import QUADRAT_M2
 
     run = opened(tmp_path, "train_dinov3.maps=5", *more)
-    room.run_train_dinov3(run)
+    train_dinov3.run_train_dinov3(run)
     comp = read_competition(run.input)
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", comp.train["image_id"])
     with np.load(run.artefacts / "dinov3/density.npz") as file:
@@ -407,17 +411,17 @@ def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
     assert mine[-1, 2] >= np.sort(oof[:, 2])[-5]  # those with most clover
     if "views" not in str(more):
         np.testing.assert_allclose(maps[:-1].mean((2, 3)) * QUADRAT_M2, mine[:, [0, 2, 1]], rtol=5e-3, atol=5e-3)
-        test = np.mean([predict(load_fold(run.artefacts, k), room.open_stores(run)["test"], index=[0])[0] for k in (0, 1)], 0)
+        test = np.mean([predict(load_fold(run.artefacts, k), train_dinov3.open_stores(run)["test"], index=[0])[0] for k in (0, 1)], 0)
         np.testing.assert_allclose(maps[-1].mean((1, 2)) * QUADRAT_M2, test[[0, 2, 1]], rtol=5e-3, atol=5e-3)
-    np.testing.assert_allclose(room.density_maps(run, ids[1:3]), maps[1:3], rtol=2e-3, atol=1e-3)
+    np.testing.assert_allclose(train_dinov3.density_maps(run, ids[1:3]), maps[1:3], rtol=2e-3, atol=1e-3)
     with pytest.raises(InputError, match="no photo ID0"):
-        room.density_maps(run, ["ID0"])
+        train_dinov3.density_maps(run, ["ID0"])
 
 
 def test_a_trained_backbone_goes_the_same_way(tmp_path):
     run = opened(tmp_path, "train_dinov3.unfreeze=2", "train_dinov3.select=holdout", "train_dinov3.views=id, H", "train_dinov3.aux=intervals, state, ndvi, height",
                  "train_dinov3.probe=no", "train_dinov3.halves=yes")
-    summary = room.run_train_dinov3(run)["grouped"]
+    summary = train_dinov3.run_train_dinov3(run)["grouped"]
     assert summary["heads kept"] == 2 and np.isfinite(summary["r2w"])
     meta = json.loads((run.artefacts / "dinov3/fold0.json").read_text())
     assert meta["frozen"] and not meta["shared"] and (run.artefacts / "dinov3" / meta["frozen"]).is_file()
@@ -430,8 +434,8 @@ POOL = ["train_dinov3.backbone=" + VIT, "train_dinov3.weights=random", "train_di
 
 def one_fold(run, poison=None, **kw):
     "The trained numbers of fold 0, and the notes; with `poison` in the labels of the photographs it has not seen."
-    room.seed_everything(3)
-    m, ids, schemes = room.load_fold_data(run)
+    train_dinov3.seed_everything(3)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     numbers = schemes["grouped"]
     out, index = np.flatnonzero(numbers == 0), np.flatnonzero(numbers != 0)
     if poison is not None:
@@ -439,7 +443,7 @@ def one_fold(run, poison=None, **kw):
         for values in m.meta.values():
             values[: len(ids)][out] = 0
     assert len(m.y) == len(ids) + 2 == len(m.store) and np.isnan(m.y[-2:]).all()
-    net, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
+    net, notes = train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
     return trained(net), notes
 
 
@@ -456,7 +460,7 @@ def test_pseudo_labels_never_hear_of_the_fold_that_is_left_out(tmp_path):
 def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
     run = opened(tmp_path, *POOL)
     whole, _ = one_fold(run, state=tmp_path / "whole.pt", key="k")
-    steps_taken, real = [], room.take_step
+    steps_taken, real = [], trainer.take_step
 
     def killed(*args):
         steps_taken.append(1)
@@ -464,11 +468,11 @@ def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(room, "take_step", killed)
+    monkeypatch.setattr(trainer, "take_step", killed)
     with pytest.raises(KeyboardInterrupt):
         one_fold(run, state=tmp_path / "killed.pt", key="k")
     assert (tmp_path / "killed_round1.pt").exists(), "killed too early for this test"
-    monkeypatch.setattr(room, "take_step", real)
+    monkeypatch.setattr(trainer, "take_step", real)
     again, _ = one_fold(run, state=tmp_path / "killed.pt", key="k")
     assert all(torch.equal(whole[n], again[n]) for n in whole)
 
@@ -478,20 +482,20 @@ def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
 def test_settings_that_do_not_go_together_are_refused(wrong, told):
     s = load_settings("demo", "", [f"train_dinov3.{pair}" for pair in ("probe=no", "select=last", *wrong.split(", "))]).train_dinov3
     with pytest.raises(InputError, match=told):
-        room.check_settings(s)
+        train_dinov3.check_settings(s)
 
 
 def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_path):
     import shutil
 
     from nbs_lib.biomass_net import load_file
-    from nbs_lib.core import open_run
+    from nbs_lib.stages import open_run
 
     alone = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.dropout=0.2")
-    room.run_train_dinov3(alone)
+    train_dinov3.run_train_dinov3(alone)
     shutil.copytree(alone.artefacts / "photos", tmp_path / "two" / "artefacts" / "photos")
     two = open_run(tmp_path / "in", tmp_path / "two", "demo", "", [*SMALL, "train_dinov3.select=last", "train_dinov3.dropout=0.2", "train_dinov3.parallel_folds=2"])
-    room.run_train_dinov3(two)
+    train_dinov3.run_train_dinov3(two)
     one, other = ({p.name: load_file(p) for p in sorted((r.artefacts / "dinov3").glob("*.safetensors"))} for r in (alone, two))
     assert one.keys() == other.keys() and {"fold0.safetensors", "fold1.safetensors"} <= one.keys()
     assert all(torch.equal(one[f][n], other[f][n]) for f in one for n in one[f])
@@ -500,13 +504,13 @@ def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_pa
     kept, gone = (two.artefacts / f"dinov3/fold{k}.safetensors" for k in (0, 1))
     before = kept.stat().st_mtime_ns
     gone.unlink()
-    room.run_train_dinov3(two)
+    train_dinov3.run_train_dinov3(two)
     assert kept.stat().st_mtime_ns == before and torch.equal(load_file(gone)["head.unit"], one["fold1.safetensors"]["head.unit"])
 
 
 def test_a_photograph_without_weight_teaches_nothing(tmp_path):
     run = opened(tmp_path, "photos.weights=exposure>0.44:0", "train_dinov3.select=last")
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     out_of_it, numbers = np.flatnonzero(m.weights == 0), schemes["grouped"]
     k = numbers[out_of_it[0]]
     index, out = np.flatnonzero(numbers != numbers[numbers != k][0]), np.flatnonzero(numbers == numbers[numbers != k][0])
@@ -515,31 +519,31 @@ def test_a_photograph_without_weight_teaches_nothing(tmp_path):
     def answers(grams: float) -> np.ndarray:
         y = m.y.copy()
         y[out_of_it] = grams
-        net, _ = room.fit_fold(dataclasses.replace(m, y=y), run.settings.train_dinov3, index, out, seed=0)
-        return room.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.features)
+        net, _ = train_dinov3.fit_fold(dataclasses.replace(m, y=y), run.settings.train_dinov3, index, out, seed=0)
+        return prediction.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.features)
 
     assert (answers(10.0) == answers(1000.0)).all()
-    assert not np.isin(out_of_it, room.unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out)).any()
+    assert not np.isin(out_of_it, train_dinov3.unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out)).any()
 
 
 def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
     run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
-    m, _, _ = room.load_fold_data(run)
+    m, _, _ = train_dinov3.load_fold_data(run)
     with pytest.raises(InputError, match="not finite 5 steps in a row"):
-        room.train_folds_parallel(run, m, [("grouped", 0)], [""])
+        train_dinov3.train_folds_parallel(run, m, [("grouped", 0)], [""])
 
 
 def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkeypatch):
-    backbone_moved, real = [], room.run_epoch
+    backbone_moved, real = [], trainer.run_epoch
 
     def watched(model, p, fit, rates):
         before = [q.detach().clone() for q in p.net.backbone.parameters()]
         real(model, p, fit, rates)
         backbone_moved.append(any(not torch.equal(a, b) for a, b in zip(before, p.net.backbone.parameters(), strict=True)))
 
-    monkeypatch.setattr(room, "run_epoch", watched)
+    monkeypatch.setattr(trainer, "run_epoch", watched)
     run = opened(tmp_path, "train_dinov3.epochs=3", "train_dinov3.warmup=1", f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", preset="recipe")
-    summary = room.run_train_dinov3(run)["grouped"]
+    summary = train_dinov3.run_train_dinov3(run)["grouped"]
     assert summary["heads kept"] == 2 and backbone_moved == [False, False, True] * 2
     net = load_fold(run.artefacts, 0)
     x = torch.rand(1, 2, 3, 64, 64)

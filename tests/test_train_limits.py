@@ -18,10 +18,11 @@ import torch
 from conftest import ROOT
 from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
 
-from nbs_lib import backbones
-from nbs_lib import train_dinov3 as room
-from nbs_lib.core import InputError, load_settings
-from nbs_lib.train_dinov3 import CachedFeatures, Fit, load_state, predict, train
+from nbs_lib import backbones, prediction, train_dinov3, trainer
+from nbs_lib.prediction import CachedFeatures, predict
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import load_settings
+from nbs_lib.trainer import Fit, load_state, train
 
 
 @pytest.fixture(autouse=True)
@@ -32,14 +33,14 @@ def one_thread():
 @pytest.fixture
 def half_precision(monkeypatch):
     "A CPU that computes in float16, as a T4 does."
-    for module in (room, backbones):
+    for module in (prediction, train_dinov3, trainer, backbones):
         monkeypatch.setattr(module, "pick_dtype", lambda device: torch.float16)
 
 
 def too_large():
     "A network whose patches are embedded beyond float16's 65504, its frozen layers in half precision as in a training on a T4; and photographs."
     net = net_on(VIT, head="pooled")
-    room.unfreeze(net, 2)
+    trainer.unfreeze(net, 2)
     with torch.no_grad():
         net.backbone.net.patch_embed.proj.weight *= 1e6
     for part in net.head.parts:
@@ -49,13 +50,13 @@ def too_large():
 
 def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkeypatch):
     net, pairs = too_large()
-    room.halve_frozen(net, torch.float16)
+    trainer.halve_frozen(net, torch.float16)
     kinds = {n: p.dtype for n, p in net.named_parameters()}
     numbers = {n: p.detach().clone() for n, p in net.named_parameters()}
     answers = predict(net, pairs)
     assert np.isfinite(answers).all() and {n: p.dtype for n, p in net.named_parameters()} == kinds and torch.float16 in kinds.values()
     assert all(torch.equal(p, numbers[n]) for n, p in net.named_parameters())
-    assert np.isfinite(room.predict_maps(net_on(VIT, head="density"), pairs, [0])).all()
+    assert np.isfinite(train_dinov3.predict_maps(net_on(VIT, head="density"), pairs, [0])).all()
     monkeypatch.undo()
     net.backbone.float()
     np.testing.assert_allclose(answers, predict(net, pairs), rtol=0.02)  # maps are handed on in half precision
@@ -70,7 +71,7 @@ def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
 
 def failing_on(monkeypatch, bad: int, calls=()):
     "`predict` has no answer for photograph `bad`; in all its calls, or those counted from 0."
-    real, count = room.predict, iter(range(10**6))
+    real, count = prediction.predict, iter(range(10**6))
 
     def broken(net, store, *args, **kw):
         y = real(net, store, *args, **kw)
@@ -79,55 +80,55 @@ def failing_on(monkeypatch, bad: int, calls=()):
             y[np.asarray(index) == bad] = np.nan
         return y
 
-    monkeypatch.setattr(room, "predict", broken)
+    monkeypatch.setattr(prediction, "predict", broken)
 
 
 def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=outer", "train_dinov3.epochs=3")
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0], calls=(0, 2))
     said = []
-    _, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    _, notes = train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
     assert [h["score"] is None for h in notes["history"]] == [True, False, True]
     assert len(said) == 2 and "after epoch 0 " in said[0] and "after epoch 2 " in said[1] and json.loads(json.dumps(notes["history"], allow_nan=False))
 
 
 def test_inner_epochs_that_overflow_are_not_judged(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.epochs=3")
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, index[0], calls=(2, 6))  # of each inner fold's calls: the probe, then three epochs
     said = []
-    _, notes = room.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    _, notes = train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
     assert len(notes["verdict"]["scores"]) == 2 and np.isfinite(notes["verdict"]["gain"]) and "after epoch 1 " in said[0]
 
 
 def test_a_fold_without_finite_answers_is_not_finished(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=last")
-    ids, numbers = room.load_fold_data(run)[1:]
+    ids, numbers = train_dinov3.load_fold_data(run)[1:]
     bad = np.flatnonzero(numbers["grouped"] == 0)[1]
     with monkeypatch.context() as patched:
         failing_on(patched, bad)
         with pytest.raises(InputError, match=rf"fold 0 \(grouped\) has no finite answer for {ids[bad]}; look at"):
-            room.run_train_dinov3(run)
+            train_dinov3.run_train_dinov3(run)
     assert not list((run.artefacts / "dinov3").glob("fold0.*"))
-    assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
+    assert train_dinov3.run_train_dinov3(run)["grouped"]["folds"] == 2
 
 
 def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=held_out")
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0])
     with pytest.raises(InputError, match=f"a teacher of pseudo-labels has no finite answer for {ids[out[0]]};"):
-        room.fit_fold(m, run.settings.train_dinov3, index, out, 0)
+        train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0)
 
 
 @pytest.fixture
 def scaled(monkeypatch):
     "Trainings with a scaler of gradients, as float16 on a GPU has one."
-    real, made = room.accelerator, []
+    real, made = trainer.accelerator, []
 
     def with_scaler(device):
         acc = real(device)
@@ -135,7 +136,7 @@ def scaled(monkeypatch):
         made.append(acc.scaler)
         return acc
 
-    monkeypatch.setattr(room, "accelerator", with_scaler)
+    monkeypatch.setattr(trainer, "accelerator", with_scaler)
     return made
 
 
@@ -166,8 +167,8 @@ def test_a_scaler_that_skips_without_end_is_told(scaled):
 
 
 def test_what_a_scaler_skips_is_neither_averaged_nor_counted(scaled, monkeypatch):
-    updates, real = [], room.EMA.update
-    monkeypatch.setattr(room.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
+    updates, real = [], trainer.EMA.update
+    monkeypatch.setattr(trainer.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
     history = train(*one_by_one(19))
     assert len(updates) == 4 * 8 - 19
     assert [h["loss"] is None for h in history] == [True, True, False, False] and all(np.isfinite(h["loss"]) for h in history[2:])
@@ -175,9 +176,9 @@ def test_what_a_scaler_skips_is_neither_averaged_nor_counted(scaled, monkeypatch
 
 def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, monkeypatch):
     "The scale alone may overflow them, with nothing wrong in the loss."
-    updates, real = [], room.EMA.update
-    monkeypatch.setattr(room.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
-    step = room.train_step
+    updates, real = [], trainer.EMA.update
+    monkeypatch.setattr(trainer.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
+    step = trainer.train_step
 
     def overflowing(model, fit, micro, draw, acc):
         loss = step(model, fit, micro, draw, acc)
@@ -185,7 +186,7 @@ def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, mo
             next(p for p in model.parameters() if p.grad is not None).grad.fill_(math.inf)
         return loss
 
-    monkeypatch.setattr(room, "train_step", overflowing)
+    monkeypatch.setattr(trainer, "train_step", overflowing)
     train(*one_by_one(0, epochs=1))
     assert len(updates) == 8 - 2 and scaled[-1].get_scale() == 16384
 
@@ -193,14 +194,14 @@ def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, mo
 @pytest.mark.parametrize("first", [False, True])
 def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
     "A training that began on a CPU may go on with a GPU, and the other way round."
-    real, with_scaler = room.accelerator, [first]
+    real, with_scaler = trainer.accelerator, [first]
 
     def either(device):
         acc = real(device)
         acc.scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if with_scaler[0] else None
         return acc
 
-    monkeypatch.setattr(room, "accelerator", either)
+    monkeypatch.setattr(trainer, "accelerator", either)
     state = {"state": tmp_path / "s.pt", "key": "k"}
     killed = one_by_one(0, **state)
     killed[1].watch = lambda epoch, net: (_ for _ in ()).throw(KeyboardInterrupt) if epoch == 2 else 0.1 * epoch
@@ -221,29 +222,29 @@ QUICK = ("train_dinov3.select=last", "train_dinov3.epochs=1")
 
 def test_files_that_no_fold_refers_to_are_removed(tmp_path):
     before = opened(tmp_path, *QUICK, "run.folds=3", "train_dinov3.schemes=grouped, stratified")
-    room.run_train_dinov3(before)
+    train_dinov3.run_train_dinov3(before)
     assert {"fold2.safetensors", "fold2.json", "stratified_fold2.json"} <= names(before) and {"dinov3_stratified.parquet", "dinov3_stratified.json"} <= names(before, "oof")
     (before.artefacts / "dinov3/state").mkdir(exist_ok=True)
     (before.artefacts / "dinov3/state/fold2.pt").write_bytes(b"of a fold that is no more")
     (before.artefacts / "dinov3/backbone_0123456789ab.safetensors").write_bytes(b"of a backbone that is no more")
     (before.artefacts / "folds.csv").unlink()  # as stage eda makes them anew
     fewer = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped, stratified")
-    room.run_train_dinov3(fewer)
+    train_dinov3.run_train_dinov3(fewer)
     forms = {f"{scheme}fold{k}.{ending}" for scheme in ("", "stratified_") for k in (0, 1) for ending in ("json", "safetensors")}
     backbones = {name for name in names(fewer) if name.startswith("backbone_")}
     assert len(backbones) == 1 and names(fewer) - {"density.npz", "density.json"} == forms | backbones and not list((fewer.artefacts / "dinov3/state").iterdir())
     grouped = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped")
-    room.run_train_dinov3(grouped)
+    train_dinov3.run_train_dinov3(grouped)
     assert not [name for name in names(grouped) | names(grouped, "oof") if "stratified" in name]
     assert {"dinov3.parquet", "dinov3.json"} <= names(grouped, "oof") and {"fold0.safetensors", "fold1.safetensors", *backbones} <= names(grouped)
 
 
 def test_a_backbone_that_is_gone_makes_the_stage_stale(tmp_path):
-    from nbs_lib.core import is_fresh
+    from nbs_lib.stages import is_fresh
 
     run = opened(tmp_path, *QUICK)
     for _ in range(2):  # the first one finds no folds.csv, and makes it
-        room.run_train_dinov3(run)
+        train_dinov3.run_train_dinov3(run)
     assert is_fresh(run, "train_dinov3")
     next((run.artefacts / "dinov3").glob("backbone_*")).unlink()
     assert not is_fresh(run, "train_dinov3")
@@ -251,11 +252,11 @@ def test_a_backbone_that_is_gone_makes_the_stage_stale(tmp_path):
 
 def test_the_key_of_a_fold_knows_what_changes_its_weights(tmp_path):
     run = opened(tmp_path)
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
 
     def key(*overrides):
         settings = load_settings("demo", "", [*SMALL, *overrides])
-        return room.fold_key(dataclasses.replace(run, settings=settings), m, ids, schemes["grouped"], 0)
+        return train_dinov3.fold_key(dataclasses.replace(run, settings=settings), m, ids, schemes["grouped"], 0)
 
     rounds, same = ("train_dinov3.pseudo_rounds=1", "train_dinov3.select=last"), key()
     for nothing in ("parallel_folds=2", "maps=3", "patience=1", "views=id, H", "save_minutes=1", "schemes=grouped, stratified", "checkpointing=yes"):
@@ -269,14 +270,14 @@ def test_the_key_of_a_fold_knows_what_changes_its_weights(tmp_path):
 
 def fits(run) -> bool:
     "Whether what was written out of fold is what the saved weights, backbone and all, say of the photographs."
-    from nbs_lib.data import read_oof
+    from nbs_lib.tables import read_oof
 
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
     said = np.zeros_like(oof)
     for k in (0, 1):
         out = np.flatnonzero(schemes["grouped"] == k)
-        said[out] = predict(room.load_fold(run.artefacts, k), m.store, index=out)
+        said[out] = predict(train_dinov3.load_fold(run.artefacts, k), m.store, index=out)
     return np.allclose(said, oof, rtol=1e-4, atol=1e-3)
 
 
@@ -287,9 +288,9 @@ def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreez
     weights, runs = tmp_path / "weights.safetensors", []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        save_file(room.build_model(room.ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
+        save_file(train_dinov3.build_model(train_dinov3.ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
         runs.append(opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", f"train_dinov3.weights={weights}", f"train_dinov3.unfreeze={unfreeze}"))
-        room.run_train_dinov3(runs[-1])
+        train_dinov3.run_train_dinov3(runs[-1])
         assert fits(runs[-1])
     assert sum(name.startswith("backbone_") for name in names(runs[-1])) == 1
 
@@ -297,7 +298,7 @@ def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreez
 def test_adapters_that_are_switched_on_bring_their_own_backbone(tmp_path):
     for lora in (0, 2, 0):
         run = opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=2", f"train_dinov3.lora={lora}")
-        room.run_train_dinov3(run)
+        train_dinov3.run_train_dinov3(run)
         assert fits(run) and sum(name.startswith("backbone_") for name in names(run)) == 1
 
 
@@ -309,7 +310,7 @@ def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
         photo.write_bytes(b"not a photo")
     run = opened(tmp_path, *QUICK, "train_dinov3.head=density", *more)
     assert not list((run.artefacts / "photos").glob("test_*/store.json"))
-    assert room.run_train_dinov3(run)["grouped"]["folds"] == 2
+    assert train_dinov3.run_train_dinov3(run)["grouped"]["folds"] == 2
     if "maps" in more[0]:
         assert len(np.load(run.artefacts / "dinov3/density.npz")["image_id"]) == 3
 
@@ -326,11 +327,11 @@ def fail_or_sleep(run, jobs, threads):
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch):
     run = opened(tmp_path, *QUICK)
-    m, _, _ = room.load_fold_data(run)
-    monkeypatch.setattr(room, "train_some", fail_or_sleep)
+    m, _, _ = train_dinov3.load_fold_data(run)
+    monkeypatch.setattr(train_dinov3, "train_some", fail_or_sleep)
     before, start = set(multiprocessing.active_children()), time.monotonic()  # joblib keeps its own for later
     with pytest.raises(InputError, match="fold 0 cannot be trained"):
-        room.train_folds_parallel(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
+        train_dinov3.train_folds_parallel(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
     assert time.monotonic() - start < 100 and Path(run.output, "began1").exists()
     assert not [p for p in multiprocessing.active_children() if p.is_alive() and p not in before]
 
@@ -340,7 +341,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(room, "time", self)
+        monkeypatch.setattr(train_dinov3, "time", self)
 
     def monotonic(self) -> float:
         return self.now
@@ -361,7 +362,7 @@ def test_the_time_budget_counts_looks_and_saved_states(tmp_path, monkeypatch):
     net, fit = one_by_one(0, epochs=50)
     fit.clock.minutes, fit.watch = 3, clock.taking(60, lambda epoch, net: -epoch)
     assert len(train(net, fit, said.append)) == 4 and "budget of" in said[0] and "after 4 of 50 epochs" in said[0]
-    monkeypatch.setattr(room, "save_state", clock.taking(60, room.save_state))
+    monkeypatch.setattr(trainer, "save_state", clock.taking(60, trainer.save_state))
     net, fit = one_by_one(0, epochs=50, state=tmp_path / "s.pt", key="k")
     fit.clock.minutes = 3
     history = train(net, fit, said.append)
@@ -370,7 +371,7 @@ def test_the_time_budget_counts_looks_and_saved_states(tmp_path, monkeypatch):
 
 def test_part_of_an_epoch_is_not_looked_at_when_there_is_a_best_one(monkeypatch):
     clock, seen = Clock(monkeypatch), []
-    monkeypatch.setattr(room, "take_step", clock.taking(1, room.take_step))
+    monkeypatch.setattr(trainer, "take_step", clock.taking(1, trainer.take_step))
     net, fit = one_by_one(0, epochs=50)
     fit.clock.minutes, fit.watch = 0.25, lambda epoch, net: seen.append(trained(net)) or 0.5  # 15 s: an epoch of 8, and 8 of the next
     assert [h["score"] for h in train(net, fit)] == [0.5, 0.5]
@@ -393,22 +394,22 @@ POOL = [*QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "
 
 def a_fold(run, **kw):
     "Fold 0 of a run: its network, and notes."
-    room.seed_everything(3)
-    m, ids, schemes = room.load_fold_data(run)
+    train_dinov3.seed_everything(3)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
-    return room.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
+    return train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
 
 
 def stepping(monkeypatch, before=lambda done: None) -> list[str]:
     "The key of the training, step by step; `before` is called with those that were taken, before each."
-    done, real = [], room.take_step
+    done, real = [], trainer.take_step
 
     def step(model, p, fit, micro):
         before(done)
         real(model, p, fit, micro)
         done.append(fit.key)
 
-    monkeypatch.setattr(room, "take_step", step)
+    monkeypatch.setattr(trainer, "take_step", step)
     return done
 
 
@@ -448,7 +449,7 @@ def test_a_kill_in_the_second_round_does_nothing_twice(steps_of_two, tmp_path, m
 
 def test_one_time_budget_for_a_fold_and_its_rounds(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(room, "take_step", clock.taking(60, room.take_step))
+    monkeypatch.setattr(trainer, "take_step", clock.taking(60, trainer.take_step))
     plain, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=0"))
     steps_of_base, clock.now = round(clock.now / 60), 0.0
     first, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=1"))
@@ -487,7 +488,7 @@ def test_time_that_was_spent_before_a_kill_is_carried_on(tmp_path, monkeypatch):
     assert len(done) == 2 and notes["history"][-1]["stopped"] == "budget" and notes["rounds"] == []  # 75 minutes, then two steps of 15
     assert len(said) == 2 and "budget of 100 minutes ended" in said[0] and "before round 1" in said[1]
     assert json.loads((tmp_path / "s.clock.json").read_text()) == {"key": "k", "seconds": 60 * 105}
-    assert room.Stopwatch(100, tmp_path / "s.clock.json", "other settings").seconds() == 0
+    assert trainer.Stopwatch(100, tmp_path / "s.clock.json", "other settings").seconds() == 0
 
 
 def test_a_round_that_ended_counts_though_the_time_is_over(tmp_path, monkeypatch):
@@ -504,22 +505,22 @@ REFIT = [*POOL, "train_dinov3.select=holdout", "train_dinov3.pseudo_rounds=0", "
 
 
 def test_the_holdout_chooses_the_epochs_of_a_training_on_all_photos(tmp_path, monkeypatch):
-    run, used, real = opened(tmp_path, *REFIT), {}, room.train_step
+    run, used, real = opened(tmp_path, *REFIT), {}, trainer.train_step
 
     def watched(model, fit, micro, draw, acc):
         used.setdefault(fit.key, set()).update(int(i) for m in micro for i in m)
         return real(model, fit, micro, draw, acc)
 
-    monkeypatch.setattr(room, "train_step", watched)
+    monkeypatch.setattr(trainer, "train_step", watched)
     scores = iter([0.1, 0.5, 0.2])
-    monkeypatch.setattr(room, "score_epoch", lambda *args: next(scores))
+    monkeypatch.setattr(train_dinov3, "score_epoch", lambda *args: next(scores))
     net, notes = a_fold(run, key="k")
-    m, ids, schemes = room.load_fold_data(run)
+    m, ids, schemes = train_dinov3.load_fold_data(run)
     index = set(np.flatnonzero(schemes["grouped"] != 0))
     assert [len(notes[name]) for name in ("history", "refit")] == [3, 2], "two epochs, as the second was the best"
     assert used["k"] < used["k refit"] == index and not any("score" in h and h["score"] for h in notes["refit"])
     with monkeypatch.context() as patched:
-        patched.setattr(room, "score_epoch", lambda *args, after=iter([0.1, 0.5, 0.2]): next(after))
+        patched.setattr(train_dinov3, "score_epoch", lambda *args, after=iter([0.1, 0.5, 0.2]): next(after))
         without, notes = a_fold(opened(tmp_path, *REFIT, "train_dinov3.refit=no"), key="k")
     assert "refit" not in notes and not equal(net, without)
 
@@ -567,7 +568,7 @@ def test_a_training_on_all_photos_needs_time_unless_it_ended_before(tmp_path, mo
 
 def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatch):
     clock, said = Clock(monkeypatch), []
-    monkeypatch.setattr(room, "take_step", clock.taking(60, room.take_step))
+    monkeypatch.setattr(trainer, "take_step", clock.taking(60, trainer.take_step))
     net, notes = a_fold(opened(tmp_path, "train_dinov3.budget_minutes=1.5"), warn=said.append)
     assert net.config.head == "none" and not notes["verdict"]["keep"] and "history" not in notes
     assert "spent on inner folds; the probe answers alone" in said[-1] and clock.now <= 180
@@ -575,13 +576,13 @@ def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatc
 
 def test_the_moments_are_gone_when_a_training_is_over(scaled, monkeypatch):
     "Not when the garbage collector happens to come: the next training wants their place on the GPU."
-    kept, real = [], room.Progress.__init__
+    kept, real = [], trainer.Progress.__init__
 
     def init(self, net, optimiser, acc, s):
         real(self, net, optimiser, acc, s)
         kept.extend(weakref.ref(thing) for thing in (self, optimiser, optimiser.optimizer))
 
-    monkeypatch.setattr(room.Progress, "__init__", init)
+    monkeypatch.setattr(trainer.Progress, "__init__", init)
     gc.disable()
     try:
         train(*one_by_one(0, epochs=1))
@@ -595,9 +596,9 @@ def test_adapters_of_all_blocks_learn_at_the_backbones_rate():
     rates = {}
     for lora in (0, 2):
         net = net_on(VIT, head="pooled", lora=lora)
-        room.unfreeze(net, -1)
+        trainer.unfreeze(net, -1)
         names = {id(p): n for n, p in net.named_parameters()}
-        rates[lora] = {names[id(p)]: g["lr"] for g in room.parameter_groups(net, s) if g["name"] == "backbone" for p in g["params"]}
+        rates[lora] = {names[id(p)]: g["lr"] for g in trainer.parameter_groups(net, s) if g["name"] == "backbone" for p in g["params"]}
     assert len(rates[2]) == 96 and all("lora_" in n for n in rates[2]) and set(rates[2].values()) == {1e-4}
     assert min(rates[0].values()) < 1e-7 < max(rates[0].values()) == 1e-4
 

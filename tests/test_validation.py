@@ -1,4 +1,4 @@
-"""05_validation and 06_ridge: properties of folds, blend weights and ridge, against slower references."""
+"""06_validation and 28_ridge: properties of folds, blend weights and ridge, against slower references."""
 
 import numpy as np
 import pytest

@@ -17,10 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 
-from nbs_lib import backbones, eda, frozen, photos, train_dinov3
-from nbs_lib.backbones import Backbone, build_header, files_of, find_weights, fits_backbone, load_weights
+from nbs_lib import eda, frozen, inpaint, train_dinov3, weights
+from nbs_lib.backbones import Backbone
 from nbs_lib.biomass_net import ModelConfig, build_model, save_model
-from nbs_lib.core import InputError, hash_file, is_fresh, load_settings, read_json
+from nbs_lib.runtime import InputError, hash_file, read_json
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import is_fresh
+from nbs_lib.weights import build_header, files_of, find_weights, fits_backbone, load_weights
 
 WIDTH, DEPTH = 128, 2
 SMALL = {"embed_dim": WIDTH, "num_heads": 2, "depth": DEPTH}
@@ -646,7 +649,7 @@ def test_a_folder_at_home_with_several_models_gives_the_one_that_fits(tmp_path):
 
 def test_keywords_are_left_as_they_are():
     for word in ("", "random", "wheel:efficientnet_lite0"):
-        assert find(word, "tf_efficientnet_lite0") == word and backbones.shard_files(word) == []
+        assert find(word, "tf_efficientnet_lite0") == word and weights.shard_files(word) == []
 
 
 def test_both_stages_use_attached_weights_in_any_layout(tmp_path, monkeypatch):
@@ -659,7 +662,7 @@ def test_both_stages_use_attached_weights_in_any_layout(tmp_path, monkeypatch):
     settings += ["train_dinov3.size=96", "train_dinov3.epochs=0"]
     settings += ["frozen.widths=96", "frozen.colour_width=64", "run.folds=2"]
     run = tiny.run_on(tiny.competition(tmp_path / "in", 8, 1), tmp_path / "out", *settings)
-    for stage in (eda.run_eda, photos.run_inpaint, train_dinov3.run_train_dinov3, frozen.run_frozen):
+    for stage in (eda.run_eda, inpaint.run_inpaint, train_dinov3.run_train_dinov3, frozen.run_frozen):
         stage(run)
         assert is_fresh(run, stage.__name__.removeprefix("run_"))
     wanted = torch.load(path, weights_only=True)["blocks.1.mlp.w2.weight"]
@@ -668,7 +671,7 @@ def test_both_stages_use_attached_weights_in_any_layout(tmp_path, monkeypatch):
     for stage in ("train_dinov3", "frozen"):
         assert [*read_json(run.artefacts / f"stages/{stage}.json")["weights"]] == [str(path)]
     before = np.load(run.artefacts / "features/frozen.npz")["embedding"]
-    state = backbones.convert_weights(torch.load(path, weights_only=True), build_header(name))
+    state = weights.convert_weights(torch.load(path, weights_only=True), build_header(name))
     path.unlink()
     save_file(state, path.with_name("model.safetensors"))  # the same numbers as timm has them
     assert not is_fresh(run, "frozen")

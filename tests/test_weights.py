@@ -8,12 +8,13 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from nbs_lib import core, submit
-from nbs_lib.backbones import files_of
-from nbs_lib.core import InputError, is_fresh, stage
+from nbs_lib import runtime, stages, submit
 from nbs_lib.frozen import run_frozen
+from nbs_lib.runtime import InputError
 from nbs_lib.siglip import run_siglip
+from nbs_lib.stages import is_fresh, stage
 from nbs_lib.train_dinov3 import run_train_dinov3
+from nbs_lib.weights import files_of
 
 
 @pytest.fixture
@@ -56,10 +57,10 @@ def test_a_manifest_without_weights_is_of_another_version(run):
         return {}
 
     reads(run)
-    path = core.manifest_path(run, "reads none")
-    old = core.read_json(path)
+    path = stages.manifest_path(run, "reads none")
+    old = runtime.read_json(path)
     assert is_fresh(run, "reads none") and old.pop("weights") == {}
-    core.write_json(path, old)
+    runtime.write_json(path, old)
     assert not is_fresh(run, "reads none")
 
 
@@ -72,8 +73,8 @@ def files_told(run, function, monkeypatch) -> set[str]:
     def tell(run, name, room, reads, sections, weights):
         raise Told({os.path.basename(p) for p in weights})
 
-    monkeypatch.setattr(core, "describe", tell)
-    monkeypatch.setattr(core, "check_reads", lambda *args: None)
+    monkeypatch.setattr(stages, "describe", tell)
+    monkeypatch.setattr(stages, "check_reads", lambda *args: None)
     with pytest.raises(Told) as told:
         function(run)
     return told.value.args[0]
@@ -125,12 +126,12 @@ def test_weights_that_cannot_be_read_stop_no_submission(run, tmp_path, monkeypat
         return {}
 
     (tmp_path / "weights.bin").write_bytes(b"one network")
-    real = core.hash_file
+    real = runtime.hash_file
 
     def refuse(path):
         if Path(path).name == "weights.bin":
             raise OSError(5, "Input/output error", str(path))
         return real(path)
 
-    monkeypatch.setattr(core, "hash_file", refuse)
+    monkeypatch.setattr(runtime, "hash_file", refuse)
     assert reads(run) == {} and not is_fresh(run, "reads weights")

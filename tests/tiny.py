@@ -6,9 +6,10 @@ import cv2
 import numpy as np
 import pandas as pd
 
-from nbs_lib.core import Run, open_run
-from nbs_lib.data import make_folds, read_competition, write_oof
+from nbs_lib.stages import Run, open_run
+from nbs_lib.tables import read_competition, write_oof
 from nbs_lib.targets import TARGETS, from_parts
+from nbs_lib.validation import make_folds
 
 STATES = ("NSW", "Tas", "Vic", "WA")
 
