@@ -15,7 +15,7 @@ from nbs_lib.runtime import InputError, atomic, seed_everything
 from nbs_lib.settings import TrainDinov3Settings
 from nbs_lib.stages import Run, open_run
 from nbs_lib.targets import weighted_r2_score
-from nbs_lib.train_dinov3 import FoldData, digest, fit_fold, load_fold_data
+from nbs_lib.train_dinov3 import FoldData, hash_values, fit_fold, load_fold_data
 
 FUSION_NAMES = ("none", "gated_conv", "mamba", "film", "attention")
 
@@ -36,11 +36,11 @@ def ablate(run: Run, fusions: Sequence[str] = FUSION_NAMES, heads: Sequence[str]
     "Out-of-fold R²w of seed × fusion × head × scheme on a frozen backbone, against the probe alone; rows of ablation.csv, those that are there already taken as they are."
     s = dataclasses.replace(run.settings.train_dinov3, unfreeze=0, lora=0, select="last", probe=True, pseudo_rounds=0)
     m, ids, schemes = load_fold_data(dataclasses.replace(run, settings=dataclasses.replace(run.settings, train_dinov3=s)))
-    path, what = run.art("ablation.csv"), ["fusion", "head", "scheme", "seed", "key"]
+    path, what = run.artefact_path("ablation.csv"), ["fusion", "head", "scheme", "seed", "key"]
     rows = pd.read_csv(path).to_dict("records") if path.is_file() else []
     for seed, (fusion, head), (scheme, numbers) in itertools.product(seeds, [("none", "none"), *itertools.product(fusions, heads)], schemes.items()):
         own = dataclasses.replace(s, fusion=fusion, head=head)
-        row = dict(zip(what, (fusion, head, scheme, seed, digest(own, seed, ids, numbers, m.y, m.photo_keys())), strict=True))
+        row = dict(zip(what, (fusion, head, scheme, seed, hash_values(own, seed, ids, numbers, m.y, m.photo_keys())), strict=True))
         if any(all(row[k] == old[k] for k in what) for old in rows):
             continue
         start, y = time.monotonic(), out_of_fold(m, own, numbers, seed, run.warn)

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from nbs_lib.boosting import Labelled, StateClassifier, fit_rows, make_regressor
+from nbs_lib.boosting import LabelledPhotos, StateClassifier, fit_rows, make_regressor
 from nbs_lib.runtime import peak_memory
 from nbs_lib.settings import load_settings
 from nbs_lib.validation import group_folds
 
 
-def synthetic_labelled(photos: int, width: int, sites: int = 30, seed: int = 0) -> Labelled:
+def synthetic_labelled(photos: int, width: int, sites: int = 30, seed: int = 0) -> LabelledPhotos:
     "Make photos of some sites, with `width` features that depend on the grams: for measuring time only."
     r = np.random.default_rng(seed)
     site = r.permutation(np.arange(photos) % sites)
@@ -24,7 +24,7 @@ def synthetic_labelled(photos: int, width: int, sites: int = 30, seed: int = 0) 
     X = np.tanh(truth @ r.normal(size=(3, width))) + 0.7 * r.normal(size=(photos, width))
     y = np.stack([green, dead, clover, green + clover, green + clover + dead], axis=1)
     state = np.array(["NSW", "Tas", "Vic", "WA"])[site % 4]
-    return Labelled([f"ID{i}" for i in range(photos)], X.astype(np.float32), y, np.char.add("site", site.astype(str)), state)
+    return LabelledPhotos([f"ID{i}" for i in range(photos)], X.astype(np.float32), y, np.char.add("site", site.astype(str)), state)
 
 
 def time_boosting(photos: int, width: int, preset: str = "", folds: int = 5) -> dict:

@@ -28,7 +28,7 @@ from nbs_lib.settings import load_settings, shipped
 from nbs_lib.stages import Run
 from nbs_lib.store import FULL
 from nbs_lib.submit import open_blend
-from nbs_lib.tables import long_form
+from nbs_lib.tables import to_long
 from nbs_lib.train_dinov3 import load_fold
 
 
@@ -80,7 +80,7 @@ def many_photos(source: Path, folder: Path, n: int) -> Path:
     ids = [f"ID{i:06d}" for i in range(n)]
     for i, name in enumerate(ids):
         (folder / "test" / f"{name}.jpg").symlink_to(photos[i % len(photos)].resolve())
-    rows = long_form(ids, np.zeros((n, 5)))
+    rows = to_long(ids, np.zeros((n, 5)))
     rows.to_csv(folder / "sample_submission.csv", index=False)
     rows.assign(image_path=[f"test/{i.partition('__')[0]}.jpg" for i in rows["sample_id"]], target_name=rows["sample_id"].str.rpartition("__")[2]).to_csv(folder / "test.csv", index=False)
     return folder

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['RECONCILE', 'ESTIMATOR_VERSION', 'PACKAGES', 'stack_members', 'cross_stack', 'select_members', 'error_weighting',
-           'PastureRegressor', 'StateClassifier', 'temperature_softmax', 'log_loss', 'versions', 'available',
-           'load_fitted', 'why_not', 'refit', 'predict', 'make_regressor', 'Labelled', 'fit_rows', 'cross_validate',
-           'cross_validate_states', 'save_fitted', 'write_states', 'run_boosting', 'score_draws', 'wanted_features',
-           'read_labelled', 'score', 'write_intervals', 'save_labels', 'show_boosting']
+           'PastureRegressor', 'StateClassifier', 'temperature_softmax', 'log_loss', 'estimator_versions',
+           'available_members', 'load_fitted', 'find_mismatch', 'refit', 'predict_fitted', 'make_regressor',
+           'LabelledPhotos', 'fit_rows', 'cross_validate', 'cross_validate_states', 'save_fitted', 'write_states',
+           'run_boosting', 'score_boosting_draws', 'wanted_features', 'read_labelled', 'score_oof', 'write_intervals',
+           'save_labels', 'show_boosting']
 
 # %% ../notebooks/43_boosting.ipynb #45faceb1
 import os
@@ -29,7 +30,7 @@ from .ridge import draw_inner_folds
 from . import __version__ as version
 from .runtime import InputError, atomic, progress, read_json, write_json
 from .settings import Settings
-from .stages import Run, installed, stage
+from .stages import Run, installed_versions, stage
 from nbs_lib.tables import (
     Competition, oof_path, read_competition, read_oof, read_weights, write_draws, write_oof,
 )
@@ -202,19 +203,19 @@ ESTIMATOR_VERSION = 2  # raised whenever the classes above compute something els
 PACKAGES = {"scikit-learn": (), "lightgbm": ("lightgbm",), "catboost": ("catboost", "catboost_joint")}  # package: members that need it
 
 
-def versions(members: Iterable[str]) -> dict[str, str]:
+def estimator_versions(members: Iterable[str]) -> dict[str, str]:
     "Return the versions of the library and of the packages that the pickles of `members` hold."
     used = [p for p, names in PACKAGES.items() if not names or set(names) & set(members)]
-    return {"nbs_lib": f"{version} (estimator {ESTIMATOR_VERSION})", **installed(used)}
+    return {"nbs_lib": f"{version} (estimator {ESTIMATOR_VERSION})", **installed_versions(used)}
 
 
-def available(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]:
+def available_members(members: Iterable[str], warn: Callable = print) -> tuple[str, ...]:
     "Return the members whose package is installed, warning of the others; raise `InputError` when none is left."
     kept = []
     for name in members:
         make_member(name)
         package = next((p for p, names in PACKAGES.items() if name in names), None)
-        if installed([package or "scikit-learn"]):
+        if installed_versions([package or "scikit-learn"]):
             kept.append(name)
         else:
             warn(f"boosting: {package} is not installed; the member {name} is left out")
@@ -238,7 +239,7 @@ def load_fitted(
     beside = read_json(folder / f"{name}.json")
     wanted = tuple((block, width) for block, width in beside["blocks"])
     kept = tuple(b for b in wanted if there is None or b in there)
-    fault = why_not(beside, [block for block, width in wanted if (block, width) not in kept])
+    fault = find_mismatch(beside, [block for block, width in wanted if (block, width) not in kept])
     if not fault:
         try:
             return joblib.load(folder / f"{name}.joblib")
@@ -252,9 +253,9 @@ def load_fitted(
     raise InputError(f"{folder / name}.joblib {fault}, or run the stage boosting again")
 
 
-def why_not(beside: dict, lost: list[str]) -> str:
+def find_mismatch(beside: dict, lost: list[str]) -> str:
     "Return why a saved estimator, described by the .json `beside` it, cannot be used without the features `lost`; empty when it can."
-    then, now = beside["versions"], versions(beside["members"])
+    then, now = beside["versions"], estimator_versions(beside["members"])
     changed = [f"{p} {then[p]} (here {now.get(p, 'none')})" for p in then if then[p] != now.get(p)]
     if changed:
         return f"was saved under {', '.join(changed)}; install those versions"
@@ -268,13 +269,13 @@ def refit(artefacts: str | Path, beside: dict, warn: Callable, blocks: Blocks) -
     names = dict.fromkeys(block.partition(":")[0] for block, _ in blocks)
     tables = {name: read_features(Path(artefacts, "features", f"{name}.npz")) for name in names}
     X, _ = join_features(tables, list(labels["image_id"]), blocks)
-    params = {**beside["params"], "blocks": blocks, "members": available(beside["params"]["members"], warn)}
+    params = {**beside["params"], "blocks": blocks, "members": available_members(beside["params"]["members"], warn)}
     classifier = StateClassifier(blocks, max(2, params["inner"]), params["seed"])
     return {"regressor": PastureRegressor(**params).fit(X, labels["y"], labels["group"]),
             "classifier": classifier.fit(X, labels["state"], labels["group"]), "radius": labels["radius"]}
 
 
-def predict(
+def predict_fitted(
     artefacts: str | Path,  # a run's
     features: dict[str, Table],  # of the photos wanted, under the names that training used
     warn: Callable = print,
@@ -295,7 +296,7 @@ def make_regressor(settings: Settings, blocks: Blocks) -> PastureRegressor:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledPhotos:
     "The photos of train.csv with all that a stage learns from them."
     ids: list[str]
     X: np.ndarray  # (n, d)
@@ -309,7 +310,7 @@ class Labelled:
         return np.ones(len(self.y), bool) if self.weight is None else self.weight > 0
 
 
-def fit_rows(estimator, data: Labelled, rows, target: str = "y"):
+def fit_rows(estimator, data: LabelledPhotos, rows, target: str = "y"):
     "Return a copy of `estimator` fitted on those `rows` of `data` that are trained on; `target` is y or state."
     rows = np.arange(len(data.y))[rows]
     rows = rows[data.training_mask()[rows]]
@@ -319,7 +320,7 @@ def fit_rows(estimator, data: Labelled, rows, target: str = "y"):
 @threadpool_limits.wrap(limits=1)  # matrices of a few hundred rows: folds side by side use the cores better
 def cross_validate(
     regressor: PastureRegressor,
-    data: Labelled,
+    data: LabelledPhotos,
     fold: np.ndarray,  # (n,)
     workers: int = 1,  # folds fitted at the same time
 ) -> tuple[np.ndarray, list]:
@@ -333,7 +334,7 @@ def cross_validate(
 
 
 @threadpool_limits.wrap(limits=1)
-def cross_validate_states(classifier: StateClassifier, data: Labelled, fold: np.ndarray, workers: int = 1) -> tuple[np.ndarray, list]:
+def cross_validate_states(classifier: StateClassifier, data: LabelledPhotos, fold: np.ndarray, workers: int = 1) -> tuple[np.ndarray, list]:
     "Return out-of-fold P(state) (n, states) in the order of the sorted states, and the fitted copies."
     names, folds = np.unique(data.state), np.unique(fold)
     proba = np.zeros((len(data.y), len(names)))
@@ -347,20 +348,20 @@ def cross_validate_states(classifier: StateClassifier, data: Labelled, fold: np.
 # %% ../notebooks/43_boosting.ipynb #c3bf09ff
 def save_fitted(run: Run, name: str, fitted: dict) -> None:
     "Write `boosting/<name>.joblib`, with versions, blocks and parameters beside it."
-    regressor, path = fitted["regressor"], run.art("boosting", f"{name}.joblib")
+    regressor, path = fitted["regressor"], run.artefact_path("boosting", f"{name}.joblib")
     with atomic(path) as temporary:
         joblib.dump(fitted, temporary, compress=1)
     weights = dict(zip(regressor.members, regressor.weights_.round(4).tolist()))
-    run.beside(path, versions=versions(regressor.members), members=regressor.members, params=regressor.get_params(deep=False),
+    run.write_metadata(path, versions=estimator_versions(regressor.members), members=regressor.members, params=regressor.get_params(deep=False),
                blocks=regressor.blocks, weights=weights)
 
 
 def write_states(run: Run, scheme: str, ids, fold, proba, names) -> None:
     "Write `boosting/state.parquet` (grouped) or `state_<scheme>.parquet`: image_id, fold, and P of each state."
-    path = run.art("boosting", "state.parquet" if scheme == "grouped" else f"state_{scheme}.parquet")
+    path = run.artefact_path("boosting", "state.parquet" if scheme == "grouped" else f"state_{scheme}.parquet")
     with atomic(path) as temporary:
         pd.DataFrame({"image_id": ids, "fold": fold, **dict(zip(names, proba.T))}).to_parquet(temporary, index=False)
-    run.beside(path, states=list(names), scheme=scheme)
+    run.write_metadata(path, states=list(names), scheme=scheme)
 
 # %% ../notebooks/43_boosting.ipynb #e5ec2fa5
 @stage("boosting", reads=("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz", "artefacts/photos/photos*.csv"))
@@ -369,7 +370,7 @@ def run_boosting(run: Run) -> dict:
     comp, s = read_competition(run.input, photos=False), run.settings
     data, blocks = read_labelled(run, comp)
     workers = s.run.workers or os.cpu_count()
-    regressor = make_regressor(s, blocks).set_params(members=available(s.boosting.members, run.warn))
+    regressor = make_regressor(s, blocks).set_params(members=available_members(s.boosting.members, run.warn))
     classifier = StateClassifier(blocks, max(2, s.boosting.inner_folds), s.run.seed)
     folds, summary = read_folds(run, comp.train), {"features": dict(blocks), "photos": len(data.ids)}
     for scheme in SCHEMES:
@@ -379,20 +380,20 @@ def run_boosting(run: Run) -> dict:
         write_oof(run, "boosting", data.ids, fold, oof, scheme)
         write_states(run, scheme, data.ids, fold, proba, np.unique(data.state))
         right = np.unique(data.state)[proba.argmax(1)] == data.state
-        summary[scheme] = {**score(data.y, oof, fold), "state_accuracy": float(right.mean())}
+        summary[scheme] = {**score_oof(data.y, oof, fold), "state_accuracy": float(right.mean())}
         if scheme == "grouped":
             radius = conformal_radius(data.y, oof, data.group, s.boosting.coverage)
             write_intervals(run, data, oof, radius)
             for k, (one, state) in enumerate(zip(fitted, states)):
                 save_fitted(run, f"fold{k}", {"regressor": one, "classifier": state})
-    summary["draws"] = score_draws(run, regressor, data, workers)
+    summary["draws"] = score_boosting_draws(run, regressor, data, workers)
     save_labels(run, data, radius)
     whole = {"regressor": fit_rows(regressor, data, slice(None)), "classifier": fit_rows(classifier, data, slice(None), "state"), "radius": radius}
     save_fitted(run, "model", whole)
     return {**summary, "weights": dict(zip(regressor.members, whole["regressor"].weights_.round(3).tolist()))}
 
 # %% ../notebooks/43_boosting.ipynb #42b00004
-def score_draws(run: Run, regressor: PastureRegressor, data: Labelled, workers: int) -> dict:
+def score_boosting_draws(run: Run, regressor: PastureRegressor, data: LabelledPhotos, workers: int) -> dict:
     "Predict out of fold in `run.draws` random draws of sites, write draws/boosting.npz; return mean and sd of the score."
     s = run.settings.run
     folds = random_site_folds(data.group, s.folds, s.draws, s.seed)
@@ -411,7 +412,7 @@ def wanted_features(run: Run) -> dict[str, Table]:
     return kept or tables
 
 
-def read_labelled(run: Run, comp: Competition) -> tuple[Labelled, Blocks]:
+def read_labelled(run: Run, comp: Competition) -> tuple[LabelledPhotos, Blocks]:
     "Read train.csv and every features file, aligned; warn of photos that only the features know."
     ids, tables = list(comp.train["image_id"]), wanted_features(run)
     for name, (has, _, _) in tables.items():
@@ -420,34 +421,34 @@ def read_labelled(run: Run, comp: Competition) -> tuple[Labelled, Blocks]:
     X, blocks = join_features(tables, ids)
     if (weight := read_weights(run, ids)) is not None and ((weight > 0) & (weight != 1)).any():
         run.warn("boosting: sample weights between 0 and 1 count as 1; only photos of weight 0 are left out")
-    return Labelled(ids, X, comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str), weight), blocks
+    return LabelledPhotos(ids, X, comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str), weight), blocks
 
 # %% ../notebooks/43_boosting.ipynb #4fb71f8f
-def score(y: np.ndarray, oof: np.ndarray, fold: np.ndarray) -> dict:
+def score_oof(y: np.ndarray, oof: np.ndarray, fold: np.ndarray) -> dict:
     "Return R² of predictions (n, 5), of each target, and of the training folds' means, which any model must beat."
     mean = np.stack([y[fold != k].mean(0) for k in fold])
     by_target = dict(zip(TARGETS, per_target_r2_score(y, oof).round(4).tolist()))
     return {"r2": weighted_r2_score(y, oof), "constant": weighted_r2_score(y, mean), "per_target": by_target}
 
 
-def write_intervals(run: Run, data: Labelled, oof: np.ndarray, radius: np.ndarray) -> None:
+def write_intervals(run: Run, data: LabelledPhotos, oof: np.ndarray, radius: np.ndarray) -> None:
     "Write `boosting/intervals.json`: half-widths on √grams, and the coverage measured with each site left out."
-    coverage, path, sites = run.settings.boosting.coverage, run.art("boosting", "intervals.json"), len(np.unique(data.group))
+    coverage, path, sites = run.settings.boosting.coverage, run.artefact_path("boosting", "intervals.json"), len(np.unique(data.group))
     measured = left_out_coverage(data.y, oof, data.group, coverage)
     known = dict(zip(TARGETS, measured)) if np.isfinite(measured).all() else None
     write_json(path, {"coverage": coverage, "radius": dict(zip(TARGETS, radius)), "measured": known})
-    run.wrote(path)
+    run.register_output(path)
     if coverage > sites / (sites + 1):
         run.warn(f"boosting: {sites} sites are too few for intervals of {coverage:.0%}; the largest error seen is used instead")
 
 
-def save_labels(run: Run, data: Labelled, radius: np.ndarray) -> None:
+def save_labels(run: Run, data: LabelledPhotos, radius: np.ndarray) -> None:
     "Write `boosting/labels.npz`: what a refit needs beside the features, of the photos that are trained on."
-    rows, path = np.flatnonzero(data.training_mask()), run.art("boosting", "labels.npz")
+    rows, path = np.flatnonzero(data.training_mask()), run.artefact_path("boosting", "labels.npz")
     kept = {name: getattr(data, name)[rows] for name in ("y", "group", "state")}
     with atomic(path) as temporary:
         np.savez_compressed(temporary, image_id=np.array(data.ids, dtype=str)[rows], radius=radius, **kept)
-    run.wrote(path)
+    run.register_output(path)
 
 # %% ../notebooks/43_boosting.ipynb #537ebe0b
 def show_boosting(run: Run, scheme: str = "grouped"):

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WIDTH', 'HEIGHT', 'PX_PER_MM', 'LEAF_G_M2', 'CAMERA_CM', 'SMOOTH', 'PLAIN', 'LAYERS', 'FONTS', 'SEGMENTS',
            'SEGMENT_ENDS', 'DOTS', 'STATES', 'SPECIES', 'RENDERER', 'leaf_share', 'shoot_g_mm2', 'Plants',
-           'polygon_area', 'blade_edges', 'leaflet', 'place', 'Site', 'sow_grass', 'sow_clover', 'keep', 'grow',
+           'polygon_area', 'blade_edges', 'leaflet', 'place', 'Site', 'sow_grass', 'sow_clover', 'first_plants', 'grow',
            'noise', 'draw_soil', 'fill', 'shade_under', 'paint', 'cast_shadow', 'hard_shadow', 'develop', 'add_rod',
            'add_frame', 'add_toe', 'add_lamps', 'stamp_glyphs', 'stamp_text', 'burn_stamp', 'disturb', 'render_photo',
-           'add_stamp', 'spread_gamma', 'draw_sites', 'Shot', 'plan_shots', 'take', 'tables_of', 'write_demo',
+           'add_stamp', 'spread_gamma', 'draw_sites', 'Shot', 'plan_shots', 'render_shot', 'make_tables', 'write_demo',
            'render_all']
 
 # %% ../notebooks/09_demo.ipynb #cab6b78b
@@ -207,7 +207,7 @@ def sow_clover(rng, n: int, site: Site, height_cm: float, size: tuple[int, int],
     return Plants(outline, parts, top, grams, area)
 
 # %% ../notebooks/09_demo.ipynb #79706c8b
-def keep(plants: Plants, k: int) -> Plants:
+def first_plants(plants: Plants, k: int) -> Plants:
     "The first k plants."
     return Plants(plants.outline[:k], [(p[:k], c[:k], edge) for p, c, edge in plants.parts], plants.top_cm[:k], plants.grams[:k], plants.leaf_px[:k])
 
@@ -221,7 +221,7 @@ def grow(sow, grams: float) -> Plants:
     while plants.grams.sum() < grams:
         n *= 2
         plants = sow(n)
-    return keep(plants, int(np.searchsorted(plants.grams.cumsum(), grams)) + 1)
+    return first_plants(plants, int(np.searchsorted(plants.grams.cumsum(), grams)) + 1)
 
 # %% ../notebooks/09_demo.ipynb #93ea89b2
 def noise(rng, size: tuple[int, int], octaves: tuple[int, ...]) -> np.ndarray:
@@ -638,7 +638,7 @@ def _aim(rng, image_id: str, split: str, seed: int, site: Site) -> Shot:
     return Shot(image_id, split, seed, site, *(float(np.clip(g, 0, top)) for g, top in ((green, 158), (dead, 84), (clover, 72))), float(height), bool(rng.random() < 0.12))
 
 
-def take(shot: Shot, folder: Path, width: int = WIDTH) -> dict:
+def render_shot(shot: Shot, folder: Path, width: int = WIDTH) -> dict:
     "Render one photo into `folder`/train or /test as JPEG; returns its row of the table."
     cv2.setNumThreads(1)
     rng = np.random.default_rng(shot.seed)
@@ -655,7 +655,7 @@ def take(shot: Shot, folder: Path, width: int = WIDTH) -> dict:
 RENDERER = 3  # of the pictures: raised when the same seed gives other photos
 
 
-def tables_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def make_tables(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     "train.csv, test.csv, sample_submission.csv and the hidden truth, from one row a photo."
     long = rows.melt([c for c in rows if c not in TARGETS], sorted(TARGETS), "target_name", "target").sort_values(["image_id", "target_name"], key=lambda c: c.str.lower())
     long.insert(0, "sample_id", long["image_id"] + "__" + long["target_name"])
@@ -712,7 +712,7 @@ def _write(folder: Path, shots: list[Shot], wanted: dict, workers: int, width: i
         rows = pd.DataFrame(sorted(render_all(shots, new, workers, width), key=lambda r: r["image_id"]))
         rows[list(TARGETS)] = rows[list(TARGETS)].round(4)
         _one_off(rows)
-        tables = tables_of(rows)
+        tables = make_tables(rows)
         hidden = tables.pop("truth")
         for name, table in tables.items():
             table.to_csv(new / name, index=False)
@@ -737,6 +737,6 @@ def _one_off(rows: pd.DataFrame) -> None:
 def render_all(shots: list[Shot], folder: Path, workers: int, width: int = WIDTH) -> Iterator[dict]:
     "Rows of all photos, rendered in `workers` processes, in the order in which they are ready."
     if workers <= 1 or len(shots) < 4:
-        return progress((take(s, folder, width) for s in shots), len(shots), "rendering")
-    tasks = (joblib.delayed(take)(s, folder, width) for s in shots)
+        return progress((render_shot(s, folder, width) for s in shots), len(shots), "rendering")
+    tasks = (joblib.delayed(render_shot)(s, folder, width) for s in shots)
     return progress(joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(tasks), len(shots), "rendering")

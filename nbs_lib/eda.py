@@ -407,10 +407,10 @@ def run_eda(run: Run) -> dict:
 
 def _write_artefact(run: Run, name: str, save) -> None:
     "Call `save(path)` for artefacts/eda/`name`, with its metadata."
-    path = run.art("eda", name)
+    path = run.artefact_path("eda", name)
     with atomic(path) as temporary:
         save(temporary)
-    run.beside(path)
+    run.write_metadata(path)
 
 # %% ../notebooks/10_eda.ipynb #b8062d78
 def show_eda(run: Run) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .runtime import InputError, atomic, read_json
-from .stages import installed
+from .stages import installed_versions
 
 # %% ../notebooks/39_features.ipynb #07a00005
 Table = tuple[list[str], np.ndarray, np.ndarray | None]  # image_id (n,), embedding (n, d), semantic (n, k)
@@ -125,7 +125,7 @@ FEATURE_PACKAGES = ("transformers", "timm", "torchvision")
 
 def warn_version_drift(artefacts: str | Path, names: Iterable[str], warn: Callable = print) -> None:
     "Warn in one line of those of `features/<name>.npz` that other versions made than are installed here."
-    here, drift = installed(FEATURE_PACKAGES), {}
+    here, drift = installed_versions(FEATURE_PACKAGES), {}
     for path in (Path(artefacts, "features", f"{name}.json") for name in names):
         try:
             made = read_json(path).get("versions", {}) if path.is_file() else {}

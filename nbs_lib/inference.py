@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FEATURE_KEYS', 'PREPROCESSING_KEYS', 'Task', 'read_task', 'is_whole', 'SubmissionWriter', 'FoldGroup',
-           'plan_fold_groups', 'load_fold_group', 'PredictionAverager', 'MultiStore', 'Part', 'TestPhotoLoader',
-           'InferenceContext', 'name_part', 'Model1', 'shown_now', 'learned_from', 'learned_apart', 'as_trained',
-           'count_folds', 'read_and_look', 'Model2', 'join_blocks']
+           'plan_fold_groups', 'load_fold_group', 'PredictionAverager', 'MultiStore', 'StoreSlice', 'TestPhotoLoader',
+           'InferenceContext', 'name_part', 'Model1', 'current_preprocessing', 'fitted_preprocessing',
+           'changed_preprocessing', 'with_fitted_preprocessing', 'count_folds', 'read_and_predict_first', 'Model2',
+           'join_blocks']
 
 # %% ../notebooks/59_inference.ipynb #be95ab2e
 import contextlib
@@ -25,7 +26,7 @@ import torch
 from . import boosting, frozen, siglip
 from .backbones import FeatureExtractor
 from .biomass_net import BiomassNet
-from .deadline import Clock, Device, attempt, leave_out, out_of_memory, pieces, share
+from .deadline import Clock, Device, run_or_warn, warn_left_out, is_out_of_memory, plan_chunks, split_over_devices
 from .ensemble import Blend, apply_blend
 from .features import blocks_of, warn_version_drift
 from .inpaint import build_stores
@@ -213,7 +214,7 @@ class MultiStore:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoreSlice:
     "Some photos of a store, as a store of their own."
     store: MultiStore
     index: np.ndarray
@@ -307,7 +308,7 @@ class Model1:
         self.met: set[tuple[int, ...]] = set()
         self.store = job.reader.store
         there, wanted = {k for plan in plans for k in plan}, set(range(count_folds(job.run)))
-        odd = {k for k in there & wanted if learned_apart(job.run, job.run.artefacts / "dinov3" / f"fold{k}.json")}
+        odd = {k for k in there & wanted if changed_preprocessing(job.run, job.run.artefacts / "dinov3" / f"fold{k}.json")}
         self.plans = [kept for plan in plans if (kept := tuple(k for k in plan if k in wanted - odd))]
         if odd:
             job.run.warn(f"submit: fold {', '.join(map(str, sorted(odd)))} of model 1 learned from photos cleaned otherwise than the others; left out")
@@ -329,7 +330,7 @@ class Model1:
         group = self.group(folds)
         if group is None or not len(index):
             return
-        for part, answers in share(self.job.devices, index, lambda part, device: group.predict_view(self.store, part, view, device)):
+        for part, answers in split_over_devices(self.job.devices, index, lambda part, device: group.predict_view(self.store, part, view, device)):
             for k, grams in zip(group.folds, answers, strict=True):
                 self.spoiled += self.tally.add(k, part, grams)
         self.job.answer.take("dinov3", slice(None), self.tally.mean())
@@ -339,7 +340,7 @@ class Model1:
         self.group(folds)  # loading is no part of the pace
         seen, kind = 0, name_part(folds, view)
         index = np.flatnonzero(self.job.reader.readable)
-        for piece in pieces(index, self.job.chunk, self.job.clock, kind):
+        for piece in plan_chunks(index, self.job.chunk, self.job.clock, kind):
             self.job.clock.timed(kind, len(piece), lambda piece=piece: self.predict_view(folds, view, piece))
             seen += len(piece)
         self.job.drop(kind, len(index) - seen)
@@ -349,19 +350,19 @@ class Model1:
 PREPROCESSING_KEYS = (("inpaint", "rule"), ("inpaint", "crop_bottom"))  # settings that decide how a photo is cleaned; sizes are the checkpoint's
 
 
-def shown_now(run: Run) -> dict[tuple[str, str], object]:
+def current_preprocessing(run: Run) -> dict[tuple[str, str], object]:
     "What the settings say of `PREPROCESSING_KEYS`."
     return {(section, key): getattr(getattr(run.settings, section), key) for section, key in PREPROCESSING_KEYS}
 
 
-def learned_from(run: Run, beside: Path) -> dict[tuple[str, str], object]:
+def fitted_preprocessing(run: Run, beside: Path) -> dict[tuple[str, str], object]:
     "The same of the photos that a model was fitted on, as far as the .json `beside` it tells."
     try:
         settings = read_json(beside)["settings"]
     except (InputError, KeyError, TypeError):
         return {}
     told = {}
-    for (section, key), now in shown_now(run).items():
+    for (section, key), now in current_preprocessing(run).items():
         with contextlib.suppress(KeyError, TypeError, ValueError):  # of an older version, or it stands for no photos
             value = settings[section][key]
             if type(now)(value) == value:
@@ -369,19 +370,19 @@ def learned_from(run: Run, beside: Path) -> dict[tuple[str, str], object]:
     return told
 
 
-def learned_apart(run: Run, beside: Path) -> dict[tuple[str, str], object]:
+def changed_preprocessing(run: Run, beside: Path) -> dict[tuple[str, str], object]:
     "What of it is not as the settings say."
-    return {name: value for name, value in learned_from(run, beside).items() if value != shown_now(run)[name]}
+    return {name: value for name, value in fitted_preprocessing(run, beside).items() if value != current_preprocessing(run)[name]}
 
 
-def as_trained(run: Run) -> Run:
+def with_fitted_preprocessing(run: Run) -> Run:
     """The run with the photos that most folds of model 1 were trained on, without folds those of model 2: a model must see the test as it saw what it learned from.
 
     Another wish of the settings is told of and not followed.
     """
     folds = [run.artefacts / "dinov3" / f"fold{k}.json" for k in range(count_folds(run))]
-    told = [form for path in [f for f in folds if f.is_file()] or sorted((run.artefacts / "features").glob("*.json")) if (form := learned_from(run, path))]
-    trained, asked = max(told, key=told.count, default={}), shown_now(run)  # of several equally frequent ones, the first
+    told = [form for path in [f for f in folds if f.is_file()] or sorted((run.artefacts / "features").glob("*.json")) if (form := fitted_preprocessing(run, path))]
+    trained, asked = max(told, key=told.count, default={}), current_preprocessing(run)  # of several equally frequent ones, the first
     if words := ", ".join(f"{section}.{key} = {value} and not {asked[section, key]}" for (section, key), value in trained.items() if value != asked[section, key]):
         run.warn(f"submit: the models learned from photos made with {words}; the test's are made alike")
     settings = run.settings
@@ -398,12 +399,12 @@ def count_folds(run: Run) -> int:
         return run.settings.run.folds
 
 
-def read_and_look(job: InferenceContext, model: Model1) -> None:
+def read_and_predict_first(job: InferenceContext, model: Model1) -> None:
     "Read every photo and give it a first answer: one team, one view. The file is renewed after each piece."
     kind, done = "reading and a first look", 0
     if model.plans:
         model.group(model.plans[0])  # loading is no part of the pace
-    for piece in pieces(np.arange(len(job.task.ids)), job.chunk, job.clock, kind):
+    for piece in plan_chunks(np.arange(len(job.task.ids)), job.chunk, job.clock, kind):
         job.clock.timed(kind, len(piece), lambda piece=piece: _first_look(job, model, piece))
         done += len(piece)
         job.answer.write()
@@ -411,9 +412,9 @@ def read_and_look(job: InferenceContext, model: Model1) -> None:
 
 
 def _first_look(job: InferenceContext, model: Model1, piece: np.ndarray) -> None:
-    good = attempt(job.run.warn, f"reading {len(piece)} photos", lambda: job.reader.get(piece))
+    good = run_or_warn(job.run.warn, f"reading {len(piece)} photos", lambda: job.reader.get(piece))
     if model.plans and good is not None:
-        attempt(job.run.warn, "a first look by model 1", lambda: model.predict_view(model.plans[0], model.views[0], good))
+        run_or_warn(job.run.warn, "a first look by model 1", lambda: model.predict_view(model.plans[0], model.views[0], good))
 
 # %% ../notebooks/59_inference.ipynb #c5c7249b
 class Model2:
@@ -421,37 +422,37 @@ class Model2:
 
     def __init__(self, job: InferenceContext):
         for path in sorted((job.run.artefacts / "features").glob("*.json")):
-            if learned_apart(job.run, path):
+            if changed_preprocessing(job.run, path):
                 raise InputError(f"{path}: these features are of photos cleaned otherwise than those of model 1; run their stage again")
         self.job, self.described, self.spoken, self.lock = job, 0, 0, threading.Lock()
         self.blocks: dict[str, list] = {}  # features -> [(ids, embedding, semantic)], a piece each
-        self.makers: dict[str, Callable] = {"SigLIP": siglip.compute_features, "the frozen backbone": self.frozen_features}
+        self.makers: dict[str, Callable] = {"SigLIP": siglip.compute_siglip_features, "the frozen backbone": self.frozen_features}
         self.extractors: dict[torch.device, FeatureExtractor] = {}
         self.store, self.fitted = job.reader.store, {}  # fitted: blocks of features -> what was fitted on them
         self.devices = [Device(d.device, job.chunk, job.run.warn) for d in job.devices]
 
     def describe(self, piece: np.ndarray) -> None:
         "Features of photos `piece`."
-        for _, features in share(self.devices, piece, lambda part, device: self.features(Part(self.store, part), device)):
+        for _, features in split_over_devices(self.devices, piece, lambda part, device: self.features(StoreSlice(self.store, part), device)):
             for name, block in features.items():
                 self.blocks.setdefault(name, []).append(block)
         self.described += len(piece)
 
-    def frozen_features(self, run: Run, store: Part, device: torch.device) -> siglip.Features:
+    def frozen_features(self, run: Run, store: StoreSlice, device: torch.device) -> siglip.Features:
         "Return frozen features, from a backbone that is loaded once a device."
         with self.lock:
             if device not in self.extractors:
                 self.extractors[device] = frozen.open_extractor(run, device, len(self.job.task.ids))
-        return frozen.compute_features(run, store, device, extractor=self.extractors[device])
+        return frozen.compute_frozen_features(run, store, device, extractor=self.extractors[device])
 
-    def features(self, store: Part, device: torch.device) -> siglip.Features:
+    def features(self, store: StoreSlice, device: torch.device) -> siglip.Features:
         "What can be made of the photos in `store`; a maker that fails is told of and not asked again."
         out = {}
         for name, make in list(self.makers.items()):
             try:
                 out |= make(self.job.run, store, device)
             except Exception as e:
-                if out_of_memory(e):
+                if is_out_of_memory(e):
                     raise
                 self.lose(name, e)
                 return self.features(store, device)
@@ -461,9 +462,9 @@ class Model2:
         "Go on without a maker; colours need no backbone."
         with self.lock:
             if self.makers.pop(name, None) is not None:  # else another device told it
-                leave_out(self.job.run.warn, f"{name} (features of model 2)", fault)
+                warn_left_out(self.job.run.warn, f"{name} (features of model 2)", fault)
                 if name == "the frozen backbone":
-                    self.makers["colour"] = functools.partial(frozen.compute_features, names=("colour",))
+                    self.makers["colour"] = functools.partial(frozen.compute_frozen_features, names=("colour",))
 
     def predict_and_write(self) -> None:
         "Grams and states of all photos described so far; then the file."
@@ -474,7 +475,7 @@ class Model2:
         if blocks not in self.fitted:
             warn_version_drift(self.job.run.artefacts, features, self.job.run.warn)
         self.fitted = {blocks: self.fitted.get(blocks) or boosting.load_fitted(self.job.run.artefacts, warn=self.job.run.warn, there=blocks)}
-        grams, proba, names = boosting.predict(self.job.run.artefacts, features, self.job.run.warn, self.fitted[blocks])
+        grams, proba, names = boosting.predict_fitted(self.job.run.artefacts, features, self.job.run.warn, self.fitted[blocks])
         where = {name: i for i, name in enumerate(self.job.task.ids)}
         rows = [where[name] for name in next(iter(features.values()))[0]]
         states = np.full((len(where), len(names)), np.nan)
@@ -490,7 +491,7 @@ class Model2:
     def run(self) -> None:
         "All readable photos, as far as the clock allows."
         kind, index, clock = "model 2", np.flatnonzero(self.job.reader.readable), self.job.clock
-        for piece in pieces(index, max(self.job.chunk, len(index) // 6), clock, kind, lambda: 1.2 * clock.pace.get("model 2 speaks", 0.0), first=8):
+        for piece in plan_chunks(index, max(self.job.chunk, len(index) // 6), clock, kind, lambda: 1.2 * clock.pace.get("model 2 speaks", 0.0), first=8):
             clock.timed(kind, len(piece), lambda piece=piece: self.describe(piece))
             if not self.spoken:
                 clock.timed("model 2 speaks", 1, self.predict_and_write)

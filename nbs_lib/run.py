@@ -47,7 +47,7 @@ from . import __version__ as version
 from .runtime import InputError, atomic, on_kaggle, read_json, resolve_mount, write_json
 from .settings import LimitsSettings, load_settings, shipped
 from nbs_lib.stages import (
-    FULL_DISK, Run, hash_inputs, installed, is_fresh, is_litter, manifest_path, open_run,
+    FULL_DISK, Run, hash_inputs, installed_versions, is_fresh, is_hidden_file, manifest_path, open_run,
 )
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
@@ -537,12 +537,12 @@ def snapshot(folder: Path) -> dict[str, tuple]:
     out = {}
     for top in (folder, *(p for p in folder.iterdir() if p.is_symlink() and p.is_dir())):
         for where, folders, files in os.walk(top):
-            names = {os.path.relpath(path, folder): path for n in files if not is_litter(path := os.path.join(where, n))}
+            names = {os.path.relpath(path, folder): path for n in files if not is_hidden_file(path := os.path.join(where, n))}
             for name, path in names.items():
                 with contextlib.suppress(FileNotFoundError):  # a link to nothing
                     seen = os.stat(path)
                     out[name] = (seen.st_size, seen.st_mtime_ns)
-            out |= {os.path.relpath(path, folder) + os.sep: () for n in folders if not is_litter(path := os.path.join(where, n))}
+            out |= {os.path.relpath(path, folder) + os.sep: () for n in folders if not is_hidden_file(path := os.path.join(where, n))}
     return out
 
 
@@ -558,7 +558,7 @@ PACKAGES = ("numpy", "pandas", "scikit-learn", "torch", "timm", "transformers", 
 
 def versions() -> dict[str, str]:
     "Versions of Python, the library and what it stands on; a package that is not there is left out."
-    return {"python": platform.python_version(), "nbs_lib": version, **installed(PACKAGES)}
+    return {"python": platform.python_version(), "nbs_lib": version, **installed_versions(PACKAGES)}
 
 
 def describe_run(run: Run, call: dict, sandbox: Sandbox) -> dict:

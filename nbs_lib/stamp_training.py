@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TINTS', 'FIT_GROUNDS', 'HELD_GROUNDS', 'PIECE', 'RULES', 'draw_ground', 'draw_pale', 'draw_frame', 'draw_grain',
            'draw_texture', 'draw_picture', 'draw_litter', 'draw_paddock', 'through_jpeg', 'Composite', 'composites',
-           'expose', 'draw_piece', 'draw_pieces', 'finder_targets', 'line_loss', 'finder_loss', 'draw_windows',
-           'reader_targets', 'reader_loss', 'fit_net', 'fit_finder', 'fit_reader', 'draw_all', 'keep_net', 'box_of',
-           'judge', 'sum_up', 'tell_scores', 'main']
+           'expose', 'draw_piece', 'draw_pieces', 'detector_targets', 'line_loss', 'detector_loss', 'draw_windows',
+           'segmenter_targets', 'segmenter_loss', 'fit_network', 'fit_detector', 'fit_segmenter', 'draw_all',
+           'save_network', 'box_of', 'score_detectors', 'summarise_scores', 'print_detector_scores', 'main']
 
 # %% ../notebooks/21_stamp_training.ipynb #1e0092d0
 import argparse
@@ -29,8 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nbs_lib.inpaint import (
-    CELL, MAYBE, WINDOW, Finder, Reader, cut_window, find_places, kept_nets, level, load_net, nets_file,
-    orange_rule, shrink, stamp_mask,
+    CELL, MAYBE_LOGIT, WINDOW, StampDetector, StampSegmenter, cut_window, find_places, read_networks, normalise_pixels, load_network, networks_path,
+    orange_rule, downscale, stamp_mask,
 )
 from .runtime import InputError, atomic
 from .stamps import FIT_FONTS, FONTS, HELD_FONTS, burn, draw_confusion, draw_lamps
@@ -191,7 +191,7 @@ def draw_piece(ground: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray
         piece, box = wide[y : y + H, x : x + W], box_of(truth[y : y + H, x : x + W])
     elif chance < 0.82:
         piece = draw_lamps(piece, rng) if chance < 0.67 else draw_confusion(piece, rng)
-    return shrink(through_jpeg(np.ascontiguousarray(piece), int(rng.integers(70, 96)))), box
+    return downscale(through_jpeg(np.ascontiguousarray(piece), int(rng.integers(70, 96)))), box
 
 
 def draw_pieces(kind: str, seed: list[int], count: int = 24) -> tuple[np.ndarray, np.ndarray]:
@@ -202,7 +202,7 @@ def draw_pieces(kind: str, seed: list[int], count: int = 24) -> tuple[np.ndarray
     return np.stack(pictures), np.stack(boxes)
 
 
-def finder_targets(boxes: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+def detector_targets(boxes: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     "For pieces with `boxes` (n, 4): cells (n, 24, 40) that are 1 in the line, 0 far from it, -1 beside it; how many cells lower its middle is; log height."
     x0, y0, x1, y1 = boxes.T.astype(np.float32)[..., None, None]
     y, x = CELL * (np.arange(PIECE[0] // CELL) + 0.5)[:, None], CELL * (np.arange(PIECE[1] // CELL) + 0.5)[None]
@@ -219,13 +219,13 @@ def line_loss(odds: Tensor, wanted: Tensor) -> Tensor:
     return 2 * F.softplus(-odds[yes]).sum() / yes.sum().clamp(min=50) + (F.softplus(odds) * torch.sigmoid(odds) ** 2)[no].sum() / yes.sum().clamp(min=50)
 
 
-def finder_loss(net: Finder, x: Tensor, cells: Tensor, down: Tensor, size: Tensor) -> Tensor:
+def detector_loss(net: StampDetector, x: Tensor, cells: Tensor, down: Tensor, size: Tensor) -> Tensor:
     "Where, and there how much lower and how high."
     said, own = net(x), cells == 1
     return line_loss(said[:, 0], cells) + sum(F.smooth_l1_loss(said[:, k][own], v[own], beta=0.2) for k, v in ((1, down), (2, size)))
 
 # %% ../notebooks/21_stamp_training.ipynb #5b000003
-def draw_windows(kind: str, seed: list[int], finder: Finder, width: int = 256) -> tuple[np.ndarray, np.ndarray]:
+def draw_windows(kind: str, seed: list[int], finder: StampDetector, width: int = 256) -> tuple[np.ndarray, np.ndarray]:
     "Windows (n, 48, width, 3) and their ink (n, 48, width) uint8: around a dozen stamps on one ground of `FIT_GROUNDS`, and where `finder` sees writing that is none."
     rng, none, windows = np.random.default_rng(seed), np.zeros((WINDOW, width), np.uint8), []
     ground = draw_ground(rng, kind)
@@ -244,14 +244,14 @@ def draw_windows(kind: str, seed: list[int], finder: Finder, width: int = 256) -
     for _ in range(3):
         confused = draw_confusion(confused, rng)
     for empty in (through_jpeg(p, int(rng.integers(70, 96))) for p in (expose(ground, rng), draw_lamps(ground, rng), confused)):
-        places = [box for _, box in find_places(empty, finder, least=MAYBE - 0.5)] + [(x, y, x, y + np.exp(rng.uniform(2.3, 4.1))) for x, y in rng.uniform((0, 0), (2000, 1000), (2, 2))]
+        places = [box for _, box in find_places(empty, finder, least=MAYBE_LOGIT - 0.5)] + [(x, y, x, y + np.exp(rng.uniform(2.3, 4.1))) for x, y in rng.uniform((0, 0), (2000, 1000), (2, 2))]
         for x0, y0, x1, y1 in places:
             windows.append((cut_window(empty, (rng.uniform(x0, x1), (y0 + y1) / 2), (y1 - y0) * np.exp(rng.normal(0, 0.15)), width), none))
     pictures, ink = zip(*windows)
     return np.stack(pictures), np.stack(ink)
 
 
-def reader_targets(ink: np.ndarray) -> tuple[Tensor, Tensor]:
+def segmenter_targets(ink: np.ndarray) -> tuple[Tensor, Tensor]:
     "For windows with `ink` (n, 48, w) uint8: ink at half size (n, 24, w/2), and cells (n, 12, w/4) that are 1 in the line, 0 outside, -1 at its rim."
     cells = np.zeros((len(ink), WINDOW // 4, ink.shape[2] // 4), np.float32)
     for own, picture in zip(cells, ink):
@@ -263,7 +263,7 @@ def reader_targets(ink: np.ndarray) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(half), torch.from_numpy(cells)
 
 
-def reader_loss(net: Reader, x: Tensor, ink: Tensor, cells: Tensor) -> Tensor:
+def segmenter_loss(net: StampSegmenter, x: Tensor, ink: Tensor, cells: Tensor) -> Tensor:
     "Of the ink, its logistic loss and its overlap (Dice); of the line, as the finder's."
     said, line = net(x)
     share, where = torch.sigmoid(said), (1, 2)
@@ -271,7 +271,7 @@ def reader_loss(net: Reader, x: Tensor, ink: Tensor, cells: Tensor) -> Tensor:
     return 6 * F.binary_cross_entropy_with_logits(said, ink) + dice.mean() + line_loss(line, cells)
 
 
-def fit_net(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple[Tensor, ...], seconds: float, seed: int = 0, rate: float = 2e-3) -> nn.Module:
+def fit_network(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple[Tensor, ...], seconds: float, seed: int = 0, rate: float = 2e-3) -> nn.Module:
     "Fit `net` for so many seconds: AdamW, a cosine over the time, batches of 24, and the colour of the light changed by a seventh."
     rng, start, order, step = np.random.default_rng(seed), time.monotonic(), np.zeros(0, int), 0
     net.train().to(memory_format=torch.channels_last)
@@ -281,7 +281,7 @@ def fit_net(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple
             order = rng.permutation(len(pictures))
         rows, order = np.sort(order[:24]), order[24:]
         light = rng.uniform(0.86, 1.14, (len(rows), 1, 1, 3))
-        x = level((pictures[rows] * light).clip(0, 255).astype(np.uint8))
+        x = normalise_pixels((pictures[rows] * light).clip(0, 255).astype(np.uint8))
         for group in optimiser.param_groups:
             group["lr"] = rate * min(1, (step + 1) / 100) * (0.02 + 0.49 * (1 + np.cos(np.pi * spent)))
         optimiser.zero_grad()
@@ -295,20 +295,20 @@ def fit_net(net: nn.Module, loss: Callable, pictures: np.ndarray, targets: tuple
     return net.eval()
 
 
-def fit_finder(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
+def fit_detector(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
     "Go on with the finder that there is, a new one where there is none, on pieces of `grounds` drawn grounds, for so many minutes on top of the drawing; and keep it."
     torch.manual_seed(seed)
-    finder = load_net(Finder, or_new=True)
+    finder = load_network(StampDetector, or_new=True)
     pictures, boxes = draw_all(draw_pieces, grounds, [seed, 0])
-    keep_net(fit_net(finder.requires_grad_(True), finder_loss, pictures, finder_targets(boxes), 60 * minutes, seed))
+    save_network(fit_network(finder.requires_grad_(True), detector_loss, pictures, detector_targets(boxes), 60 * minutes, seed))
 
 
-def fit_reader(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
+def fit_segmenter(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
     "The same for the reader, on windows of `grounds` drawn grounds and on what the finder that there is takes for writing."
     torch.manual_seed(seed)
-    finder, reader = load_net(Finder), load_net(Reader, or_new=True)
+    finder, reader = load_network(StampDetector), load_network(StampSegmenter, or_new=True)
     pictures, ink = draw_all(draw_windows, grounds, [seed, 1], finder)
-    keep_net(fit_net(reader.requires_grad_(True), reader_loss, pictures, reader_targets(ink), 60 * minutes, seed))
+    save_network(fit_network(reader.requires_grad_(True), segmenter_loss, pictures, segmenter_targets(ink), 60 * minutes, seed))
 
 
 def draw_all(what: Callable, grounds: int, seed: list[int], *args) -> list[np.ndarray]:
@@ -317,11 +317,11 @@ def draw_all(what: Callable, grounds: int, seed: list[int], *args) -> list[np.nd
     return [np.concatenate(v) for v in zip(*done)]
 
 
-def keep_net(net: nn.Module) -> None:
+def save_network(net: nn.Module) -> None:
     "Put a fitted network into `stamp_nets.safetensors`, beside the other one."
     own = f"{type(net).__name__}."
-    tensors = {key: v for key, v in kept_nets().items() if not key.startswith(own)} | {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
-    with atomic(nets_file()) as temporary:
+    tensors = {key: v for key, v in read_networks().items() if not key.startswith(own)} | {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
+    with atomic(networks_path()) as temporary:
         save_file(tensors, temporary)
 
 # %% ../notebooks/21_stamp_training.ipynb #abc6c25a
@@ -334,7 +334,7 @@ def box_of(truth: np.ndarray) -> np.ndarray:
 RULES = {"writing (stamp_mask)": stamp_mask, "the orange rule": orange_rule}
 
 
-def judge(rules: dict[str, Callable[[np.ndarray], np.ndarray]], count: int = 20, seed: int = 0, fonts: tuple[str, ...] = HELD_FONTS, grounds: tuple[str, ...] = HELD_GROUNDS) -> dict[str, pd.DataFrame]:
+def score_detectors(rules: dict[str, Callable[[np.ndarray], np.ndarray]], count: int = 20, seed: int = 0, fonts: tuple[str, ...] = HELD_FONTS, grounds: tuple[str, ...] = HELD_GROUNDS) -> dict[str, pd.DataFrame]:
     """How each of `rules` (photo → mask) does on the same `count` composites without and `count` with a stamp, a row a composite.
 
     ground, font, height; covered: share of the stamp's pixels; area: painted pixels by the stamp's box; dirty: pixels painted on the one without.
@@ -349,8 +349,8 @@ def judge(rules: dict[str, Callable[[np.ndarray], np.ndarray]], count: int = 20,
     return {name: pd.DataFrame(of_rule) for name, of_rule in rows.items()}
 
 
-def sum_up(judged: pd.DataFrame) -> dict[str, float]:
-    """Of what `judge` says: recall, the share of stamps of which more than half is covered; precision, of the pictures in which something is painted
+def summarise_scores(judged: pd.DataFrame) -> dict[str, float]:
+    """Of what `score_detectors` says: recall, the share of stamps of which more than half is covered; precision, of the pictures in which something is painted
     the share in which it is a stamp; clean, of the stampless ones those on which nothing is; coverage and area of the stamps found, their means."""
     found = judged[judged["covered"] > 0.5]
     painted = (judged["dirty"] > 0).sum() + (judged["area"] > 0).sum()
@@ -358,13 +358,13 @@ def sum_up(judged: pd.DataFrame) -> dict[str, float]:
             "coverage": float(found["covered"].mean()), "area": float(found["area"].mean())}
 
 # %% ../notebooks/21_stamp_training.ipynb #297fd4e4
-def tell_scores(count: int, seed: int = 0, keep: str = "") -> None:
+def print_detector_scores(count: int, seed: int = 0, keep: str = "") -> None:
     "Judge both rules on `count` composites and print what they score; `keep`: a table to put the scores into. Raises `InputError` when there is nothing to judge."
     if count < 1:
         raise InputError(f"judge {count}: at least one composite is needed")
     scores = {}
-    for name, judged in judge(RULES, count, seed).items():
-        scores[name] = {"stamps": count, **sum_up(judged)}
+    for name, judged in score_detectors(RULES, count, seed).items():
+        scores[name] = {"stamps": count, **summarise_scores(judged)}
         judged["found"], judged["pixels high"] = judged["covered"] > 0.5, pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
         print(f"{name}: found", *(f"by {by}: {judged.groupby(by, observed=True)['found'].mean().round(2).to_dict()}" for by in ("font", "ground", "pixels high")), sep="\n  ", flush=True)
     table = pd.DataFrame(scores).T.rename_axis("rule")
@@ -389,9 +389,9 @@ def main(argv: list[str] | None = None) -> int:
     a = p.parse_args(argv)
     try:
         if a.command == "judge":
-            tell_scores(a.count, a.seed, a.keep)
+            print_detector_scores(a.count, a.seed, a.keep)
         else:
-            {"finder": fit_finder, "reader": fit_reader}[a.net](a.minutes, a.seed, a.grounds)
+            {"finder": fit_detector, "reader": fit_segmenter}[a.net](a.minutes, a.seed, a.grounds)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NUMBER', 'RULE', 'ROW', 'BOUNDS', 'half_shape', 'wanted_shapes', 'store_bytes', 'photo_weights', 'PhotoStore',
-           'store_folder', 'open_store', 'store_forms', 'StoreWriter', 'has_form', 'check_room', 'join', 'split',
-           'tta_views', 'augment', 'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp', 'to_tensor']
+           'store_folder', 'open_store', 'store_forms', 'StoreWriter', 'has_shape', 'check_room', 'to_panorama',
+           'to_halves', 'tta_views', 'augment', 'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp',
+           'to_tensor']
 
 # %% ../notebooks/19_store.ipynb #432a96c9
 import dataclasses
@@ -123,7 +124,7 @@ class PhotoStore:
 
 # %% ../notebooks/19_store.ipynb #5e3ac91a
 def store_folder(run: Run, split: str, size: int | Shape, folder: Path | None = None) -> Path:
-    "Where the store of `split` (train, test) and `size` lies: `artefacts/photos/train_704x768`; `size` is a shape or an unsqueezed width."
+    "Where the store of `to_halves` (train, test) and `size` lies: `artefacts/photos/train_704x768`; `size` is a shape or an unsqueezed width."
     height, width = half_shape(size) if isinstance(size, int) else size
     return (folder or run.artefacts / "photos") / f"{split}_{height}x{width}"
 
@@ -139,7 +140,7 @@ def open_store(run: Run, split: str, size: int | Shape, folder: Path | None = No
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path / 'store.json'}: is broken ({e!r}); run stage inpaint again (--from inpaint)") from e
     for name, form in store_forms(len(store), store.shape).items():
-        if not has_form(path / name, *form):
+        if not has_shape(path / name, *form):
             raise InputError(f"{path / name}: is not the array that store.json tells of; run stage inpaint again (--from inpaint)")
     if cleaned != (asked := dataclasses.asdict(run.settings.inpaint)):
         raise InputError(f"{path}: its photos were cleaned with {cleaned}, and the settings say {asked}; run stage inpaint again (--from inpaint)")
@@ -159,7 +160,7 @@ class StoreWriter:
         forms = store_forms(len(ids), shape)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "store.json").unlink(missing_ok=True)
-        if not all(has_form(folder / name, *form) for name, form in forms.items()):
+        if not all(has_shape(folder / name, *form) for name, form in forms.items()):
             for name, (shape, dtype) in forms.items():
                 (folder / name).unlink(missing_ok=True)
                 np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
@@ -196,7 +197,7 @@ class StoreWriter:
         return PhotoStore(self.folder, self.ids, self.shape)
 
 
-def has_form(path: Path, shape: tuple, dtype: np.dtype) -> bool:
+def has_shape(path: Path, shape: tuple, dtype: np.dtype) -> bool:
     "Whether an array of this shape and type lies whole at `path`."
     try:
         there = np.lib.format.open_memmap(path, mode="r")
@@ -214,12 +215,12 @@ def check_room(folders: dict[Path, Shape], photos: int) -> None:
         raise InputError(f"{above}: the store needs {need / 1e9:.2f} GB more and the disk has {free / 1e9:.2f}; make room or ask for fewer sizes")
 
 # %% ../notebooks/19_store.ipynb #54d569bd
-def join(pair: np.ndarray) -> np.ndarray:
+def to_panorama(pair: np.ndarray) -> np.ndarray:
     "(2, H, W, 3) halves as one (H, 2W, 3) panorama."
     return np.hstack((pair[0], pair[1]))
 
 
-def split(panorama: np.ndarray) -> np.ndarray:
+def to_halves(panorama: np.ndarray) -> np.ndarray:
     "(H, 2W, 3) panorama as (2, H, W, 3) halves."
     return np.stack(np.split(panorama, 2, axis=1))
 
@@ -253,7 +254,7 @@ def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings
         pair = tta_views(pair)[rng.integers(4)]
     if settings.rotate90:
         pair = quarter_turns(pair, int(rng.integers(4)))
-    panorama = join(pair)
+    panorama = to_panorama(pair)
     if settings.scale_pad > 0 or settings.rotate > 0:
         scale, degrees = 1 - rng.uniform(0, settings.scale_pad), rng.uniform(-settings.rotate, settings.rotate)
         panorama = move_camera(panorama, scale, degrees if rng.random() < settings.rotate_chance else 0.0)
@@ -265,7 +266,7 @@ def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings
         panorama = change(image=np.ascontiguousarray(panorama))["image"]
     if settings.stamps > 0 and rng.random() < settings.stamps:
         panorama = overlay_stamp(panorama, rng)
-    return split(panorama)
+    return to_halves(panorama)
 
 
 BOUNDS = {"rotate": 45, "rotate_chance": 1, "jitter": 1, "hue": 0.5, "scale_pad": 0.9, "lamps": 1, "stamps": 1}

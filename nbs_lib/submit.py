@@ -20,11 +20,11 @@ import pandas as pd
 from PIL import Image
 
 from . import frozen, siglip
-from .deadline import DeadlinePassed, alarm, attempt, find_devices, open_clock
+from .deadline import DeadlinePassed, raise_at_deadline, run_or_warn, find_devices, open_clock
 from .ensemble import PARTS, Blend, fixed_weights, load_blend
 from .images import END, read_photo, to_landscape
 from nbs_lib.inference import (
-    InferenceContext, Model1, Model2, SubmissionWriter, TestPhotoLoader, as_trained, name_part, read_and_look,
+    InferenceContext, Model1, Model2, SubmissionWriter, TestPhotoLoader, with_fitted_preprocessing, name_part, read_and_predict_first,
     read_task,
 )
 from .runtime import InputError
@@ -105,7 +105,7 @@ def open_blend(run: Run, warn: Callable) -> Blend:
         s, models = run.settings.ensemble, ("boosting", "dinov3")
         name = next((n for n in s.weights if n in ("recipe", "equal", *models)), "equal")
         warn(f"submit: {e}; blending with weights '{name}'")
-        y = attempt(warn, "the mean of train.csv", lambda: train_targets(run))
+        y = run_or_warn(warn, "the mean of train.csv", lambda: train_targets(run))
         means = np.array(PUBLISHED_MEANS) if y is None else y.mean(axis=0)
         weights = fixed_weights(name, models, s.recipe_weights)
         return Blend(models, weights, np.ones(5), means, np.eye(5), np.eye(5)[list(PARTS)], s.rules[:1], s.state_threshold)
@@ -121,17 +121,17 @@ def add_colour(job: InferenceContext) -> None:
 
 def run_models(job: InferenceContext) -> None:
     "Every part in the order of its worth; each is on its own."
-    attempt(job.run.warn, "the colour model", lambda: add_colour(job))
+    run_or_warn(job.run.warn, "the colour model", lambda: add_colour(job))
     model1 = Model1(job)
     job.ahead = [(folds, view) for view in model1.views for folds in model1.plans][1:]  # the first is the first look
-    read_and_look(job, model1)
+    read_and_predict_first(job, model1)
     unread = int((job.reader.read & ~job.reader.readable).sum())
     if unread:
         job.run.warn(f"submit: {unread} test photos cannot be read; they get what training photos of their colour weighed, or the mean")
-    attempt(job.run.warn, "model 2", lambda: Model2(job).run())
+    run_or_warn(job.run.warn, "model 2", lambda: Model2(job).run())
     while job.ahead:
         folds, view = job.ahead[0]
-        attempt(job.run.warn, f"view {view} of model 1", lambda folds=folds, view=view: model1.predict_all(folds, view))
+        run_or_warn(job.run.warn, f"view {view} of model 1", lambda folds=folds, view=view: model1.predict_all(folds, view))
         job.ahead.pop(0)
     if model1.spoiled:
         job.run.warn(f"submit: model 1 gave {model1.spoiled} answers that are no numbers; the other folds and views answer")
@@ -140,10 +140,10 @@ def run_models(job: InferenceContext) -> None:
 @stage("submit", reads=("input/test.csv", "input/sample_submission.csv", "input/train*.csv", "input/test/*", "artefacts/blend*.json",
                         "artefacts/dinov3/*.safetensors", "artefacts/boosting/model*.joblib", "artefacts/features/*.npz"),
        sections=("limits", "photos", "inpaint", "train_dinov3", "siglip", "frozen", "boosting", "ensemble", "kaggle"),
-       weights=lambda run: [*frozen.weights_files(run), *siglip.weights_files(run)])
+       weights=lambda run: [*frozen.frozen_weight_files(run), *siglip.siglip_files(run)])
 def predict_test(run: Run) -> dict:
     "The stage behind `run_submit`."
-    run = attempt(run.warn, "what the models learned from", lambda: as_trained(run)) or run
+    run = run_or_warn(run.warn, "what the models learned from", lambda: with_fitted_preprocessing(run)) or run
     task = read_task(run.input, run.warn)
     answer = SubmissionWriter(run.output / "submission.csv", task, open_blend(run, run.warn))
     answer.write()
@@ -151,8 +151,8 @@ def predict_test(run: Run) -> dict:
     reader = TestPhotoLoader(run, task)
     job = InferenceContext(run, task, answer, clock, reader, find_devices(run.settings.submit.batch, run.warn))
     try:
-        with alarm(clock):
-            attempt(run.warn, "what was not done yet", lambda: run_models(job))
+        with raise_at_deadline(clock):
+            run_or_warn(run.warn, "what was not done yet", lambda: run_models(job))
     except DeadlinePassed:
         signal.setitimer(signal.ITIMER_REAL, 0)
         run.unfinished.append("what was running when the deadline came")
@@ -164,7 +164,7 @@ def predict_test(run: Run) -> dict:
     run.unfinished.extend(job.dropped)
     answer.stands = False
     answer.write()
-    run.wrote(answer.path)
+    run.register_output(answer.path)
     models = {m: int(np.isfinite(y).all(axis=1).sum()) for m, y in answer.predictions.items()}
     return {"photos": len(task.ids), "readable": int(reader.readable.sum()), "models": models, "dropped": job.dropped,
             "seconds_a_photo": {k: round(v, 4) for k, v in clock.pace.items()}}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['META', 'SIDECARS', 'read_table', 'check_samples', 'parse_dates', 'parse_numbers', 'check_photos', 'to_wide',
-           'long_form', 'Competition', 'find_photo', 'asked_rows', 'read_test', 'read_train', 'read_competition',
+           'to_long', 'Competition', 'find_photo', 'asked_rows', 'read_test', 'read_train', 'read_competition',
            'oof_path', 'write_oof', 'read_oof', 'draws_path', 'write_draws', 'read_draws', 'read_weights',
            'write_submission']
 
@@ -95,7 +95,7 @@ def to_wide(table: pd.DataFrame, keep: Sequence[str] = ()) -> pd.DataFrame:
     return table.drop_duplicates("image_id").set_index("image_id")[list(keep)].join(wide).sort_index().reset_index()
 
 
-def long_form(ids: Sequence[str], y: np.ndarray) -> pd.DataFrame:
+def to_long(ids: Sequence[str], y: np.ndarray) -> pd.DataFrame:
     "sample_id and target, five rows a photo, from ids (n,) and `y` (n, 5)."
     return pd.DataFrame({"sample_id": [f"{i}__{t}" for i in ids for t in TARGETS], "target": np.asarray(y).reshape(-1)})
 
@@ -221,7 +221,7 @@ def read_competition(folder: str | Path, warn: Callable | None = None, photos: b
 
 # %% ../notebooks/05_tables.ipynb #390b9d3c
 def oof_path(run: Run, model: str, scheme: str = "grouped") -> Path:
-    return run.art("oof", f"{model}.parquet" if scheme == "grouped" else f"{model}_{scheme}.parquet")
+    return run.artefact_path("oof", f"{model}.parquet" if scheme == "grouped" else f"{model}_{scheme}.parquet")
 
 
 def write_oof(run: Run, model: str, ids: Sequence[str], fold: np.ndarray, y: np.ndarray, scheme: str = "grouped") -> Path:
@@ -233,7 +233,7 @@ def write_oof(run: Run, model: str, ids: Sequence[str], fold: np.ndarray, y: np.
     table = pd.DataFrame({"image_id": list(ids), "fold": np.asarray(fold, dtype=np.int64), **dict(zip(TARGETS, y.T, strict=True))})
     with atomic(path) as temporary:
         table.to_parquet(temporary, index=False)
-    run.beside(path, model=model, scheme=scheme)
+    run.write_metadata(path, model=model, scheme=scheme)
     return path
 
 
@@ -260,14 +260,14 @@ def draws_path(run: Run, model: str) -> Path:
 
 def write_draws(run: Run, model: str, ids: Sequence[str], folds: np.ndarray, y: np.ndarray) -> None:
     "Write draws/<model>.npz: image_id (n,), fold (draws, n), prediction (draws, n, 5) in grams; remove it for no draws."
-    path = run.art("draws", f"{model}.npz")
+    path = run.artefact_path("draws", f"{model}.npz")
     if not len(folds):
         for old in (path, path.with_suffix(".json")):
             old.unlink(missing_ok=True)
         return
     with atomic(path) as temporary:
         np.savez_compressed(temporary, image_id=np.array(ids, dtype=str), fold=folds, prediction=y)
-    run.beside(path, model=model)
+    run.write_metadata(path, model=model)
 
 
 def read_draws(run: Run, model: str, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -309,7 +309,7 @@ def write_submission(path: str | Path, sample: pd.DataFrame, ids: Sequence[str],
     y = np.asarray(y, dtype=np.float64)
     if not np.isfinite(y).all() or (y < 0).any() or np.abs(imbalance(y)).max() > 1e-6:
         raise ValueError(f"submission: predictions must be finite, at least 0 and balanced; {(~np.isfinite(y)).sum()} are not finite, least is {np.nanmin(y):g}")
-    grams = long_form(ids, y).set_index("sample_id")["target"].reindex(sample["sample_id"])
+    grams = to_long(ids, y).set_index("sample_id")["target"].reindex(sample["sample_id"])
     if grams.isna().any():
         raise ValueError(f"submission: no prediction for {grams.index[grams.isna()][0]} ({grams.isna().sum()} rows)")
     table = grams.reset_index()

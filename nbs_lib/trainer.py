@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BAD_STEPS', 'SMALL_SCALE_STEPS', 'SKIPPED_STEPS', 'MIXED', 'GROWTH_STEPS', 'biomass_loss', 'aux_targets', 'aux_loss',
-           'unfreeze', 'parameter_groups', 'training_gigabytes', 'halve_frozen', 'schedule', 'EMA', 'steps', 'share',
-           'save_state', 'load_state', 'Stopwatch', 'Fit', 'weighed', 'forward_loss', 'train_step', 'Progress',
-           'accelerator', 'take_step', 'prefetch', 'run_epoch', 'keep_state', 'keep_end', 'go_on', 'train',
-           'describe_repeats', 'cut_short']
+           'unfreeze', 'parameter_groups', 'training_gigabytes', 'cast_frozen_layers', 'lr_factor', 'EMA',
+           'draw_batches', 'shard_batch', 'write_checkpoint', 'read_checkpoint', 'Stopwatch', 'TrainConfig',
+           'apply_sample_weights', 'forward_loss', 'train_step', 'TrainerState', 'make_accelerator', 'take_step',
+           'make_prefetcher', 'run_epoch', 'save_checkpoint', 'save_final_weights', 'train_loop', 'train',
+           'describe_repeats', 'hit_time_budget']
 
 # %% ../notebooks/33_trainer.ipynb #899bd21f
 import contextlib
@@ -94,14 +95,14 @@ def training_gigabytes(total: int, trained: int, frozen_bytes: int = 4) -> float
     return (frozen_bytes * (total - trained) + 24 * trained) / 1e9
 
 
-def halve_frozen(net: BiomassNet, dtype: torch.dtype) -> None:
+def cast_frozen_layers(net: BiomassNet, dtype: torch.dtype) -> None:
     "Keep those linear layers of the backbone that are not trained in `dtype`; under autocast to `dtype` they answer the same."
     for layer in net.backbone.modules():
         if isinstance(layer, nn.Linear) and not any(p.requires_grad for p in layer.parameters()):
             layer.to(dtype)
 
 # %% ../notebooks/33_trainer.ipynb #b67df9a2
-def schedule(step: int, total: int, warmup: int, release: int = 0) -> float:
+def lr_factor(step: int, total: int, warmup: int, release: int = 0) -> float:
     """Return the factor on the learning rates at optimiser step `step` of `total`: a linear warm-up, then a cosine to zero.
 
     At step `release`, where the backbone is no longer frozen, the warm-up starts again, as in the recipe.
@@ -137,7 +138,7 @@ class EMA:
                 self.mean[n] = kept
 
 # %% ../notebooks/33_trainer.ipynb #e95a167e
-def steps(index: np.ndarray, batch: int, accumulate: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
+def draw_batches(index: np.ndarray, batch: int, accumulate: int, rng: np.random.Generator) -> list[list[np.ndarray]]:
     "The photographs of an epoch in random order, as micro-batches of one optimiser step after another."
     order = rng.permutation(index)
     size = batch * accumulate
@@ -145,13 +146,13 @@ def steps(index: np.ndarray, batch: int, accumulate: int, rng: np.random.Generat
     return [[step[i : i + batch] for i in range(0, len(step), batch)] for step in whole]
 
 
-def share(index: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
+def shard_batch(index: np.ndarray, rank: int, world: int) -> tuple[np.ndarray, float]:
     "This process's photographs of a micro-batch, and 1; where there are fewer than processes, any one and 0: it keeps step, and counts nothing."
     own = index[rank::world]
     return (own, 1.0) if len(own) else (index[:1], 0.0)
 
 # %% ../notebooks/33_trainer.ipynb #1bebaa1a
-def save_state(path: Path, **state) -> None:
+def write_checkpoint(path: Path, **state) -> None:
     "Write the state of a training, keeping the one before it as `<name>.before.pt`; never are there three of them."
     for halfway in path.parent.glob(f".{path.stem}.tmp-*"):  # of a training that was killed while it wrote
         halfway.unlink()
@@ -161,7 +162,7 @@ def save_state(path: Path, **state) -> None:
         torch.save(state, temporary)
 
 
-def load_state(path: Path | None, key: str, warn: Callable = print) -> dict | None:
+def read_checkpoint(path: Path | None, key: str, warn: Callable = print) -> dict | None:
     "The last whole state with this `key`, or None; says what it passes over."
     for candidate in [path, path.with_suffix(".before.pt")] if path else []:
         if candidate.is_file():
@@ -203,7 +204,7 @@ class Stopwatch:
 
 
 @dataclasses.dataclass
-class Fit:
+class TrainConfig:
     "What one training needs to know beside the network."
     data: Batches
     y: np.ndarray  # (n, 5) grams, of all photographs
@@ -232,12 +233,12 @@ class Fit:
         return self.epochs if self.stop is None else self.stop
 
 
-def weighed(loss: Tensor, weights: np.ndarray | None, index: np.ndarray) -> Tensor:
+def apply_sample_weights(loss: Tensor, weights: np.ndarray | None, index: np.ndarray) -> Tensor:
     "The losses (B,) of photographs `index`, each times its weight; without weights as they are."
     return loss if weights is None else loss * torch.as_tensor(weights[index], dtype=loss.dtype, device=loss.device)
 
 
-def forward_loss(net, fit: Fit, own: np.ndarray, x, acc: Accelerator, half: bool = True) -> tuple[Tensor, Tensor]:
+def forward_loss(net, fit: TrainConfig, own: np.ndarray, x, acc: Accelerator, half: bool = True) -> tuple[Tensor, Tensor]:
     "Return the losses (B,) of photographs `own` with input `x`, and which are finite (B,); `half`: under autocast."
     y, s = torch.as_tensor(fit.y[own], dtype=torch.float32, device=acc.device), fit.settings
     base = None if fit.base is None else torch.as_tensor(fit.base[own], dtype=torch.float32, device=acc.device)
@@ -251,11 +252,11 @@ def forward_loss(net, fit: Fit, own: np.ndarray, x, acc: Accelerator, half: bool
     return loss, finite
 
 
-def train_step(model: nn.Module, fit: Fit, micro: list[np.ndarray], draw: tuple[int, ...], acc: Accelerator) -> float:
+def train_step(model: nn.Module, fit: TrainConfig, micro: list[np.ndarray], draw: tuple[int, ...], acc: Accelerator) -> float:
     "Gradients of one optimiser step, a micro-batch at a time; the mean loss of its photographs, in weighted grams, of this process's share."
     count, total = sum(map(len, micro)), torch.zeros(())
     for i, index in enumerate(micro):
-        own, counts = share(index, acc.process_index, acc.num_processes)
+        own, counts = shard_batch(index, acc.process_index, acc.num_processes)
         x = fit.data.to_input(fit.data.batch(own, draw), acc.device)
         sync = contextlib.nullcontext() if i == len(micro) - 1 else acc.no_sync(model)
         with sync, contextlib.ExitStack() as exact:
@@ -265,7 +266,7 @@ def train_step(model: nn.Module, fit: Fit, micro: list[np.ndarray], draw: tuple[
                 net = acc.unwrap_model(model)  # the wrapper would wait for a second forward pass of all processes
                 exact.enter_context(parameters_in_float32(net))  # the backward pass reads the weights too
                 loss, _ = forward_loss(net, fit, own, x, acc, half=False)
-            loss = counts * weighed(loss, fit.weights, own).sum() / count
+            loss = counts * apply_sample_weights(loss, fit.weights, own).sum() / count
             acc.backward(loss * acc.num_processes)  # processes average their gradients
         total = total + loss.detach().cpu()
     return float(acc.reduce(total.to(acc.device), "sum")) if acc.num_processes > 1 else float(total)
@@ -276,7 +277,7 @@ SMALL_SCALE_STEPS = 20  # steps in a row with a loss scale below 1 after which a
 SKIPPED_STEPS = 20  # the same with a scaler: it begins at 65536 and halves at each step it skips, so that a few are no fault
 
 
-class Progress:
+class TrainerState:
     "Weights, optimiser, average, history of one training: what is saved, and how to go on from it."
 
     def __init__(self, net: BiomassNet, optimiser, acc: Accelerator, s: TrainDinov3Settings):
@@ -301,7 +302,7 @@ class Progress:
         for k in ("epoch", "step", "losses", "history", "best", "stopped"):
             setattr(self, k, state[k])
 
-    def count(self, taken: bool, loss: float, micro: list[np.ndarray], fit: Fit) -> None:
+    def count(self, taken: bool, loss: float, micro: list[np.ndarray], fit: TrainConfig) -> None:
         "Count the steps in a row that were not taken; raises `InputError` after `BAD_STEPS` of them, with a scaler `SKIPPED_STEPS`."
         self.bad = 0 if taken else self.bad + 1
         if self.bad >= (SKIPPED_STEPS if self.acc.scaler else BAD_STEPS):
@@ -325,7 +326,7 @@ MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}
 GROWTH_STEPS = 100  # good steps after which the scaler doubles its scale; a fold has 300 to 1,500, PyTorch waits 2,000
 
 
-def accelerator(device: torch.device) -> Accelerator:
+def make_accelerator(device: torch.device) -> Accelerator:
     "Return an `Accelerator` for `device` in the precision of `pick_dtype`; for float16 with a scaler, on a CPU too."
     word, scaling = MIXED[pick_dtype(device)], GradScalerKwargs(growth_interval=GROWTH_STEPS)
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != word:
@@ -339,7 +340,7 @@ def accelerator(device: torch.device) -> Accelerator:
     return acc
 
 
-def take_step(model: nn.Module, p: Progress, fit: Fit, micro: list[np.ndarray]) -> None:
+def take_step(model: nn.Module, p: TrainerState, fit: TrainConfig, micro: list[np.ndarray]) -> None:
     "One optimiser step on the photographs `micro`, with randomness that depends on nothing but seed, epoch and step."
     torch.manual_seed(fit.seed * 1_000_003 + p.epoch * 1_009 + p.step)
     with oom_as_input_error():
@@ -357,30 +358,30 @@ def take_step(model: nn.Module, p: Progress, fit: Fit, micro: list[np.ndarray]) 
         p.losses.append(loss)
 
 
-def prefetch(p: Progress, fit: Fit, plan: list[list[np.ndarray]]) -> Prefetcher:
+def make_prefetcher(p: TrainerState, fit: TrainConfig, plan: list[list[np.ndarray]]) -> Prefetcher:
     "Return what loads this process's photographs of the optimiser steps `plan`, as `train_step` uses them."
-    own = [share(index, p.acc.process_index, p.acc.num_processes)[0] for micro in plan for index in micro]
+    own = [shard_batch(index, p.acc.process_index, p.acc.num_processes)[0] for micro in plan for index in micro]
     draw = fit.seed, p.epoch
     return Prefetcher(fit.data, [(index, draw) for index in own], pin=p.acc.device.type == "cuda")
 
 
-def run_epoch(model: nn.Module, p: Progress, fit: Fit, rates: list[float]) -> None:
+def run_epoch(model: nn.Module, p: TrainerState, fit: TrainConfig, rates: list[float]) -> None:
     "The rest of the epoch `p` stands in: steps, a look by `watch`, a row of history; the state is kept on the way."
     s, saved = fit.settings, time.monotonic()
-    plan = steps(fit.index, s.batch, s.accumulate, np.random.default_rng([fit.seed, p.epoch]))
+    plan = draw_batches(fit.index, s.batch, s.accumulate, np.random.default_rng([fit.seed, p.epoch]))
     p.net.train()
     p.net.backbone_frozen = p.epoch < s.freeze_epochs
-    with prefetch(p, fit, plan[p.step :]) as data:
+    with make_prefetcher(p, fit, plan[p.step :]) as data:
         ahead = dataclasses.replace(fit, data=data)
         while p.step < len(plan) and not p.stopped:
-            factor = schedule(p.epoch * len(plan) + p.step, fit.epochs * len(plan), s.warmup * len(plan), s.freeze_epochs * len(plan))
+            factor = lr_factor(p.epoch * len(plan) + p.step, fit.epochs * len(plan), s.warmup * len(plan), s.freeze_epochs * len(plan))
             for g, rate in zip(p.optimiser.param_groups, rates, strict=True):
                 g["lr"] = rate * factor
             take_step(model, p, ahead, plan[p.step])
             p.step += 1
             p.stopped = "budget" if p.step < len(plan) and fit.clock.over(p.acc) else ""
             if not p.stopped and time.monotonic() - saved > 60 * s.save_minutes:
-                keep_state(p, fit)
+                save_checkpoint(p, fit)
                 saved = time.monotonic()
     p.ema.swap(p.net)
     cut = p.stopped and p.best["weights"] is not None  # no time for a look at part of an epoch, when there is a best one
@@ -397,53 +398,53 @@ def run_epoch(model: nn.Module, p: Progress, fit: Fit, rates: list[float]) -> No
     p.stopped = p.stopped or ("budget" if spent else "")
     p.history[-1] |= {"stopped": p.stopped} if p.stopped else {}
     if not p.stopped and p.epoch < fit.last:  # else what it ended with is kept next
-        keep_state(p, fit)
+        save_checkpoint(p, fit)
 
 
-def keep_state(p: Progress, fit: Fit) -> None:
+def save_checkpoint(p: TrainerState, fit: TrainConfig) -> None:
     "Write the state, if it is wanted, and the time, from the first process."
     if p.acc.is_main_process:
         if fit.state:
-            save_state(fit.state, key=fit.key, **p.plain())
+            write_checkpoint(fit.state, key=fit.key, **p.plain())
         fit.clock.note()
 
 
-def keep_end(ended: dict, fit: Fit) -> None:
+def save_final_weights(ended: dict, fit: TrainConfig) -> None:
     "Put what a training ended with in place of its states, which hold five times as much, so that it need not be done again."
     if fit.state:
-        save_state(fit.state, key=fit.key, **ended)
+        write_checkpoint(fit.state, key=fit.key, **ended)
         fit.state.with_suffix(".before.pt").unlink(missing_ok=True)
     fit.clock.note()
 
 
-def go_on(net: BiomassNet, fit: Fit, acc: Accelerator, found: dict | None) -> dict:
+def train_loop(net: BiomassNet, fit: TrainConfig, acc: Accelerator, found: dict | None) -> dict:
     "Train from the state `found`, or from the beginning; what it ended with: weights (of what is trained) and history."
     groups = parameter_groups(net, fit.settings)
     rates = [g["lr"] for g in groups]
     optimiser = acc.prepare_optimizer(torch.optim.AdamW(groups))
     model = acc.prepare_model(net) if acc.num_processes > 1 else net
-    p = Progress(net, optimiser, acc, fit.settings)
+    p = TrainerState(net, optimiser, acc, fit.settings)
     if found:
         p.restore(found)
     while p.epoch < fit.last and not p.stopped:
         run_epoch(model, p, fit, rates)
     ended = {"ended": p.best["weights"] or p.ema.mean, "history": p.history}
     if acc.is_main_process:
-        keep_end(ended, fit)
+        save_final_weights(ended, fit)
     return ended
 
 
-def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
+def train(net: BiomassNet, fit: TrainConfig, warn: Callable = print) -> list[dict]:
     "Train `net` in place; it ends with the averaged weights, of the best epoch if `watch` scores. The history, a row an epoch."
-    s, acc = fit.settings, accelerator(fit.device or pick_device())
+    s, acc = fit.settings, make_accelerator(fit.device or pick_device())
     fit = dataclasses.replace(fit, repeated=Counter())
     net.to(acc.device)
     unfreeze(net, s.unfreeze)
     net.backbone.net.set_grad_checkpointing(s.checkpointing and s.unfreeze != 0)
     if acc.mixed_precision == "fp16":
-        halve_frozen(net, torch.float16)
-    found = load_state(fit.state, fit.key, warn)
-    ended = found if found and "ended" in found else go_on(net, fit, acc, found)
+        cast_frozen_layers(net, torch.float16)
+    found = read_checkpoint(fit.state, fit.key, warn)
+    ended = found if found and "ended" in found else train_loop(net, fit, acc, found)
     if acc.scaler:
         acc.free_memory()
         gc.collect()  # with a scaler, accelerate's optimiser refers to itself: its moments would stay on the GPU beside the next training
@@ -452,12 +453,12 @@ def train(net: BiomassNet, fit: Fit, warn: Callable = print) -> list[dict]:
     net.backbone_frozen = False
     if fit.repeated:
         warn(describe_repeats(fit, acc.mixed_precision))
-    if cut_short(ended["history"]):
+    if hit_time_budget(ended["history"]):
         warn(f"train_dinov3: the time budget of {s.budget_minutes:g} minutes ended a training after {len(ended['history'])} of {fit.last} epochs; its best epoch is kept")
     return ended["history"]
 
 
-def describe_repeats(fit: Fit, precision: str) -> str:
+def describe_repeats(fit: TrainConfig, precision: str) -> str:
     "Say which photographs overflowed half precision in a training, those that did most often first."
     names = [str(i if fit.names is None else fit.names[i]) for i, _ in fit.repeated.most_common()]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
@@ -465,6 +466,6 @@ def describe_repeats(fit: Fit, precision: str) -> str:
             f"({fit.repeated.total()}) were repeated in float32: {', '.join(names[:8])}{more}")
 
 
-def cut_short(history: list[dict]) -> bool:
+def hit_time_budget(history: list[dict]) -> bool:
     "Whether the time budget ended the training of this history."
     return bool(history) and history[-1].get("stopped") == "budget"

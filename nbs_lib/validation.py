@@ -215,9 +215,9 @@ def _fold_numbers(splitter, n: int, level: np.ndarray, groups: np.ndarray | None
 def write_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
     "Cut the folds that the settings ask for and write artefacts/folds.csv."
     folds = make_folds(train, run.settings.run.folds, run.settings.run.seed, run.warn)
-    with atomic(run.art("folds.csv")) as temporary:
+    with atomic(run.artefact_path("folds.csv")) as temporary:
         folds.to_csv(temporary, index=False)
-    run.beside(run.art("folds.csv"))
+    run.write_metadata(run.artefact_path("folds.csv"))
     return folds
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from nbs_lib import backbones
 from nbs_lib.backbones import (
     POOLINGS,
-    TWIN,
+    TINY_DINOV3,
     Backbone,
     BackboneFeatures,
     chosen_depths,
@@ -34,7 +34,7 @@ FAMILIES = (
     "swin_tiny_patch4_window7_224",
     "vit_tiny_patch16_224",
     "vit_base_patch16_siglip_224",
-    TWIN,
+    TINY_DINOV3,
 )
 CPU = torch.device("cpu")
 
@@ -142,7 +142,7 @@ def test_a_loaded_backbone_is_frozen_and_stays_in_evaluation():
 
 
 def test_a_hash_of_a_network_follows_its_numbers_and_nothing_else():
-    net = Backbone(TWIN)
+    net = Backbone(TINY_DINOV3)
     before = hash_network(net)
     assert hash_network(net.half()) != before and hash_network(net.float()) != before, (
         "half precision lost digits"

@@ -13,15 +13,15 @@ from sklearn.base import clone
 
 from nbs_lib import boosting, members
 from nbs_lib.boosting import (
-    Labelled,
+    LabelledPhotos,
     PastureRegressor,
     StateClassifier,
-    available,
+    available_members,
     cross_validate,
     cross_validate_states,
     error_weighting,
     load_fitted,
-    predict,
+    predict_fitted,
     run_boosting,
     select_members,
 )
@@ -50,7 +50,7 @@ def paddock(n=90, d=24, sites=9, seed=0):
 
 def held_out(regressor, X, y, site, fold, state=None):
     state = np.full(len(y), "Tas") if state is None else state
-    data = Labelled([], X, y, site, state)
+    data = LabelledPhotos([], X, y, site, state)
     return cross_validate(regressor, data, fold)[0], cross_validate_states(StateClassifier(), data, fold)[0]
 
 
@@ -75,7 +75,7 @@ def test_a_photo_without_weight_teaches_nothing(data):
 
     def answers(grams, weight):
         wrong = np.where(np.arange(len(y))[:, None] % 10 == 0, grams, y)
-        labelled = Labelled([], X, wrong, site, np.full(len(y), "Tas"), weight)
+        labelled = LabelledPhotos([], X, wrong, site, np.full(len(y), "Tas"), weight)
         return cross_validate(PastureRegressor(**FAST), labelled, fold)[0]
 
     assert (answers(5.0, weight) == answers(100.0, weight)).all()
@@ -97,7 +97,7 @@ def test_shuffled_labels_score_no_better_than_the_constant(data):
         z = y[np.random.default_rng(seed).permutation(len(y))]
         oof = held_out(PastureRegressor(**FAST), X, z, site, fold)[0]
         scores.append(weighted_r2_score(z, oof))
-        constants.append(boosting.score(z, oof, fold)["constant"])
+        constants.append(boosting.score_oof(z, oof, fold)["constant"])
     assert np.mean(scores) <= np.mean(constants) + 0.02
     oof = held_out(PastureRegressor(**FAST), X, y, site, fold)[0]
     assert weighted_r2_score(y, oof) > np.mean(constants) + 0.2
@@ -351,12 +351,12 @@ def no_catboost(monkeypatch):
 
 def test_unknown_member_and_missing_library(no_catboost):
     with pytest.raises(InputError, match="unknown member .forest.; choose from ridge"):
-        available(("forest",))
+        available_members(("forest",))
     told = []
-    assert available(("ridge", "catboost", "catboost_joint"), told.append) == ("ridge",)
+    assert available_members(("ridge", "catboost", "catboost_joint"), told.append) == ("ridge",)
     assert len(told) == 2 and "catboost is not installed" in told[0]
     with pytest.raises(InputError, match="none can be used"):
-        available(("catboost",), told.append)
+        available_members(("catboost",), told.append)
 
 
 def test_recipe_is_the_recipe():
@@ -396,7 +396,7 @@ def ran(tmp_path_factory):
     X, y = competition(folder / "in")
     run = open_run(folder / "in", folder / "out", "demo", overrides=["boosting.members=ridge,lightgbm", "boosting.rounds=0.02", "run.folds=3"])
     order = np.random.default_rng(0).permutation(len(X) + 1)  # one photo more than the table knows
-    np.savez(run.art("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(len(X))] + ["ID999"])[order],
+    np.savez(run.artefact_path("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(len(X))] + ["ID999"])[order],
              embedding=np.concatenate([X, X[:1]])[order], semantic=np.concatenate([X, X[:1]])[order, :3].astype(np.float64))
     return run, run_boosting(run), X, y
 
@@ -440,9 +440,9 @@ def test_states_and_intervals(ran):
 def test_fewer_photos_than_folds(tmp_path):
     X, _ = competition(tmp_path / "in", 4)
     run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=["boosting.members=ridge,catboost_joint,lightgbm", "boosting.rounds=0.02", "run.folds=5"])
-    np.savez(run.art("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(4)]), embedding=X)
+    np.savez(run.artefact_path("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(4)]), embedding=X)
     assert np.isfinite(run_boosting(run)["grouped"]["r2"])
-    told = predict(run.artefacts, {"eyes": (["p"], X[:1], None)})[0]
+    told = predict_fitted(run.artefacts, {"eyes": (["p"], X[:1], None)})[0]
     assert told.shape == (1, 5) and told.min() >= 0 and imbalance(told).max() < 1e-6
 
 
@@ -467,7 +467,7 @@ def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, no_catboo
     told["versions"]["catboost"] = "1.2"
     beside.write_text(json.dumps(told))
     warnings = []
-    y, _, _ = predict(tmp_path / "artefacts", {"eyes": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
+    y, _, _ = predict_fitted(tmp_path / "artefacts", {"eyes": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
     assert np.isfinite(y).all() and "catboost 1.2 (here none)" in warnings[0] and "catboost is not installed" in warnings[1]
 
 
@@ -475,14 +475,14 @@ def test_other_versions_are_refused_or_fitted_anew(ran, tmp_path):
     run, _, X, _ = ran
     shutil.copytree(run.artefacts, tmp_path / "artefacts")
     features = {"eyes": (["p", "q"], X[:2], X[:2, :3])}
-    y, proba, states = predict(tmp_path / "artefacts", features)
+    y, proba, states = predict_fitted(tmp_path / "artefacts", features)
     assert y.shape == (2, 5) and proba.shape == (2, 4) and list(states) == ["NSW", "Tas", "Vic", "WA"]
     beside = tmp_path / "artefacts" / "boosting" / "model.json"
     told = json.loads(beside.read_text())
     told["versions"]["scikit-learn"] = "0.99.0"
     beside.write_text(json.dumps(told))
     warnings = []
-    assert np.allclose(predict(tmp_path / "artefacts", features, warnings.append)[0], y, atol=1e-3) and "scikit-learn 0.99.0 (here " in warnings[0]
+    assert np.allclose(predict_fitted(tmp_path / "artefacts", features, warnings.append)[0], y, atol=1e-3) and "scikit-learn 0.99.0 (here " in warnings[0]
     shutil.rmtree(tmp_path / "artefacts" / "features")
     with pytest.raises(InputError, match=r"saved under scikit-learn 0\.99\.0 \(here \d.*install those versions"):
-        predict(tmp_path / "artefacts", features)
+        predict_fitted(tmp_path / "artefacts", features)

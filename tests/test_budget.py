@@ -17,14 +17,14 @@ from nbs_lib.settings import load_settings
 from nbs_lib.store import half_shape
 from nbs_lib.train_dinov3 import model_config
 from nbs_lib.trainer import (
-    Fit,
-    Progress,
-    accelerator,
-    halve_frozen,
-    keep_end,
-    load_state,
+    TrainConfig,
+    TrainerState,
+    make_accelerator,
+    cast_frozen_layers,
+    save_final_weights,
+    read_checkpoint,
     parameter_groups,
-    save_state,
+    write_checkpoint,
     unfreeze,
 )
 
@@ -160,7 +160,7 @@ def test_disk_is_what_the_files_say(card, rounds, refit, tmp_path, monkeypatch):
     net = build_model(model_config(s, 4))
     unfreeze(net, s.unfreeze)
     if card == "T4":  # computes in float16
-        halve_frozen(net, torch.float16)
+        cast_frozen_layers(net, torch.float16)
         net.backbone.float()
     optimiser = torch.optim.AdamW(parameter_groups(net, s))
     for p in (q for g in optimiser.param_groups for q in g["params"]):
@@ -168,7 +168,7 @@ def test_disk_is_what_the_files_say(card, rounds, refit, tmp_path, monkeypatch):
     optimiser.step()
     for k in range(2):
         save_model(net, tmp_path / f"fold{k}.safetensors", tmp_path / "backbone.safetensors")
-    progress, write = Progress(net, optimiser, accelerator(torch.device("cpu")), s), torch.save
+    progress, write = TrainerState(net, optimiser, make_accelerator(torch.device("cpu")), s), torch.save
     progress.best["weights"] = {n: t.clone() for n, t in progress.ema.mean.items()}
 
     def size():
@@ -182,11 +182,11 @@ def test_disk_is_what_the_files_say(card, rounds, refit, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", weighed)
     names = ["state", *(f"state_round{k}" for k in range(1, rounds + 1)), *(["state_refit"] if refit == "yes" and not rounds else [])]
     for name in names:
-        fit = Fit(None, None, None, s, 0, 1, state=tmp_path / f"{name}.pt", key="k")
+        fit = TrainConfig(None, None, None, s, 0, 1, state=tmp_path / f"{name}.pt", key="k")
         for _ in range(4):
-            save_state(fit.state, key="k", **progress.plain())
+            write_checkpoint(fit.state, key="k", **progress.plain())
         if name != names[-1]:
-            keep_end({"ended": progress.ema.mean, "history": []}, fit)
+            save_final_weights({"ended": progress.ema.mean, "history": []}, fit)
     said = budget.disk_gb(settings, sum(p.numel() for p in net.parameters()), sum(p.numel() for p in net.parameters() if p.requires_grad), 0, budget.GPUS[card].half)
     assert said["photos"] == 0 and 0.95 < sum(said.values()) / most < 1.05
     again = load_model(tmp_path / "fold1.safetensors").state_dict()
@@ -195,7 +195,7 @@ def test_disk_is_what_the_files_say(card, rounds, refit, tmp_path, monkeypatch):
 
 def test_a_kill_while_a_state_is_written_leaves_the_one_before(tmp_path):
     path = tmp_path / "state.pt"
-    save_state(path, key="k", step=1)
+    write_checkpoint(path, key="k", step=1)
 
     def killed(state, place):
         place.write_bytes(b"half")
@@ -204,11 +204,11 @@ def test_a_kill_while_a_state_is_written_leaves_the_one_before(tmp_path):
     child = os.fork()
     if child == 0:
         torch.save = killed
-        save_state(path, key="k", step=2)
+        write_checkpoint(path, key="k", step=2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9 and not path.exists() and len(list(tmp_path.iterdir())) == 2
-    assert load_state(path, "k")["step"] == 1
-    save_state(path, key="k", step=3)
-    assert load_state(path, "k")["step"] == 3 and {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.before.pt"}
+    assert read_checkpoint(path, "k")["step"] == 1
+    write_checkpoint(path, key="k", step=3)
+    assert read_checkpoint(path, "k")["step"] == 3 and {p.name for p in tmp_path.iterdir()} == {"state.pt", "state.before.pt"}
 
 
 def test_what_does_not_fit_is_said():

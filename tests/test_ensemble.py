@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbs_lib.ensemble import (
-    Members,
+    ModelPredictions,
     Policy,
     apply_blend,
     choose_policy,
     fit_blend,
-    judged_predictions,
+    nested_cv_predictions,
     learn_weights,
     load_blend,
-    mix,
-    nested_predictions,
+    weighted_mean,
+    cross_fitted_predictions,
     run_ensemble,
     score_table,
 )
@@ -38,7 +38,7 @@ def members(n_sites=12, each=6, seed=0, biases=(4.0, 4.0), leak=0.0):
     y = from_parts(*part.T)
     said = {f"m{k}": from_parts(*(part + rng.normal(0, b, (n_sites, 3))[site] + rng.normal(0, 3, part.shape)).clip(0).T) for k, b in enumerate(biases)}
     states = pd.DataFrame({s: (site % 4 == k) * 0.9 + 0.025 for k, s in enumerate(tiny.STATES)})
-    return Members(y, site % 4, site.astype(str), said, states)
+    return ModelPredictions(y, site % 4, site.astype(str), said, states)
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,7 +49,7 @@ def test_learned_weights_are_shares_and_no_worse_than_equal(seed, m, pull):
     stack = y + rng.normal(0, rng.uniform(1, 20, (m, 1, 1)), (m, 40, 5)) + rng.normal(0, 5, (m, 1, 5))
     w = learn_weights(stack, y, pull)
     assert (w >= 0).all() and np.allclose(w.sum(axis=0), 1, atol=1e-6)
-    fitted, equal = (((mix(stack, v) - y) ** 2).sum() for v in (w, np.full((m, 5), 1 / m)))
+    fitted, equal = (((weighted_mean(stack, v) - y) ** 2).sum() for v in (w, np.full((m, 5), 1 / m)))
     assert fitted <= equal * (1 + 1e-6)
 
 
@@ -57,17 +57,17 @@ def test_mix_gives_the_weight_of_a_silent_model_to_the_others():
     stack = np.full((3, 4, 5), [[[1.0]], [[2.0]], [[4.0]]])
     stack[0, 1], stack[:, 2] = np.nan, np.nan
     weights = np.full((3, 5), [[0.5], [0.5], [0.0]])
-    assert np.allclose(mix(stack, weights)[[0, 1]], [[1.5] * 5, [2.0] * 5]) and np.isnan(mix(stack, weights)[2]).all()
+    assert np.allclose(weighted_mean(stack, weights)[[0, 1]], [[1.5] * 5, [2.0] * 5]) and np.isnan(weighted_mean(stack, weights)[2]).all()
     stack[:2, 3] = np.nan  # only the model of weight zero has spoken
-    assert np.allclose(mix(stack, weights)[3], 4)
+    assert np.allclose(weighted_mean(stack, weights)[3], 4)
 
 
 def test_nested_predictions_do_not_see_their_fold():
     m = members()
     policy = Policy("learned", "mint", ("WA:Dry_Dead_g",), carry=True, shrink=True)
-    before = nested_predictions(policy, m, CHOSEN)
+    before = cross_fitted_predictions(policy, m, CHOSEN)
     poisoned = dataclasses.replace(m, y=np.where((m.fold == 2)[:, None], 1e3, m.y))
-    after = nested_predictions(policy, poisoned, CHOSEN)
+    after = cross_fitted_predictions(policy, poisoned, CHOSEN)
     assert np.allclose(before[m.fold == 2], after[m.fold == 2])
     assert not np.allclose(before[m.fold != 2], after[m.fold != 2])
 
@@ -77,8 +77,8 @@ WEIGHTS_ALONE = dataclasses.replace(CHOSEN, rules=(), shrink=False, weighting=("
 
 def test_judging_does_not_see_its_fold():
     m = members(n_sites=16)
-    before = judged_predictions(m, CHOSEN, 0)
-    after = judged_predictions(dataclasses.replace(m, y=np.where((m.fold == 2)[:, None], m.y[::-1], m.y)), CHOSEN, 0)
+    before = nested_cv_predictions(m, CHOSEN, 0)
+    after = nested_cv_predictions(dataclasses.replace(m, y=np.where((m.fold == 2)[:, None], m.y[::-1], m.y)), CHOSEN, 0)
     assert np.allclose(before[m.fold == 2], after[m.fold == 2])
     assert not np.allclose(before[m.fold != 2], after[m.fold != 2])
 
@@ -90,15 +90,15 @@ def test_choosing_among_many_flatters_and_judging_does_not():
         m = members(n_sites=10, seed=seed, biases=(8.0,) * 10)
         settings_ = dataclasses.replace(WEIGHTS_ALONE, weights=("m0", "single"), clear=0.5)
         policy, _ = choose_policy(m, settings_, 0)
-        seen.append(weighted_r2_score(m.y, nested_predictions(policy, m, settings_)))
-        told.append(weighted_r2_score(m.y, judged_predictions(m, settings_, 0)))
+        seen.append(weighted_r2_score(m.y, cross_fitted_predictions(policy, m, settings_)))
+        told.append(weighted_r2_score(m.y, nested_cv_predictions(m, settings_, 0)))
     assert np.mean(seen) > np.mean(told) + 0.01
 
 
 def test_two_folds_leave_nothing_to_judge_on():
     m = members()
     two = dataclasses.replace(m, fold=m.fold % 2)
-    assert np.allclose(judged_predictions(two, CHOSEN, 0), nested_predictions(Policy("equal"), two, CHOSEN))
+    assert np.allclose(nested_cv_predictions(two, CHOSEN, 0), cross_fitted_predictions(Policy("equal"), two, CHOSEN))
 
 
 def test_what_is_not_clear_is_not_taken():
@@ -116,7 +116,7 @@ def test_the_better_model_gets_its_weight(biases):
     score = {e["candidate"]: e["score"] for e in evidence if e["step"] == "way to weigh"}
     better = max(score["boosting"], score["dinov3"])
     assert policy.weights != "equal" and score[policy.weights] > better - 0.01
-    assert weighted_r2_score(m.y, judged_predictions(m, WEIGHTS_ALONE, 0)) > better - 0.02
+    assert weighted_r2_score(m.y, nested_cv_predictions(m, WEIGHTS_ALONE, 0)) > better - 0.02
     if biases[0] < biases[1]:
         assert score[policy.weights] > score["recipe"] + 0.05
 
@@ -130,7 +130,7 @@ def test_a_useless_model_loses_its_weight():
 @pytest.mark.parametrize("policy", [Policy("equal"), Policy("learned", "mint", ("WA:Dry_Dead_g", "NSW:Dry_Clover_g"), True, True), Policy("m1", "metric")])
 def test_blends_are_possible_masses(policy):
     m = members()
-    out = nested_predictions(policy, m, CHOSEN)
+    out = cross_fitted_predictions(policy, m, CHOSEN)
     assert out.min() >= 0 and np.abs(imbalance(out)).max() < 1e-9
     blend = fit_blend(policy, m, CHOSEN)
     one = np.vstack([apply_blend(blend, {k: p[i : i + 1] for k, p in m.predictions.items()}, m.states.iloc[i : i + 1]) for i in range(9)])

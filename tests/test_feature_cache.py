@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT
 
 from nbs_lib import backbones, frozen, inference, submit
-from nbs_lib.backbones import TWIN, Backbone, FeatureExtractor
+from nbs_lib.backbones import TINY_DINOV3, Backbone, FeatureExtractor
 from nbs_lib.inpaint import build_store, run_inpaint
 from nbs_lib.runtime import read_json
 from nbs_lib.settings import load_settings
@@ -52,7 +52,7 @@ class Photos:
         return self.keys[i]
 
 
-def backbone(name: str = TWIN, depths: int = 2, seed: int = 0) -> Backbone:
+def backbone(name: str = TINY_DINOV3, depths: int = 2, seed: int = 0) -> Backbone:
     torch.manual_seed(seed)
     return Backbone(name, depths)
 
@@ -79,7 +79,7 @@ def files(folder: Path) -> list[Path]:
 
 
 # ---- the same numbers ----
-@pytest.mark.parametrize("name", [TWIN, CNN])
+@pytest.mark.parametrize("name", [TINY_DINOV3, CNN])
 @pytest.mark.parametrize("view", backbones.VIEWS)
 @pytest.mark.parametrize("grid", [False, True])
 def test_the_cache_gives_what_was_computed(name, view, grid, tmp_path):
@@ -374,7 +374,7 @@ def test_model_2_of_a_submission_asks_the_backbone_for_no_photo_after_model_1(de
         real(model, piece)
         during.append(len(looked) - before)
 
-    monkeypatch.setattr(inference.Model2, "describe", describe)
+    monkeypatch.setattr(inference.Model2, "describe_inputs", describe)
     assert submit.run_submit(run)["models"] == {"dinov3": 2, "boosting": 2}
     assert looked and during and not any(during)
     first = (run.output / "submission.csv").read_bytes()
@@ -411,7 +411,7 @@ def test_an_extractor_of_other_settings_keeps_the_columns_apart():
     "`columns` takes from all poolings those that are wanted, in the order in which they are pooled."
     from nbs_lib.backbones import POOLINGS, feature_names, pool_features
 
-    for name in (TWIN, CNN):
+    for name in (TINY_DINOV3, CNN):
         net, store = backbone(name, 3), Photos("ab")
         e = extractor(None, net)
         pooled = e.extract(store, range(2), SMALL).pooled

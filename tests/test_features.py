@@ -23,7 +23,7 @@ from nbs_lib.backbones import feature_names, fitting_shape, pool_features, pool_
 from nbs_lib.images import resize_half
 from nbs_lib.runtime import InputError, read_json
 from nbs_lib.settings import load_settings
-from nbs_lib.stages import installed, open_run
+from nbs_lib.stages import installed_versions, open_run
 from nbs_lib.store import FULL, ROW, half_shape, store_folder
 
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def write_store(run, pairs: np.ndarray, split: str = "train") -> list[str]:
     "A finished store of `pairs`, as stage inpaint leaves it."
     folder, ids = store_folder(run, split, FULL), [f"ID{i}" for i in range(len(pairs))]
     folder.mkdir(parents=True)
-    np.save(folder / "halves.npy", np.stack([siglip.at_full(p) for p in pairs]))
+    np.save(folder / "halves.npy", np.stack([siglip.resize_to_full(p) for p in pairs]))
     np.save(folder / "rows.npy", np.zeros(len(pairs), ROW))
     (folder / "store.json").write_text(json.dumps({"ids": ids, "shape": FULL, "inpaint": dataclasses.asdict(run.settings.inpaint)}))
     return ids
@@ -72,7 +72,7 @@ def eye(tiny):
 
 @pytest.fixture(scope="module")
 def extractor(settings):
-    return frozen.make_extractor(settings.frozen, device=CPU)
+    return frozen.make_frozen_extractor(settings.frozen, device=CPU)
 
 
 # --- SigLIP
@@ -144,7 +144,7 @@ def test_threads_build_one_network_at_a_time(tiny, eye, settings, monkeypatch):
 
     monkeypatch.setattr(siglip, "read_parts", watched(siglip.read_parts))
     monkeypatch.setattr(weights, "load_weights", watched(weights.load_weights))
-    jobs = [lambda: siglip.load_siglip(tiny, CPU).model, lambda: frozen.make_extractor(settings.frozen, device=CPU).backbone] * 3
+    jobs = [lambda: siglip.load_siglip(tiny, CPU).model, lambda: frozen.make_frozen_extractor(settings.frozen, device=CPU).backbone] * 3
     with ThreadPoolExecutor(len(jobs)) as pool:
         built = [future.result().state_dict() for future in [pool.submit(job) for job in jobs]]
     assert seen == [1] * len(jobs)
@@ -232,7 +232,7 @@ def test_a_siglip_2_of_fixed_size_loads_and_pads_as_it_was_trained(tiny, tmp_pat
     ids = eye.tokenizer(["dense clover"])["input_ids"][0]
     padded = torch.tensor([ids + [0] * (64 - len(ids))])
     assert ids[-1] == 1 and len(ids) > 2
-    wanted = siglip.as_tensor(eye.model.get_text_features(input_ids=padded))
+    wanted = siglip.pooled_output(eye.model.get_text_features(input_ids=padded))
     assert torch.allclose(eye.read(["Dense Clover"]), wanted, atol=1e-5)
 
 
@@ -267,25 +267,25 @@ def test_an_attached_siglip_is_found_whatever_its_name(kernel, tiny, place, caps
     (root / "datasets/someone/dinov3").mkdir(parents=True)  # transformers' DINOv3 has files of the same names
     (root / "datasets/someone/dinov3/config.json").write_text(json.dumps({"model_type": "dinov3_vit"}))
     (root / "datasets/someone/dinov3/preprocessor_config.json").write_text("{}")
-    assert siglip.find_weights(run) == folder
+    assert siglip.find_siglip(run) == folder
     told = f"siglip.weights: siglip-so400m-patch14-384 is not attached; {folder} holds a SigLIP and is used\n"
     assert capsys.readouterr().out == told
-    assert siglip.weights_files(run) == sorted(folder.iterdir()) and capsys.readouterr().out == ""
+    assert siglip.siglip_files(run) == sorted(folder.iterdir()) and capsys.readouterr().out == ""
 
 
 def test_of_several_siglips_the_named_one_then_the_own_dataset_else_none(kernel, tiny, capsys):
     root, run = kernel
     with pytest.raises(InputError, match="^siglip.weights: .* no folder holds a SigLIP; attach one"):
-        siglip.find_weights(run)
+        siglip.find_siglip(run)
     others = [shutil.copytree(tiny, root / f"datasets/someone/{name}") for name in ("a", "b")]
     with pytest.raises(InputError, match="2 folders hold a SigLIP .*; name one") as e:
-        siglip.find_weights(run)
+        siglip.find_siglip(run)
     assert all(str(folder) in str(e.value) for folder in others)
     own = shutil.copytree(tiny, root / own_dataset(run))
-    assert siglip.find_weights(run) == own
+    assert siglip.find_siglip(run) == own
     capsys.readouterr()
     named = shutil.copytree(tiny, root / "models/google/siglip/transformers/siglip-so400m-patch14-384/1")
-    assert siglip.find_weights(run) == named and capsys.readouterr().out == ""
+    assert siglip.find_siglip(run) == named and capsys.readouterr().out == ""
 
 
 def test_versions_stand_beside_features_and_a_difference_is_one_warning(open_here, tmp_path):
@@ -296,7 +296,7 @@ def test_versions_stand_beside_features_and_a_difference_is_one_warning(open_her
     names, given = ["siglip", "frozen", "colour", "of somebody else"], []
     for name in names[:2]:
         made = read_json(run.artefacts / f"features/{name}.json")["versions"]
-        assert made == installed(features.FEATURE_PACKAGES)
+        assert made == installed_versions(features.FEATURE_PACKAGES)
         assert made.keys() == {"transformers", "timm", "torchvision"}
     features.warn_version_drift(run.artefacts, names, given.append)
     assert given == []
@@ -306,7 +306,7 @@ def test_versions_stand_beside_features_and_a_difference_is_one_warning(open_her
         beside["versions"][package] = "0.0.1"
         path.write_text(json.dumps(beside))
     features.warn_version_drift(run.artefacts, names, given.append)
-    here = installed(features.FEATURE_PACKAGES)
+    here = installed_versions(features.FEATURE_PACKAGES)
     assert len(given) == 1 and "\n" not in given[0]
     assert f"siglip by transformers 0.0.1 (here {here['transformers']})" in given[0]
     assert f"siglip, frozen by torchvision 0.0.1 (here {here['torchvision']})" in given[0]
@@ -317,8 +317,8 @@ def test_versions_stand_beside_features_and_a_difference_is_one_warning(open_her
 
 def test_both_answers_of_transformers():
     pooled = torch.ones(2, 3)
-    assert siglip.as_tensor(pooled) is pooled  # 4.5x
-    assert siglip.as_tensor(SimpleNamespace(pooler_output=pooled, last_hidden_state=None)) is pooled  # 5.x
+    assert siglip.pooled_output(pooled) is pooled  # 4.5x
+    assert siglip.pooled_output(SimpleNamespace(pooler_output=pooled, last_hidden_state=None)) is pooled  # 5.x
 
 
 def test_tiny_siglip_repeats_and_follows_its_seed(tiny, tmp_path, settings):
@@ -390,11 +390,11 @@ def test_stage_siglip_writes_once_and_then_reads_the_cache(open_here, monkeypatc
 def test_without_weights_the_stage_says_so_and_goes_on(open_here, capsys):
     run = open_here(profile="laptop")
     write_store(run, some_pairs(1))
-    stale = run.art("features", "siglip.npz")
+    stale = run.artefact_path("features", "siglip.npz")
     stale.write_bytes(b"of an earlier run")
     assert siglip.run_siglip(run) == {"photos": 0}
     assert "no weights" in capsys.readouterr().out and not stale.exists()
-    assert siglip.compute_features(run, []) == {}
+    assert siglip.compute_siglip_features(run, []) == {}
 
 
 def test_weights_that_are_nowhere_are_an_error(open_here):
@@ -481,7 +481,7 @@ def test_no_frozen_photo_depends_on_another(extractor, settings):
 
 def test_photos_in_one_forward_do_not_change_each_other(settings):
     "A GPU takes a batch at a time; the same here, past the rule that a CPU takes one."
-    pairs, e = some_pairs(5), frozen.make_extractor(settings.frozen, device=CPU)
+    pairs, e = some_pairs(5), frozen.make_frozen_extractor(settings.frozen, device=CPU)
     together = e._compute(pairs, range(5), (96, 96), "id", True)
     for i, one in enumerate(together):
         alone, = e._compute(pairs, [i], (96, 96), "id", True)
@@ -519,7 +519,7 @@ def test_both_halves_are_pooled_as_one_photo(extractor, settings):
 @pytest.mark.parametrize("name", ["vit_twin_patch16_dinov3", "vit_small_patch14_dinov2"])
 def test_a_vit_keeps_the_shape_and_gives_its_class_token(name, settings):
     s = dataclasses.replace(settings.frozen, backbone=name, weights="random", depths=2, widths=(64,), poolings=("mean",))
-    e = frozen.make_extractor(s, device=CPU)
+    e = frozen.make_frozen_extractor(s, device=CPU)
     features = frozen.frozen_features(some_pairs(2), range(2), e, s)
     assert features.shape[1] == sum(frozen.frozen_columns(s).values()) == sum(e.backbone.channels) + e.backbone.channels[-1]
     assert list(feature_names(e.backbone, s.poolings))[-1] == "class token" and np.abs(features[:, -e.backbone.channels[-1] :]).min() > 0
@@ -554,7 +554,7 @@ def test_a_fitting_shape_is_near_and_divisible(height, width, stride):
 def test_frozen_settings_are_checked_before_the_first_photo(open_here, override, message):
     store = Watched(1)
     with pytest.raises(InputError, match=message) as told:
-        frozen.compute_features(open_here(override), store, CPU)
+        frozen.compute_frozen_features(open_here(override), store, CPU)
     assert "\n" not in str(told.value) and store.asked == [0]
 
 
@@ -562,7 +562,7 @@ def test_frozen_settings_are_checked_before_the_first_photo(open_here, override,
 def test_siglip_settings_are_checked_before_the_first_photo(open_here, override):
     store = Watched(1)
     with pytest.raises(InputError, match=override.split("=")[0].split(".")[1]):
-        siglip.compute_features(open_here(override), store, CPU)
+        siglip.compute_siglip_features(open_here(override), store, CPU)
     assert store.asked == [0]
 
 
@@ -651,7 +651,7 @@ def test_stage_frozen_writes_both_files_and_then_reads_the_cache(open_here, monk
             assert list(npz["image_id"]) == ids and npz["embedding"].shape == (3, wide) and npz["embedding"].dtype == np.float32
         columns = read_json(path.with_suffix(".json"))["columns"]
         assert (sum(columns.values()) if name == "frozen" else len(columns)) == wide
-    monkeypatch.setattr(frozen, "compute_features", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(frozen, "compute_frozen_features", lambda *_: pytest.fail("computed again"))
     assert frozen.run_frozen(run) == summary
 
 

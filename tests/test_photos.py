@@ -34,11 +34,11 @@ from nbs_lib.store import (
     FULL,
     augment,
     half_shape,
-    join,
+    to_panorama,
     open_store,
     photo_weights,
     quarter_turns,
-    split,
+    to_halves,
     to_tensor,
     tta_views,
 )
@@ -91,24 +91,24 @@ def test_only_writing_from_red_to_yellow_is_a_stamp(ink, ground, found):
 
 
 def test_a_build_without_the_networks_says_so(folder, monkeypatch):
-    monkeypatch.setattr(inpaint, "nets_file", lambda: folder / "nets.safetensors")
-    inpaint.code_key.cache_clear(), inpaint.load_nets.cache_clear()
+    monkeypatch.setattr(inpaint, "networks_path", lambda: folder / "nets.safetensors")
+    inpaint.code_key.cache_clear(), inpaint.load_networks.cache_clear()
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):  # no grey picture stands in for each photo
         build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
 
 
 def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
     for module in (inpaint, stamp_training):
-        monkeypatch.setattr(module, "nets_file", lambda: tmp_path / "nets.safetensors")
+        monkeypatch.setattr(module, "networks_path", lambda: tmp_path / "nets.safetensors")
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):
-        inpaint.load_net(inpaint.Finder)  # not random ones, which would paint anything
-    stamp_training.fit_finder(minutes=0.01, grounds=2)
-    finder = inpaint.load_net(inpaint.Finder).state_dict()
-    stamp_training.fit_reader(minutes=0.01, grounds=2)
-    assert all(torch.equal(v, finder[key]) for key, v in inpaint.load_net(inpaint.Finder).state_dict().items())
-    before = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
-    stamp_training.fit_reader(minutes=0.01, grounds=2, seed=2)  # goes on
-    after = inpaint.load_net(inpaint.Reader).state_dict()["line.weight"]
+        inpaint.load_network(inpaint.StampDetector)  # not random ones, which would paint anything
+    stamp_training.fit_detector(minutes=0.01, grounds=2)
+    finder = inpaint.load_network(inpaint.StampDetector).state_dict()
+    stamp_training.fit_segmenter(minutes=0.01, grounds=2)
+    assert all(torch.equal(v, finder[key]) for key, v in inpaint.load_network(inpaint.StampDetector).state_dict().items())
+    before = inpaint.load_network(inpaint.StampSegmenter).state_dict()["line.weight"]
+    stamp_training.fit_segmenter(minutes=0.01, grounds=2, seed=2)  # goes on
+    after = inpaint.load_network(inpaint.StampSegmenter).state_dict()["line.weight"]
     assert 0 < (after - before).abs().max() < before.abs().max()
 
 
@@ -219,7 +219,7 @@ def test_a_killed_build_goes_on(folder):
     assert 12 - done <= len(seen) <= 13 - done
     for k in (0, 5, 11):
         whole = clean_photo(read_photo(paths[k]), load_settings("demo").inpaint)
-        assert (join(store[k]) == whole).all()
+        assert (to_panorama(store[k]) == whole).all()
 
 
 def test_a_full_disk_is_told(folder, monkeypatch):
@@ -427,7 +427,7 @@ def test_networks_fitted_anew_make_what_they_cleaned_stale(tmp_path, monkeypatch
         monkeypatch.setattr(module, "package_folder", lambda: tmp_path / "lib")
     rooms = ("inpaint", "train_dinov3", "submit", "ensemble")
     before = {room: stages.hash_code(room) for room in rooms}
-    nets = tmp_path / "lib" / inpaint.nets_file().name
+    nets = tmp_path / "lib" / inpaint.networks_path().name
     nets.write_bytes(nets.read_bytes()[:-1] + b"\1")
     assert [stages.hash_code(room) != before[room] for room in rooms] == [True, True, True, False]
 
@@ -448,10 +448,10 @@ def test_workers_may_pickle_a_store(folder):
 @given(st.integers(8, 40), st.integers(8, 40), st.integers(0, 2**31))
 def test_views_are_flips_of_the_panorama(h, w, seed):
     pair = np.random.default_rng(seed).integers(0, 256, (2, h, w, 3), dtype=np.uint8)
-    whole = join(pair)
+    whole = to_panorama(pair)
     for view, flipped in zip(tta_views(pair), (whole, whole[:, ::-1], whole[::-1], whole[::-1, ::-1])):
-        assert (join(view) == flipped).all()
-    assert (split(whole) == pair).all()
+        assert (to_panorama(view) == flipped).all()
+    assert (to_halves(whole) == pair).all()
 
 
 @pytest.mark.parametrize("override", ["jitter=0", "jitter=0.3", "scale_pad=0.3", "rotate90=yes", "flips=no", "rotate=10", "lamps=0.5", "stamps=0.7"])
@@ -481,8 +481,8 @@ def test_each_option_changes_what_it_says():
     stamped = changed("photos.stamps=1")
     touched = (stamped != pair).any(-1)
     assert 0 < touched.mean() < 0.1 and stamped[touched][:, 0].mean() > stamped[touched][:, 2].mean() + 50
-    turned = join(changed("photos.rotate=10"))
-    assert abs(turned.astype(int) - join(pair)).mean() > 5 and abs(turned.mean() - pair.mean()) < 3  # mirrored, no black corners
+    turned = to_panorama(changed("photos.rotate=10"))
+    assert abs(turned.astype(int) - to_panorama(pair)).mean() > 5 and abs(turned.mean() - pair.mean()) < 3  # mirrored, no black corners
     for bad in ("rotate=90", "scale_pad=1.5", "lamps=2", "stamps=-1", "jitter=3"):
         with pytest.raises(InputError, match=rf"\[photos\] {bad.partition('=')[0]}"):
             changed(f"photos.{bad}")
@@ -493,7 +493,7 @@ def test_flips_and_quarter_turns_are_the_symmetries_of_the_square():
     settings = load_settings("demo", overrides=["photos.rotate90=yes", "photos.jitter=0", "photos.hue=0"]).photos
     seen = {augment(pair, np.random.default_rng(k), settings).tobytes() for k in range(200)}
     assert len(seen) == 8
-    assert (join(quarter_turns(pair, 2)) == join(pair)[::-1, ::-1]).all()
+    assert (to_panorama(quarter_turns(pair, 2)) == to_panorama(pair)[::-1, ::-1]).all()
     assert (quarter_turns(quarter_turns(pair, 1)[::-1, ::-1, ::-1], 0) == quarter_turns(pair, 3)).all()
 
 

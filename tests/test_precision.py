@@ -24,7 +24,7 @@ from nbs_lib.prediction import ImageBatches
 from nbs_lib.runtime import InputError, pick_device, pick_dtype
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import open_run
-from nbs_lib.trainer import Fit, train
+from nbs_lib.trainer import TrainConfig, train
 
 CPU = torch.device("cpu")
 NARROW = "vit_narrow_swiglu_patch16_dinov3"
@@ -154,13 +154,13 @@ def small_training(epochs=10, every=20, guard=True, seed=0):
             return super().to_input(x, device)
 
     mlp.register_forward_pre_hook(lambda m, args: loud(m, args, lambda: every and step[0] % every == every - 1))
-    return net, Fit(Data(pairs, config), y, np.arange(len(y)), s, seed, epochs, names=[f"ID{i:03d}" for i in range(len(y))])
+    return net, TrainConfig(Data(pairs, config), y, np.arange(len(y)), s, seed, epochs, names=[f"ID{i:03d}" for i in range(len(y))])
 
 
 def train_in(precision, monkeypatch, scales=None, warn=print, **more):
     "The losses by epoch of `small_training` in `precision`; the loss scale after it goes to `scales`."
     monkeypatch.setenv("NBS_PRECISION", precision)
-    real = trainer.accelerator
+    real = trainer.make_accelerator
 
     def noted(device):
         acc = real(device)
@@ -169,7 +169,7 @@ def train_in(precision, monkeypatch, scales=None, warn=print, **more):
 
     with monkeypatch.context() as m:
         if scales is not None:
-            m.setattr(trainer, "accelerator", noted)
+            m.setattr(trainer, "make_accelerator", noted)
         history = train(*small_training(**more), warn)
     if scales is not None:
         scales[:] = [scales[-1].get_scale()]
@@ -218,12 +218,12 @@ def test_a_repeat_counts_frozen_half_precision_layers_in_float32(half, monkeypat
     for layer in net.backbone.net.blocks[2].mlp.children():
         layer.requires_grad_(False)  # behind what is trained, so that gradients pass through it
     exact = copy.deepcopy(net)
-    trainer.halve_frozen(net, torch.float16)
+    trainer.cast_frozen_layers(net, torch.float16)
     exact.load_state_dict(net.state_dict())  # in float32, the rounded numbers
     grads, kinds = [], {n: p.dtype for n, p in net.named_parameters()}
     for model, precision in ((net, "float16"), (exact, "float32")):
         monkeypatch.setenv("NBS_PRECISION", precision)
-        acc = trainer.accelerator(CPU)
+        acc = trainer.make_accelerator(CPU)
         acc.scaler = None  # plain gradients
         trainer.train_step(model, fit, [np.array([3])], (0, 0), acc)
         grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
@@ -250,7 +250,7 @@ def test_a_scale_below_one_ends_the_training(half, monkeypatch):
 
 
 def test_the_scale_recovers_within_a_fold(half, monkeypatch):
-    scaler = trainer.accelerator(CPU).scaler
+    scaler = trainer.make_accelerator(CPU).scaler
     assert scaler.get_growth_interval() == trainer.GROWTH_STEPS <= 300 and scaler.get_scale() == 65536
 
 
@@ -331,7 +331,7 @@ def test_precision_may_change_between_two_trainings_of_a_process(monkeypatch):
     made = []
     for word in ("float32", "float16", "bfloat16"):
         monkeypatch.setenv("NBS_PRECISION", word)
-        made.append(trainer.accelerator(CPU).mixed_precision)
+        made.append(trainer.make_accelerator(CPU).mixed_precision)
     assert made == ["no", "fp16", "bf16"]
 
 
@@ -359,15 +359,15 @@ def test_a_card_without_kernels_gives_way_to_another(cards, capsys, monkeypatch)
     assert [d.device for d in deadline.find_devices(4)] == [torch.device("cuda", 1), torch.device("cuda", 2)]
     s = dataclasses.replace(load_settings("demo").train_dinov3, parallel_folds=3)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert train_dinov3.gpus(s) == ["1", "2"]
+    assert train_dinov3.assign_gpus(s) == ["1", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-abc,7")
-    assert train_dinov3.gpus(s) == ["GPU-abc", "7"]
+    assert train_dinov3.assign_gpus(s) == ["GPU-abc", "7"]
 
 
 def test_where_no_card_runs_the_cpu_does(cards, capsys):
     cards(NO_KERNEL)
     assert pick_device() == CPU and [d.device for d in deadline.find_devices(4)] == [CPU]
-    assert train_dinov3.gpus(dataclasses.replace(load_settings("demo").train_dinov3, parallel_folds=2)) == ["", ""]
+    assert train_dinov3.assign_gpus(dataclasses.replace(load_settings("demo").train_dinov3, parallel_folds=2)) == ["", ""]
     assert capsys.readouterr().out.count("going on with the CPU") == 1
 
 

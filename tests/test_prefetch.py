@@ -17,7 +17,7 @@ from nbs_lib.prediction import ImageBatches, Prefetcher
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.store import _colour, augment, to_tensor
-from nbs_lib.trainer import Fit, load_state, train
+from nbs_lib.trainer import TrainConfig, read_checkpoint, train
 
 CPU = torch.device("cpu")
 JITTER = dataclasses.replace(load_settings("kaggle").photos, jitter=0.5, rotate=5.0, lamps=0.3, stamps=0.3)
@@ -51,7 +51,7 @@ def training(threads, monkeypatch, data=None, epochs=3, **more):
                             patience=99, budget_minutes=0, save_minutes=0.0)
     real = Prefetcher.__init__
     monkeypatch.setattr(Prefetcher, "__init__", lambda self, data, plan, pin=False: real(self, data, plan, pin, threads))
-    fit = Fit((data or ImageBatches)(store, config, JITTER), y, np.arange(len(store)), s, 3, epochs, **more)
+    fit = TrainConfig((data or ImageBatches)(store, config, JITTER), y, np.arange(len(store)), s, 3, epochs, **more)
     history = train(net, fit)
     return {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}, [h["loss"] for h in history]
 
@@ -59,7 +59,7 @@ def training(threads, monkeypatch, data=None, epochs=3, **more):
 def test_any_number_of_threads_trains_the_same_network(monkeypatch):
     "Bit for bit, and the same as without them."
     with monkeypatch.context() as m:
-        m.setattr(trainer, "prefetch", lambda p, fit, plan: Direct(fit.data))
+        m.setattr(trainer, "make_prefetcher", lambda p, fit, plan: Direct(fit.data))
         plain, losses = training(1, m)
     for threads in (1, 4):
         with monkeypatch.context() as m:
@@ -221,7 +221,7 @@ def test_a_training_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     state = {"state": tmp_path / "s.pt", "key": "k"}
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
         training(2, m, Killed, **state)
-    assert load_state(state["state"], "k")["epoch"] == 1
+    assert read_checkpoint(state["state"], "k")["epoch"] == 1
     fails[0] = False
     with monkeypatch.context() as m:
         again, _ = training(2, m, Killed, **state)

@@ -262,7 +262,7 @@ def test_another_stage_and_another_head(clone, paddock, tmp_path):
     cells = [nbformat.v4.new_code_cell("#| default_exp count"), next(c for c in stage.cells if "parameters" in c.metadata.get("tags", []))]
     cells.append(nbformat.v4.new_code_cell("#| export\nfrom nbs_lib.core import Run, stage, write_json\n\n\n@stage('count', reads=('input/train/*',))\n"
                                            "def run_count(run: Run) -> dict:\n    'How many photos there are.'\n    found = {'photos': len(list((run.input / 'train').iterdir()))}\n"
-                                           "    write_json(run.art('count.json'), found)\n    return found"))
+                                           "    write_json(run.artefact_path('count.json'), found)\n    return found"))
     cells.append(nbformat.v4.new_code_cell("#| run\nfrom nbs_lib.run import open_here\nfrom nbs_lib.count import run_count\nrun_count(open_here('count', input, output, profile, preset, overrides))"))
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=stage.metadata), clone / "notebooks/45_count.ipynb")
     change(clone / "notebooks/90_run.ipynb", '"submit": "60_submit"}', '"submit": "60_submit", "count": "45_count"}')

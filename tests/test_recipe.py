@@ -9,14 +9,14 @@ import tiny
 import torch
 
 from nbs_lib.biomass_net import Head, ModelConfig, build_model
-from nbs_lib.ensemble import Blend, Members, Policy, apply_blend, choose_policy
+from nbs_lib.ensemble import Blend, ModelPredictions, Policy, apply_blend, choose_policy
 from nbs_lib.inpaint import clean_photo, orange_rule
 from nbs_lib.report import answer, is_optimistic
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.store import augment
 from nbs_lib.targets import TARGETS
-from nbs_lib.trainer import schedule
+from nbs_lib.trainer import lr_factor
 
 # section.key: the recipe's value, where the recipe says so. README shows this table (`python tests/readme.py`).
 RECIPE = {
@@ -128,7 +128,7 @@ def test_the_head_has_the_recipes_layers():
 
 
 def test_the_warm_up_starts_again_when_the_backbone_is_released():
-    factors = [schedule(i, 30, 3, 2) for i in range(30)]  # a step an epoch
+    factors = [lr_factor(i, 30, 3, 2) for i in range(30)]  # a step an epoch
     assert factors[:5] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3, 1]) and max(factors) == 1 and factors[-1] < 0.01
 
 
@@ -157,7 +157,7 @@ def test_the_wa_rule_moves_nothing_into_green_and_clover():
     said = np.array([[24.0, 12.0, 6.0, 30.0, 42.0]] * 2)
     blend = Blend(("dinov3",), np.ones((1, 5)), np.ones(5), np.zeros(5), np.eye(5), zeros, ("WA:Dry_Dead_g",), 0.75, True)
     assert apply_blend(blend, {"dinov3": said}, states).tolist() == [[24, 0, 6, 30, 30], [24, 12, 6, 30, 42]]
-    members = Members(said, np.zeros(2), np.array(["a", "b"]), {"dinov3": said}, states)
+    members = ModelPredictions(said, np.zeros(2), np.array(["a", "b"]), {"dinov3": said}, states)
     assert choose_policy(members, load_settings("kaggle", "recipe").ensemble, 0)[0] == Policy("recipe", rules=("WA:Dry_Dead_g",), rules_last=True)
 
 

@@ -17,7 +17,7 @@ from nbs_lib import ensemble, report
 from nbs_lib.runtime import read_json, write_json
 from nbs_lib.stages import Run
 from nbs_lib.tables import (
-    long_form,
+    to_long,
     read_competition,
     read_draws,
     read_oof,
@@ -44,7 +44,7 @@ def make_run(folder: Path, n_train=48, n_test=6, truth=True, blended=True, store
     said = from_parts(*rng.gamma(2, [13, 4, 6], (n_test, 3)).T)
     write_submission(run.output / "submission.csv", comp.sample, comp.test["image_id"], said)
     if truth:
-        long_form(comp.test["image_id"], said * rng.uniform(0.8, 1.25, (n_test, 1))).to_csv(report.truth_path(root), index=False)
+        to_long(comp.test["image_id"], said * rng.uniform(0.8, 1.25, (n_test, 1))).to_csv(report.truth_path(root), index=False)
     if blended:
         fake_members(run)
         folds = random_site_folds(comp.groups, 4, draws)
@@ -53,10 +53,10 @@ def make_run(folder: Path, n_train=48, n_test=6, truth=True, blended=True, store
         ensemble.run_ensemble(run)
     ids = comp.train["image_id"]
     pd.DataFrame({"image_id": ids, "split": "train", "height": 32, "width": 64, "stamp": 0.01 * (np.arange(n_train) % 9 == 0), "sharpness": rng.gamma(4, 99, n_train),
-                  "lamps": 0.0}).to_csv(run.art("photos", "photos.csv"), index=False)
+                  "lamps": 0.0}).to_csv(run.artefact_path("photos", "photos.csv"), index=False)
     if stored:
-        np.save(run.art("photos", "train_90x128", "halves.npy"), rng.integers(0, 255, (n_train, 2, 90, 128, 3), dtype=np.uint8))
-        write_json(run.art("photos", "train_90x128", "store.json"), {"ids": ids.tolist(), "shape": [90, 128], "inpaint": run.settings.inpaint})
+        np.save(run.artefact_path("photos", "train_90x128", "halves.npy"), rng.integers(0, 255, (n_train, 2, 90, 128, 3), dtype=np.uint8))
+        write_json(run.artefact_path("photos", "train_90x128", "store.json"), {"ids": ids.tolist(), "shape": [90, 128], "inpaint": run.settings.inpaint})
     return run
 
 
@@ -65,9 +65,9 @@ def whole(tmp_path_factory):
     "A run with everything there is: the run and its page."
     run = make_run(tmp_path_factory.mktemp("whole"))
     comp = read_competition(run.input)
-    write_json(run.art("boosting", "intervals.json"), {"coverage": 0.9, "radius": dict.fromkeys(TARGETS, 2.0), "measured": dict.fromkeys(TARGETS, 0.91)})
-    np.savez(run.art("dinov3", "density.npz"), image_id=comp.train["image_id"].to_numpy(str), density=np.random.default_rng(0).gamma(2, 20, (48, 3, 4, 12)).astype(np.float16))
-    pd.DataFrame({"fusion": ["none", "none", "mamba", "mamba"], "scheme": "grouped", "seed": [0, 1, 0, 1], "key": list("abcd"), "r2w": [0.5, 0.6, 0.4, 0.3], "seconds": 1.0}).to_csv(run.art("ablation.csv"), index=False)
+    write_json(run.artefact_path("boosting", "intervals.json"), {"coverage": 0.9, "radius": dict.fromkeys(TARGETS, 2.0), "measured": dict.fromkeys(TARGETS, 0.91)})
+    np.savez(run.artefact_path("dinov3", "density.npz"), image_id=comp.train["image_id"].to_numpy(str), density=np.random.default_rng(0).gamma(2, 20, (48, 3, 4, 12)).astype(np.float16))
+    pd.DataFrame({"fusion": ["none", "none", "mamba", "mamba"], "scheme": "grouped", "seed": [0, 1, 0, 1], "key": list("abcd"), "r2w": [0.5, 0.6, 0.4, 0.3], "seconds": 1.0}).to_csv(run.artefact_path("ablation.csv"), index=False)
     cells = [nbformat.v4.new_markdown_cell("# Eda\nThen [20_inpaint](20_inpaint.ipynb)"), nbformat.v4.new_code_cell("1 / 0", outputs=[nbformat.v4.new_output("error", ename="ZeroDivisionError", evalue="by <zero>", traceback=["by <zero>"])])]
     (run.output / "notebooks").mkdir()
     nbformat.write(nbformat.v4.new_notebook(cells=cells), run.output / "notebooks/10_eda.ipynb")
@@ -272,7 +272,7 @@ def test_two_photos_of_one_site(tmp_path):
     """No interval can be drawn from one site; none is."""
     run = make_run(tmp_path, 2, 1, truth=False, blended=False)
     comp = read_competition(run.input)
-    pd.DataFrame({"image_id": comp.train["image_id"], "fold_grouped": [0, 1], "fold_stratified": [0, 1]}).to_csv(run.art("folds.csv"), index=False)
+    pd.DataFrame({"image_id": comp.train["image_id"], "fold_grouped": [0, 1], "fold_stratified": [0, 1]}).to_csv(run.artefact_path("folds.csv"), index=False)
     write_oof(run, "boosting", comp.train["image_id"], np.array([0, 1]), comp.y[::-1])
     page = report.write_report(run, RECORD).read_text()
     assert "2 photos, no interval" in page and "how-sure" not in sections(page)

@@ -218,7 +218,7 @@ def nan_fold(run, _):
 
 def no_siglip(run, monkeypatch):
     shutil.rmtree(run.artefacts / "siglip-tiny")
-    monkeypatch.setattr(submit.siglip, "find_weights", lambda run: submit.siglip.check_folder(run.artefacts / "siglip-tiny"))
+    monkeypatch.setattr(submit.siglip, "find_siglip", lambda run: submit.siglip.check_folder(run.artefacts / "siglip-tiny"))
 
 
 def no_siglip_nor_training_features(run, monkeypatch):
@@ -314,14 +314,14 @@ def memory_gpu(run, monkeypatch):
 
 
 def nan_boosting(run, monkeypatch):
-    real = submit.boosting.predict
+    real = submit.boosting.predict_fitted
 
     def predict(*args):
         grams, proba, names = real(*args)
         grams[0] = np.nan
         return grams, proba, names
 
-    monkeypatch.setattr(submit.boosting, "predict", predict)
+    monkeypatch.setattr(submit.boosting, "predict_fitted", predict)
 
 
 def full_disk(run, monkeypatch):
@@ -693,7 +693,7 @@ def test_a_lost_ring_is_followed_by_another():
             time.sleep(0.4)
 
     start = time.time()
-    with pytest.raises(deadline.DeadlinePassed), deadline.alarm(deadline.Clock(start + 0.2)):
+    with pytest.raises(deadline.DeadlinePassed), deadline.raise_at_deadline(deadline.Clock(start + 0.2)):
         slow = Slow()
         del slow
         time.sleep(30)

@@ -22,7 +22,7 @@ from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.targets import weighted_r2_score
 from nbs_lib.train_dinov3 import load_fold
-from nbs_lib.trainer import Fit, load_state, save_state, steps, train
+from nbs_lib.trainer import TrainConfig, read_checkpoint, write_checkpoint, draw_batches, train
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
@@ -61,7 +61,7 @@ def test_every_network_can_learn_eight_photos_by_heart(fusion, head, backbone, c
     net = net_on(backbone, fusion=fusion, head=head, prefix=True)
     net.init_output_from_labels(y)
     before = weighted_r2_score(y, predict(net, range(8), features={"id": encoded}))
-    train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=8, accumulate=1, lr=1e-2), 0, epochs=80))
+    train(net, TrainConfig(CachedFeatures(encoded), y, np.arange(8), settings(batch=8, accumulate=1, lr=1e-2), 0, epochs=80))
     after = weighted_r2_score(y, predict(net, range(8), features={"id": encoded}))
     assert after > 0.9 > before, (before, after)
 
@@ -76,7 +76,7 @@ def test_accumulation_changes_nothing_but_rounding():
     for batch, accumulate in ((8, 1), (3, 3), (1, 8)):
         net = net_on(CNN)
         net.init_output_from_labels(y)
-        train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=batch, accumulate=accumulate), 0, epochs=4))
+        train(net, TrainConfig(CachedFeatures(encoded), y, np.arange(8), settings(batch=batch, accumulate=accumulate), 0, epochs=4))
         ends.append(trained(net))
     for other in ends[1:]:
         for n in ends[0]:
@@ -91,7 +91,7 @@ def test_the_backbone_learns_only_where_it_should():
         net.init_output_from_labels(y[:4])
         before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
         s = settings(unfreeze=blocks, lora=lora, freeze_epochs=1, lr_backbone=1e-3, select="last")
-        train(net, Fit(prediction.ImageBatches(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
+        train(net, TrainConfig(prediction.ImageBatches(pairs, net.config), y[:4], np.arange(4), s, 0, epochs=3))
         moved = {n for n, p in net.backbone.named_parameters() if not torch.equal(p, before[n])}
         assert {int(n.split("blocks.")[1].split(".")[0]) for n in moved if "blocks." in n} == changed
         assert all("lora_" in n for n in moved) or not lora
@@ -103,7 +103,7 @@ def test_the_first_epochs_leave_the_backbone_alone():
     net = net_on(VIT, head="pooled")
     net.init_output_from_labels(y[:2])
     before = {n: p.detach().clone() for n, p in net.backbone.named_parameters()}
-    train(net, Fit(prediction.ImageBatches(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
+    train(net, TrainConfig(prediction.ImageBatches(pairs, net.config), y[:2], np.arange(2), settings(unfreeze=-1, freeze_epochs=2), 0, epochs=4, stop=2))
     assert all(torch.equal(p, before[n]) for n, p in net.backbone.named_parameters())
 
 
@@ -177,19 +177,19 @@ def test_two_gloo_processes_learn_as_one(tmp_path):
 def test_half_a_state_falls_back_to_the_one_before(tmp_path):
     path, said = tmp_path / "s.pt", []
     for step in (1, 2):
-        save_state(path, key="k", step=step)
+        write_checkpoint(path, key="k", step=step)
     path.write_bytes(path.read_bytes()[:-40])
-    assert load_state(path, "k", said.append)["step"] == 1 and "broken" in said[0]
+    assert read_checkpoint(path, "k", said.append)["step"] == 1 and "broken" in said[0]
     path.write_text("not a state")
-    assert load_state(path, "k", said.append)["step"] == 1
+    assert read_checkpoint(path, "k", said.append)["step"] == 1
     path.with_suffix(".before.pt").write_bytes(b"")
-    assert load_state(path, "k", said.append) is None
+    assert read_checkpoint(path, "k", said.append) is None
 
 
 def test_a_state_of_other_settings_is_not_used(tmp_path):
-    save_state(tmp_path / "s.pt", key="old", step=7)
+    write_checkpoint(tmp_path / "s.pt", key="old", step=7)
     said = []
-    assert load_state(tmp_path / "s.pt", "new", said.append) is None and "other settings" in said[0]
+    assert read_checkpoint(tmp_path / "s.pt", "new", said.append) is None and "other settings" in said[0]
 
 
 def test_one_bad_batch_is_passed_over():
@@ -197,7 +197,7 @@ def test_one_bad_batch_is_passed_over():
     y[3] = np.nan
     net = net_on(CNN, head="pooled")
     net.init_output_from_labels(np.nan_to_num(y))
-    history = train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs=3))
+    history = train(net, TrainConfig(CachedFeatures(encoded), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs=3))
     assert len(history) == 3 and all(np.isfinite(h["loss"]) for h in history)
     assert all(torch.isfinite(p).all() for p in net.parameters())
 
@@ -210,7 +210,7 @@ def test_out_of_memory_says_what_to_turn(error):
 
     encoded, y = eight(CNN, 1280)
     with pytest.raises(InputError, match="halve batch"):
-        train(net_on(CNN), Fit(Full(encoded), y, np.arange(8), settings(), 0, epochs=1))
+        train(net_on(CNN), TrainConfig(Full(encoded), y, np.arange(8), settings(), 0, epochs=1))
 
 
 def test_a_time_budget_ends_a_training_cleanly():
@@ -218,7 +218,7 @@ def test_a_time_budget_ends_a_training_cleanly():
     net, said = net_on(CNN, head="pooled"), []
     net.init_output_from_labels(y)
     scores = iter([0.5, 0.1])
-    fit = Fit(CachedFeatures(encoded), y, np.arange(8), settings(budget_minutes=1e-9), 0, epochs=50, watch=lambda e, n: next(scores))
+    fit = TrainConfig(CachedFeatures(encoded), y, np.arange(8), settings(budget_minutes=1e-9), 0, epochs=50, watch=lambda e, n: next(scores))
     assert len(train(net, fit, said.append)) == 1 and "time budget" in said[0]
     assert np.isfinite(predict(net, range(8), features={"id": encoded})).all()
 
@@ -231,7 +231,7 @@ def test_patience_keeps_the_best_epoch():
         seen.append(trained(n))
         return [0.1, 0.9, 0.3, 0.2, 0.2, 0.2][epoch]
 
-    history = train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(patience=2), 0, epochs=6, watch=watch))
+    history = train(net, TrainConfig(CachedFeatures(encoded), y, np.arange(8), settings(patience=2), 0, epochs=6, watch=watch))
     assert len(history) == 4
     assert all(torch.equal(p, seen[1][n]) for n, p in trained(net).items())
 
@@ -258,7 +258,7 @@ def test_a_photo_is_augmented_alike_in_every_company():
 
 def test_every_photo_once_an_epoch():
     for n, batch, accumulate in ((1, 2, 4), (9, 2, 4), (17, 3, 1)):
-        plan = steps(np.arange(n), batch, accumulate, np.random.default_rng(0))
+        plan = draw_batches(np.arange(n), batch, accumulate, np.random.default_rng(0))
         assert sorted(i for s in plan for m in s for i in m) == list(range(n)) and all(len(m) <= batch for s in plan for m in s)
 
 
@@ -268,7 +268,7 @@ def test_five_bad_steps_in_a_row_name_the_photos_and_spoil_nothing():
     net = net_on(CNN, head="pooled")
     net.init_output_from_labels(np.nan_to_num(y))
     names = [f"ID{i:03d}" for i in range(8)]
-    fit = Fit(CachedFeatures(encoded), y, np.arange(4, 8), settings(batch=1, accumulate=1), 0, epochs=3, names=names)
+    fit = TrainConfig(CachedFeatures(encoded), y, np.arange(4, 8), settings(batch=1, accumulate=1), 0, epochs=3, names=names)
     with pytest.raises(InputError, match=r"not finite 5 steps in a row, last on ID00[4-7] \(epoch 1\)"):
         train(net, fit)
     assert all(torch.isfinite(p).all() for p in net.parameters())
@@ -295,7 +295,7 @@ def test_weights_of_one_change_nothing_and_a_weight_of_zero_leaves_a_photo_out()
     def end(y, weights):
         net = net_on(CNN, head="density")
         net.init_output_from_labels(y[:7])
-        train(net, Fit(CachedFeatures(encoded), y, np.arange(8), settings(batch=8, accumulate=1), 0, epochs=3, weights=weights))
+        train(net, TrainConfig(CachedFeatures(encoded), y, np.arange(8), settings(batch=8, accumulate=1), 0, epochs=3, weights=weights))
         return trained(net)
 
     plain, ones = end(y, None), end(y, np.ones(8))
@@ -310,10 +310,10 @@ def test_luck_is_refused_and_a_true_gain_is_kept():
     y = rng.gamma(2, 10, (60, 5))
     parts = np.array_split(np.arange(60), 3)
     better = np.stack([y + rng.normal(0, 9, y.shape), y + rng.normal(0, 5, y.shape), y + rng.normal(0, 7, y.shape)])
-    np.testing.assert_array_equal(train_dinov3.honest_answers(better, y, parts), better[1])
+    np.testing.assert_array_equal(train_dinov3.cross_selected_predictions(better, y, parts), better[1])
     spoilt = better.copy()  # an epoch that is right only where it is asked: the others must not hear of it
     spoilt[2][parts[0]] = y[parts[0]]
-    np.testing.assert_array_equal(train_dinov3.honest_answers(spoilt, y, parts)[parts[0]], better[1][parts[0]])
+    np.testing.assert_array_equal(train_dinov3.cross_selected_predictions(spoilt, y, parts)[parts[0]], better[1][parts[0]])
 
 
 @pytest.mark.parametrize("blocks, lora", [(2, 0), (-1, 2)])
@@ -326,7 +326,7 @@ def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, 
     answers = []
     for halved in (False, True):
         if halved:
-            trainer.halve_frozen(net, torch.bfloat16)
+            trainer.cast_frozen_layers(net, torch.bfloat16)
         net.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             out = net(x)
@@ -341,7 +341,7 @@ def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, 
 def test_only_what_is_trained_has_a_mean_and_moments():
     net, s = net_on(VIT, head="pooled"), settings(unfreeze=2)
     trainer.unfreeze(net, 2)
-    progress = trainer.Progress(net, torch.optim.AdamW(trainer.parameter_groups(net, s)), trainer.accelerator(torch.device("cpu")), s)
+    progress = trainer.TrainerState(net, torch.optim.AdamW(trainer.parameter_groups(net, s)), trainer.make_accelerator(torch.device("cpu")), s)
     names = {n for n, p in net.named_parameters() if p.requires_grad}
     assert progress.ema.mean.keys() == names == progress.plain()["net"].keys()
     assert sum(len(g["params"]) for g in progress.optimiser.param_groups) == len(names) < len(list(net.parameters())) / 3
@@ -482,7 +482,7 @@ def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
 def test_settings_that_do_not_go_together_are_refused(wrong, told):
     s = load_settings("demo", "", [f"train_dinov3.{pair}" for pair in ("probe=no", "select=last", *wrong.split(", "))]).train_dinov3
     with pytest.raises(InputError, match=told):
-        train_dinov3.check_settings(s)
+        train_dinov3.check_train_settings(s)
 
 
 def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_path):
@@ -523,7 +523,7 @@ def test_a_photograph_without_weight_teaches_nothing(tmp_path):
         return prediction.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.features)
 
     assert (answers(10.0) == answers(1000.0)).all()
-    assert not np.isin(out_of_it, train_dinov3.unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out)).any()
+    assert not np.isin(out_of_it, train_dinov3.choose_unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out)).any()
 
 
 def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):

@@ -22,7 +22,7 @@ from nbs_lib import backbones, prediction, train_dinov3, trainer
 from nbs_lib.prediction import CachedFeatures, predict
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
-from nbs_lib.trainer import Fit, load_state, train
+from nbs_lib.trainer import TrainConfig, read_checkpoint, train
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def too_large():
 
 def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkeypatch):
     net, pairs = too_large()
-    trainer.halve_frozen(net, torch.float16)
+    trainer.cast_frozen_layers(net, torch.float16)
     kinds = {n: p.dtype for n, p in net.named_parameters()}
     numbers = {n: p.detach().clone() for n, p in net.named_parameters()}
     answers = predict(net, pairs)
@@ -80,7 +80,7 @@ def failing_on(monkeypatch, bad: int, calls=()):
             y[np.asarray(index) == bad] = np.nan
         return y
 
-    monkeypatch.setattr(prediction, "predict", broken)
+    monkeypatch.setattr(prediction, "predict_fitted", broken)
 
 
 def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
 @pytest.fixture
 def scaled(monkeypatch):
     "Trainings with a scaler of gradients, as float16 on a GPU has one."
-    real, made = trainer.accelerator, []
+    real, made = trainer.make_accelerator, []
 
     def with_scaler(device):
         acc = real(device)
@@ -136,7 +136,7 @@ def scaled(monkeypatch):
         made.append(acc.scaler)
         return acc
 
-    monkeypatch.setattr(trainer, "accelerator", with_scaler)
+    monkeypatch.setattr(trainer, "make_accelerator", with_scaler)
     return made
 
 
@@ -157,7 +157,7 @@ def one_by_one(times: int, epochs: int = 4, **more):
     encoded, y = eight(CNN, 1280)
     net = net_on(CNN, head="pooled")
     net.init_output_from_labels(y)
-    return net, Fit(Overflowing(encoded, times), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs, names=[f"ID{i:03d}" for i in range(8)], **more)
+    return net, TrainConfig(Overflowing(encoded, times), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs, names=[f"ID{i:03d}" for i in range(8)], **more)
 
 
 def test_a_scaler_that_skips_without_end_is_told(scaled):
@@ -194,20 +194,20 @@ def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, mo
 @pytest.mark.parametrize("first", [False, True])
 def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
     "A training that began on a CPU may go on with a GPU, and the other way round."
-    real, with_scaler = trainer.accelerator, [first]
+    real, with_scaler = trainer.make_accelerator, [first]
 
     def either(device):
         acc = real(device)
         acc.scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if with_scaler[0] else None
         return acc
 
-    monkeypatch.setattr(trainer, "accelerator", either)
+    monkeypatch.setattr(trainer, "make_accelerator", either)
     state = {"state": tmp_path / "s.pt", "key": "k"}
     killed = one_by_one(0, **state)
     killed[1].watch = lambda epoch, net: (_ for _ in ()).throw(KeyboardInterrupt) if epoch == 2 else 0.1 * epoch
     with pytest.raises(KeyboardInterrupt):
         train(*killed)
-    assert bool(load_state(state["state"], "k")["scaler"]) == first
+    assert bool(read_checkpoint(state["state"], "k")["scaler"]) == first
     with_scaler[0] = not first
     net, fit = one_by_one(0, **state)
     assert [h["epoch"] for h in train(net, fit)] == [0, 1, 2, 3] and all(torch.isfinite(p).all() for p in trained(net).values())
@@ -328,7 +328,7 @@ def fail_or_sleep(run, jobs, threads):
 def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch):
     run = opened(tmp_path, *QUICK)
     m, _, _ = train_dinov3.load_fold_data(run)
-    monkeypatch.setattr(train_dinov3, "train_some", fail_or_sleep)
+    monkeypatch.setattr(train_dinov3, "train_fold_jobs", fail_or_sleep)
     before, start = set(multiprocessing.active_children()), time.monotonic()  # joblib keeps its own for later
     with pytest.raises(InputError, match="fold 0 cannot be trained"):
         train_dinov3.train_folds_parallel(run, m, [("grouped", first), ("grouped", 1 - first)], ["", ""])
@@ -362,7 +362,7 @@ def test_the_time_budget_counts_looks_and_saved_states(tmp_path, monkeypatch):
     net, fit = one_by_one(0, epochs=50)
     fit.clock.minutes, fit.watch = 3, clock.taking(60, lambda epoch, net: -epoch)
     assert len(train(net, fit, said.append)) == 4 and "budget of" in said[0] and "after 4 of 50 epochs" in said[0]
-    monkeypatch.setattr(trainer, "save_state", clock.taking(60, trainer.save_state))
+    monkeypatch.setattr(trainer, "write_checkpoint", clock.taking(60, trainer.write_checkpoint))
     net, fit = one_by_one(0, epochs=50, state=tmp_path / "s.pt", key="k")
     fit.clock.minutes = 3
     history = train(net, fit, said.append)
@@ -576,13 +576,13 @@ def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatc
 
 def test_the_moments_are_gone_when_a_training_is_over(scaled, monkeypatch):
     "Not when the garbage collector happens to come: the next training wants their place on the GPU."
-    kept, real = [], trainer.Progress.__init__
+    kept, real = [], trainer.TrainerState.__init__
 
     def init(self, net, optimiser, acc, s):
         real(self, net, optimiser, acc, s)
         kept.extend(weakref.ref(thing) for thing in (self, optimiser, optimiser.optimizer))
 
-    monkeypatch.setattr(trainer.Progress, "__init__", init)
+    monkeypatch.setattr(trainer.TrainerState, "__init__", init)
     gc.disable()
     try:
         train(*one_by_one(0, epochs=1))
@@ -608,7 +608,7 @@ def test_two_processes_under_accelerate_go_through_the_whole_stage(budget, tmp_p
     "From the command line, with rounds and maps; what is left over from other settings is removed, by the first process alone."
     words = [*SMALL, *POOL, "train_dinov3.head=density", "train_dinov3.maps=2", f"train_dinov3.budget_minutes={budget}", "train_dinov3.epochs=2"]
     run = opened(tmp_path, *words)
-    run.art("dinov3", "fold7.safetensors").write_bytes(b"of a fold that is no more")
+    run.artefact_path("dinov3", "fold7.safetensors").write_bytes(b"of a fold that is no more")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])

@@ -73,7 +73,7 @@ def files_told(run, function, monkeypatch) -> set[str]:
     def tell(run, name, room, reads, sections, weights):
         raise Told({os.path.basename(p) for p in weights})
 
-    monkeypatch.setattr(stages, "describe", tell)
+    monkeypatch.setattr(stages, "describe_inputs", tell)
     monkeypatch.setattr(stages, "check_reads", lambda *args: None)
     with pytest.raises(Told) as told:
         function(run)

@@ -55,14 +55,14 @@ def fake_members(run: Run, noise=(("dinov3", 6.0), ("boosting", 9.0)), schemes=(
     "folds.csv, oof/<model>.parquet and boosting/state.parquet as the stages before ensemble leave them."
     comp, rng = read_competition(run.input), np.random.default_rng(seed)
     folds = make_folds(comp.train, 4, 0, warn=lambda text: None)
-    folds.to_csv(run.art("folds.csv"), index=False)
+    folds.to_csv(run.artefact_path("folds.csv"), index=False)
     for model, sd in noise:
         for scheme in schemes:
             said = (comp.y[:, [0, 2, 1]] + rng.normal(0, sd, (len(comp.y), 3))).clip(0)
             write_oof(run, model, comp.train["image_id"], folds[f"fold_{scheme}"].to_numpy(), from_parts(*said.T), scheme)
     sure = pd.DataFrame({s: np.where(comp.train["state"] == s, 0.9, 0.1 / 3) for s in STATES})
     sure.insert(0, "image_id", comp.train["image_id"])
-    sure.to_parquet(run.art("boosting", "state.parquet"), index=False)
+    sure.to_parquet(run.artefact_path("boosting", "state.parquet"), index=False)
 
 
 def grass(seed: int, size=(1000, 2000)) -> np.ndarray:
