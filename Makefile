@@ -68,7 +68,7 @@ NO_NBDEV := tests/test_house.py::test_library_and_notebooks_agree tests/test_rea
 	tests/test_readme.py::test_command_can_be_typed[nbdev-clean] tests/test_readme.py::test_command_can_be_typed[nbdev-export]  # the overlay goes without nbdev
 
 test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's image; TESTS=tests/test_model.py for some
-	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.kaggle import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
+	$(BIN)/python -c 'from pathlib import Path; from nbs_lib.wheelhouse import make_overlay; make_overlay(Path("$(IMAGE)"), Path("$(IMAGE)/tests"))'
 	$(IMAGE)/tests/bin/python -m pip install --quiet --no-deps --requirement $(LOCK)
 	$(IMAGE)/tests/bin/python -m pip install --quiet pytest pytest-xdist hypothesis jupytext kaggle pillow-heif
 	PYTHONPATH="$(CURDIR)" JUPYTER_PATH="$(CURDIR)/$(IMAGE)/share/jupyter" $(IMAGE)/tests/bin/python -m pytest $(SPREAD) $(NO_NBDEV:%=--deselect=%) $(TESTS)

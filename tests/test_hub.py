@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from nbs_lib import kaggle
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
+from nbs_lib.hub import download_file, find_repository, list_profile_weights
 
 REPOSITORY = "owner/some-model"
 WEIGHTS = bytes(range(256)) * 4096  # 1 MB
@@ -37,7 +37,10 @@ class Hub(ThreadingHTTPServer):
         small = {"config.json": b"{}", "README.md": b"a model"}
         self.files = {REPOSITORY: {"model.safetensors": WEIGHTS, "pytorch_model.bin": b"again", **small},
                       TIMM: {"model.safetensors": WEIGHTS, "pytorch_model.bin": b"again", **small}}
-        self.gated, self.card = False, {"license": "other", "license_name": "some-licence", "license_link": "https://licence"}
+        self.gated, self.card = (
+            False,
+            {"license": "other", "license_name": "some-licence", "license_link": "https://licence"},
+        )
         self.stop_after = None  # bytes of a large file after which the server waits for ever
         self.flipped = False  # send wrong bytes under the right checksum
         self.status = 0  # of every answer
@@ -68,7 +71,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.describe(found[1])
         found = re.fullmatch(r"/(.+?)/resolve/main/(.+)", path)
         if not found or found[2] not in hub.files.get(found[1], {}):
-            return self.refuse(404, "RepoNotFound" if not found or found[1] not in hub.files else "EntryNotFound")
+            return self.refuse(
+                404, "RepoNotFound" if not found or found[1] not in hub.files else "EntryNotFound"
+            )
         if hub.gated and self.headers.get("Authorization") != "Bearer good":
             return self.refuse(403 if self.headers.get("Authorization") else 401, "GatedRepo")
         self.send_file(found[2], hub.files[found[1]][found[2]])
@@ -79,8 +84,16 @@ class Handler(BaseHTTPRequestHandler):
         hub = self.server
         if repository not in hub.files:
             return self.refuse(404, "RepoNotFound")
-        body = json.dumps({"id": repository, "sha": "0" * 40, "gated": "auto" if hub.gated else False, "cardData": hub.card,
-                           "tags": [], "siblings": [{"rfilename": name} for name in hub.files[repository]]}).encode()
+        body = json.dumps(
+            {
+                "id": repository,
+                "sha": "0" * 40,
+                "gated": "auto" if hub.gated else False,
+                "cardData": hub.card,
+                "tags": [],
+                "siblings": [{"rfilename": name} for name in hub.files[repository]],
+            }
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -124,12 +137,19 @@ def hub():
 
 
 def start(hub: Hub, *words: str, token: str = "", **kwargs) -> subprocess.Popen:
-    "`python -m nbs_lib.kaggle weights` with the hub at the local server; the endpoint is read when it is imported."
+    "Start `python -m nbs_lib.kaggle weights` with the local server as hub."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
-    env |= {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "0", "HF_HUB_DISABLE_UPDATE_CHECK": "1"}
+    env |= {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "0",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",
+    }
     env |= {"HF_TOKEN": token} if token else {"HF_TOKEN_PATH": "/nowhere"}
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
-    return subprocess.Popen([sys.executable, "-m", "nbs_lib.kaggle", *words], cwd=ROOT, env=env, text=True, **kwargs)
+    return subprocess.Popen(
+        [sys.executable, "-m", "nbs_lib.kaggle", *words], cwd=ROOT, env=env, text=True, **kwargs
+    )
 
 
 def download(hub: Hub, name: str, to: Path, **kwargs) -> tuple[int, str, str]:
@@ -138,8 +158,8 @@ def download(hub: Hub, name: str, to: Path, **kwargs) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def refused(hub: Hub, name: str, to: Path, **kwargs) -> str:
-    "The one line of a download that ends with exit code 2."
+def read_error(hub: Hub, name: str, to: Path, **kwargs) -> str:
+    "Return the one line of a download that ends with exit code 2."
     code, _, err = download(hub, name, to, **kwargs)
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(lines) == 1 and "Traceback" not in err, err
@@ -149,7 +169,11 @@ def refused(hub: Hub, name: str, to: Path, **kwargs) -> str:
 def test_a_repository_becomes_a_folder_and_is_downloaded_once(hub, tmp_path):
     code, out, _ = download(hub, REPOSITORY, tmp_path)
     folder = tmp_path / "some-model"
-    assert code == 0 and {p.name for p in folder.iterdir()} == {"model.safetensors", "config.json", "README.md"}
+    assert code == 0 and {p.name for p in folder.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+    }
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert "licence some-licence https://licence" in out and "checksum verified" in out
     hub.gets.clear()
@@ -218,7 +242,7 @@ def test_a_file_of_another_version_is_replaced(hub, folder):
 
 def test_a_wrong_checksum_is_refused_and_not_kept(hub, folder):
     hub.flipped = True
-    assert "wrong checksum" in refused(hub, REPOSITORY, folder.parent)
+    assert "wrong checksum" in read_error(hub, REPOSITORY, folder.parent)
     assert not list(folder.iterdir())
     hub.flipped = False
     assert download(hub, REPOSITORY, folder.parent)[0] == 0
@@ -227,7 +251,7 @@ def test_a_wrong_checksum_is_refused_and_not_kept(hub, folder):
 @pytest.mark.parametrize("token", ["", "bad"])
 def test_a_gated_repository_names_page_and_token(token, hub, tmp_path):
     hub.gated = True
-    line = refused(hub, REPOSITORY, tmp_path, token=token)
+    line = read_error(hub, REPOSITORY, tmp_path, token=token)
     assert f"accept its licence on {hub.url}/{REPOSITORY}" in line and "HF_TOKEN" in line
     assert not list(tmp_path.glob("**/*.safetensors"))
 
@@ -239,30 +263,30 @@ def test_a_gated_repository_opens_with_a_token(hub, tmp_path):
 
 
 def test_a_repository_that_is_not_there_is_one_line(hub, tmp_path):
-    line = refused(hub, "owner/nothing", tmp_path)
+    line = read_error(hub, "owner/nothing", tmp_path)
     assert "no repository owner/nothing" in line and "HF_TOKEN" in line
 
 
 @pytest.mark.parametrize("status, words", [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (500, "500"), (429, "429")])
 def test_what_the_hub_refuses_is_one_line(status, words, hub, tmp_path):
     hub.status = status
-    assert words in refused(hub, REPOSITORY, tmp_path)
+    assert words in read_error(hub, REPOSITORY, tmp_path)
 
 
 def test_a_repository_without_weights_is_refused(hub, tmp_path):
     hub.files[REPOSITORY] = {"README.md": b"words", "onnx/model.onnx": b"x"}
-    assert "has no .safetensors" in refused(hub, REPOSITORY, tmp_path)
+    assert "has no .safetensors" in read_error(hub, REPOSITORY, tmp_path)
 
 
 def test_a_hub_that_does_not_answer_is_one_line(hub, tmp_path):
     hub.shutdown()
     hub.server_close()
-    assert hub.url in refused(hub, REPOSITORY, tmp_path)
+    assert hub.url in read_error(hub, REPOSITORY, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(hub, tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    line = refused(hub, REPOSITORY, tmp_path / "file/weights")
+    line = read_error(hub, REPOSITORY, tmp_path / "file/weights")
     assert str(tmp_path / "file") in line and "--to" in line
 
 
@@ -272,29 +296,39 @@ def test_a_disk_that_is_full_is_said_before_the_download(hub, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata",
                         lambda url: type("Remote", (), {"etag": "0" * 64, "size": 10**18})())
     with pytest.raises(InputError, match="GB free"):
-        kaggle.download_file(REPOSITORY, "model.safetensors", tmp_path / "model.safetensors")
+        download_file(REPOSITORY, "model.safetensors", tmp_path / "model.safetensors")
 
 
-@pytest.mark.parametrize("name, found", [
-    ("dinov3", ("timm/vit_huge_plus_patch16_dinov3.lvd1689m", "", "vit_huge_plus_patch16_dinov3")),
-    ("siglip", ("google/siglip-so400m-patch14-384", "", "")), (BACKBONE, (TIMM, "", BACKBONE)),
-    ("vit_small_patch16_dinov3.lvd1689m", ("timm/vit_small_patch16_dinov3.lvd1689m", "", "vit_small_patch16_dinov3")),
-    ("facebook/dinov3-vits16", ("facebook/dinov3-vits16", "", ""))])
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("dinov3", ("timm/vit_huge_plus_patch16_dinov3.lvd1689m", "", "vit_huge_plus_patch16_dinov3")),
+        ("siglip", ("google/siglip-so400m-patch14-384", "", "")),
+        (BACKBONE, (TIMM, "", BACKBONE)),
+        (
+            "vit_small_patch16_dinov3.lvd1689m",
+            ("timm/vit_small_patch16_dinov3.lvd1689m", "", "vit_small_patch16_dinov3"),
+        ),
+        ("facebook/dinov3-vits16", ("facebook/dinov3-vits16", "", "")),
+    ],
+)
 def test_names_lead_to_repositories(name, found):
-    assert kaggle.find_repository(name) == found
+    assert find_repository(name) == found
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3.hay", "nothing_of_timm", "vit_small_patch16_dinov"])
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_dinov3.hay", "nothing_of_timm", "vit_small_patch16_dinov"]
+)
 def test_a_name_that_timm_does_not_know_is_refused_with_similar_ones(name):
     with pytest.raises(InputError, match=f"no pretrained {name} .similar: .*owner/repository"):
-        kaggle.find_repository(name)
+        find_repository(name)
 
 
 def test_a_profile_names_what_it_needs():
-    assert kaggle.list_profile_weights(load_settings("demo")) == kaggle.list_profile_weights(load_settings("laptop")) == []
-    assert kaggle.list_profile_weights(load_settings("kaggle")) == ["vit_huge_plus_patch16_dinov3", "siglip"]
+    assert list_profile_weights(load_settings("demo")) == list_profile_weights(load_settings("laptop")) == []
+    assert list_profile_weights(load_settings("kaggle")) == ["vit_huge_plus_patch16_dinov3", "siglip"]
     other = load_settings("kaggle", overrides=["frozen.backbone=convnext_tiny", "siglip.weights="])
-    assert kaggle.list_profile_weights(other) == ["vit_huge_plus_patch16_dinov3", "convnext_tiny"]
+    assert list_profile_weights(other) == ["vit_huge_plus_patch16_dinov3", "convnext_tiny"]
 
 
 def test_a_profile_without_weights_downloads_none(hub):
@@ -304,5 +338,5 @@ def test_a_profile_without_weights_downloads_none(hub):
 
 def test_the_downloaded_name_is_the_one_in_the_settings():
     settings = load_settings("kaggle")
-    assert settings.train_dinov3.weights == f"{kaggle.find_repository('dinov3')[2]}.safetensors"
-    assert settings.siglip.weights == kaggle.find_repository("siglip")[0].split("/")[1]
+    assert settings.train_dinov3.weights == f"{find_repository('dinov3')[2]}.safetensors"
+    assert settings.siglip.weights == find_repository("siglip")[0].split("/")[1]

@@ -289,7 +289,7 @@ def test_memory_that_runs_out_in_siglip_names_its_own_setting():
 def test_nobody_else_opens_an_autocast_for_inference():
     package = settings.package_folder()
     found = [p.name for p in package.glob("*.py") for line in p.read_text().splitlines() if "torch.autocast(" in line and "enabled=False" not in line]
-    assert set(found) == {"backbones.py", "budget.py"}, found  # budget.py only rehearses
+    assert set(found) == {"backbones.py", "budget.py"}, found  # budget.py only simulates
 
 
 # run.precision

@@ -1,12 +1,14 @@
-"""Pushes against a stand-in for Kaggle's server: the real client and SDK run, only their HTTP calls are answered here.
+"""Pushes against a stand-in for Kaggle's server: the real client and SDK run, their HTTP calls end here.
 
-A signature that changes in the `kaggle` package makes these tests fail, because the client's own code is executed.
+A changed signature in the `kaggle` package makes these tests fail, because the client's own code runs.
 """
 import contextlib
 import inspect
 import io
 import json
 import shutil
+import tempfile
+import time
 import zipfile
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -35,9 +37,9 @@ from kagglesdk.kernels.types.kernels_api_service import (
 )
 from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
 
-from nbs_lib import kaggle
-from nbs_lib.ledger import add_entry, read_ledger
+from nbs_lib import hub, kaggle
 from nbs_lib.settings import load_settings
+from nbs_lib.ledger import add_entry, read_ledger
 
 SETTINGS = load_settings("kaggle", path=ROOT / "settings.ini", overrides=["kaggle.username=ann"])
 DATASETS = {folder: dataset.ref(SETTINGS) for folder, dataset in kaggle.KAGGLE_DATASETS.items()}
@@ -64,7 +66,10 @@ class Server:
     def __init__(self):
         self.datasets = {ref: ["READY"] for ref in DATASETS.values()}  # ref → states
         self.versions = {ref: 3 for ref in DATASETS.values()}  # ref → newest version
-        self.runs = {(KERNELS["train"], 2): ["COMPLETE"], (KERNELS["features"], 5): ["COMPLETE"]}  # (ref, version) → states
+        self.runs = {
+            (KERNELS["train"], 2): ["COMPLETE"],
+            (KERNELS["features"], 5): ["COMPLETE"],
+        }  # (ref, version) → states
         self.newest = {KERNELS["train"]: 2, KERNELS["features"]: 5}
         self.answers = {}  # request → what save or create answers, or an exception
         self.requests = []  # (name, request)
@@ -95,11 +100,16 @@ class Server:
         return make(ApiGetDatasetStatusResponse, status=DatabundleVersionStatus[state])
 
     def GetDataset(self, request):
-        return make(ApiDataset, current_version_number=self.versions[f"{request.owner_slug}/{request.dataset_slug}"])
+        return make(
+            ApiDataset, current_version_number=self.versions[f"{request.owner_slug}/{request.dataset_slug}"]
+        )
 
     def ListDatasets(self, request):
         first = (request.page or 1) == 1
-        return make(ApiListDatasetsResponse, datasets=[make(ApiDataset, ref=r) for r in self.datasets] if first else [])
+        return make(
+            ApiListDatasetsResponse,
+            datasets=[make(ApiDataset, ref=r) for r in self.datasets] if first else [],
+        )
 
     def StartBlobUpload(self, request):
         return make(ApiStartBlobUploadResponse, token=f"token-{request.name}", create_url="https://upload")
@@ -107,23 +117,42 @@ class Server:
     def CreateDataset(self, request):
         ref = f"{request.owner_slug}/{request.slug}"
         self.datasets[ref], self.versions[ref] = ["BLOBS_RECEIVED", "READY"], 1
-        return make(ApiCreateDatasetResponse, ref=ref, url=f"https://www.kaggle.com/datasets/{ref}", status="Ok", error="")
+        return make(
+            ApiCreateDatasetResponse,
+            ref=ref,
+            url=f"https://www.kaggle.com/datasets/{ref}",
+            status="Ok",
+            error="",
+        )
 
     def CreateDatasetVersion(self, request):
         ref = f"{request.owner_slug}/{request.dataset_slug}"
-        return make(ApiCreateDatasetResponse, ref=ref, url=f"https://www.kaggle.com/datasets/{ref}", status="Ok", error="")
+        return make(
+            ApiCreateDatasetResponse,
+            ref=ref,
+            url=f"https://www.kaggle.com/datasets/{ref}",
+            status="Ok",
+            error="",
+        )
 
     def SaveKernel(self, request):
         self.newest[request.slug] = self.newest.get(request.slug, 0) + 1
         self.runs.setdefault((request.slug, self.newest[request.slug]), ["COMPLETE"])
-        return make(ApiSaveKernelResponse, ref=f"/code/{request.slug}", url=f"https://www.kaggle.com/code/{request.slug}",
-                    version_number=self.newest[request.slug], error="")
+        return make(
+            ApiSaveKernelResponse,
+            ref=f"/code/{request.slug}",
+            url=f"https://www.kaggle.com/code/{request.slug}",
+            version_number=self.newest[request.slug],
+            error="",
+        )
 
     def GetKernel(self, request):
         ref = f"{request.user_name}/{request.kernel_slug}"
         if ref not in self.newest:
             raise http_error(403, "Permission 'kernels.get' was denied")
-        return make(ApiGetKernelResponse, metadata=make(ApiKernelMetadata, current_version_number=self.newest[ref]))
+        return make(
+            ApiGetKernelResponse, metadata=make(ApiKernelMetadata, current_version_number=self.newest[ref])
+        )
 
     def run_of(self, request) -> tuple[str, int]:
         ref = f"{request.user_name}/{request.kernel_slug}"
@@ -138,7 +167,9 @@ class Server:
                     failure_message="it ran out of memory" if state == "ERROR" else None)
 
     def ListKernelSessionOutput(self, request):
-        log = json.dumps([{"stream_name": "stderr", "time": 1.0, "data": f"log of version {self.run_of(request)[1]}\n"}])
+        log = json.dumps(
+            [{"stream_name": "stderr", "time": 1.0, "data": f"log of version {self.run_of(request)[1]}\n"}]
+        )
         return make(ApiListKernelSessionOutputResponse, log=log)
 
     def CreateCodeSubmission(self, request):
@@ -161,10 +192,14 @@ def server(tmp_path, monkeypatch) -> Server:
     for name, value in {"KAGGLE_USERNAME": "ann", "KAGGLE_KEY": "k", "KAGGLE_CONFIG_DIR": str(tmp_path),
                         "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(KaggleHttpClient, "call", create_autospec(KaggleHttpClient.call, side_effect=server.call))
-    monkeypatch.setattr(KaggleApi, "upload_complete", create_autospec(KaggleApi.upload_complete, side_effect=server.upload))
-    monkeypatch.setattr(kaggle.time, "sleep", lambda seconds: next(sleeps, None) or pytest.fail("waits for ever"))
-    monkeypatch.setattr(kaggle.tempfile, "tempdir", str(tmp_path))  # the client keeps its uploads there
+    monkeypatch.setattr(
+        KaggleHttpClient, "call", create_autospec(KaggleHttpClient.call, side_effect=server.call)
+    )
+    monkeypatch.setattr(
+        KaggleApi, "upload_complete", create_autospec(KaggleApi.upload_complete, side_effect=server.upload)
+    )
+    monkeypatch.setattr(time, "sleep", lambda seconds: next(sleeps, None) or pytest.fail("waits for ever"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # the client keeps its uploads there
     shutil.copy(ROOT / "settings.ini", tmp_path)
     monkeypatch.chdir(tmp_path)
     return server
@@ -178,12 +213,14 @@ def call(*argv: str) -> tuple[int, str, str]:
     return code, out.getvalue(), err.getvalue()
 
 
-def refused(server: Server, *argv: str, sent: bool = False) -> str:
-    "The one line of a push that ends with exit code 2; `sent`: whether it may have saved or created something."
+def read_error(server: Server, *argv: str, sent: bool = False) -> str:
+    "Return the one line of a push with exit code 2; `sent`: it may have saved or created something."
     code, _, error = call(*argv)
     line = error.splitlines()[-1]
     assert code == 2 and line.startswith("error: "), error
-    assert sent or not {"SaveKernel", "CreateDataset", "CreateDatasetVersion", "CreateCodeSubmission"} & set(server.names())
+    assert sent or not {"SaveKernel", "CreateDataset", "CreateDatasetVersion", "CreateCodeSubmission"} & set(
+        server.names()
+    )
     return line
 
 
@@ -197,10 +234,15 @@ def test_a_kernel_is_sent_with_the_versions_that_were_found(server):
     folders = ("nbs-lib", "wheels", "dinov3-weights", "siglip-weights")
     assert request.dataset_data_sources == [f"{DATASETS[folder]}/3" for folder in folders]
     assert request.kernel_data_sources == [KERNELS["train"]] and f"attached: {KERNELS['train']}/2" in out
-    assert request.docker_image == SETTINGS.kaggle.docker_image and request.docker_image_pinning_type == "original"
+    assert (
+        request.docker_image == SETTINGS.kaggle.docker_image
+        and request.docker_image_pinning_type == "original"
+    )
 
 
-@pytest.mark.parametrize("pins, datasets, kernels", [("none", "", ""), ("datasets", "/3", ""), ("all", "/3", "/2")])
+@pytest.mark.parametrize(
+    "pins, datasets, kernels", [("none", "", ""), ("datasets", "/3", ""), ("all", "/3", "/2")]
+)
 def test_what_is_pinned_is_a_setting(pins, datasets, kernels, server):
     assert call("--set", f"kaggle.pin_versions={pins}", "push", "features", "--send")[0] == 0
     request = server.last("SaveKernel")
@@ -208,8 +250,13 @@ def test_what_is_pinned_is_a_setting(pins, datasets, kernels, server):
     assert request.kernel_data_sources == [KERNELS["train"] + kernels]
 
 
-@pytest.mark.parametrize("overrides, image, pinning", [
-    (["kaggle.docker_image="], None, "original"), (["kaggle.docker_image_pinning_type=latest"], "gcr.io/", "latest")])
+@pytest.mark.parametrize(
+    "overrides, image, pinning",
+    [
+        (["kaggle.docker_image="], None, "original"),
+        (["kaggle.docker_image_pinning_type=latest"], "gcr.io/", "latest"),
+    ],
+)
 def test_the_docker_image_is_a_setting(overrides, image, pinning, server):
     assert call(*(word for o in overrides for word in ("--set", o)), "push", "eda", "--send")[0] == 0
     request = server.last("SaveKernel")
@@ -217,62 +264,91 @@ def test_the_docker_image_is_a_setting(overrides, image, pinning, server):
     assert request.docker_image_pinning_type == pinning
 
 
-@pytest.mark.parametrize("override, message", [
-    ("kaggle.pin_versions=some", "kaggle.pin_versions"), ("kaggle.docker_image_pinning_type=mine", "docker_image_pinning_type")])
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("kaggle.pin_versions=some", "kaggle.pin_versions"),
+        ("kaggle.docker_image_pinning_type=mine", "docker_image_pinning_type"),
+    ],
+)
 def test_a_setting_that_is_unknown_is_refused(override, message, server):
-    assert message in refused(server, "--set", override, "push", "eda", "--send")
+    assert message in read_error(server, "--set", override, "push", "eda", "--send")
 
 
 def answer_of_save(**fields) -> ApiSaveKernelResponse:
     url = f"https://www.kaggle.com/code/{KERNELS['eda']}"
-    return make(ApiSaveKernelResponse, **({"ref": f"/code/{KERNELS['eda']}", "url": url, "version_number": 1} | fields))
+    return make(
+        ApiSaveKernelResponse,
+        **({"ref": f"/code/{KERNELS['eda']}", "url": url, "version_number": 1} | fields),
+    )
 
 
-@pytest.mark.parametrize("fields, words", [
-    ({"error": "Maximum weekly GPU quota reached", "url": "", "ref": ""}, "Maximum weekly GPU quota reached"),
-    ({"invalid_dataset_sources": ["ann/gone/3"]}, "invalid dataset sources: ann/gone/3; correct them, or set kaggle.pin_versions"),
-    ({"invalid_kernel_sources": ["ann/train"]}, "invalid kernel sources: ann/train"),
-    ({"invalid_competition_sources": ["csiro"]}, "invalid competition sources: csiro"),
-    ({"invalid_model_sources": ["a/b/c/d/1"]}, "invalid model sources: a/b/c/d/1"),
-    ({"invalid_tags": ["hay"]}, "invalid tags: hay"),
-    ({"url": "https://www.kaggle.com/code/ann/image2biomass-eda-2"}, "ann/image2biomass-eda-2"),
-    ({"url": "", "ref": ""}, "saved as nothing"),
-])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (
+            {"error": "Maximum weekly GPU quota reached", "url": "", "ref": ""},
+            "Maximum weekly GPU quota reached",
+        ),
+        (
+            {"invalid_dataset_sources": ["ann/gone/3"]},
+            "invalid dataset sources: ann/gone/3; correct them, or set kaggle.pin_versions",
+        ),
+        ({"invalid_kernel_sources": ["ann/train"]}, "invalid kernel sources: ann/train"),
+        ({"invalid_competition_sources": ["csiro"]}, "invalid competition sources: csiro"),
+        ({"invalid_model_sources": ["a/b/c/d/1"]}, "invalid model sources: a/b/c/d/1"),
+        ({"invalid_tags": ["hay"]}, "invalid tags: hay"),
+        ({"url": "https://www.kaggle.com/code/ann/image2biomass-eda-2"}, "ann/image2biomass-eda-2"),
+        ({"url": "", "ref": ""}, "saved as nothing"),
+    ],
+)
 def test_what_kaggle_refuses_in_a_kernel_is_exit_2_with_its_words(fields, words, server):
     server.answers["SaveKernel"] = answer_of_save(**fields)
-    assert words in refused(server, "push", "eda", "--send", sent=True)
+    assert words in read_error(server, "push", "eda", "--send", sent=True)
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 429, 500])
 def test_an_http_error_of_a_push_is_exit_2_with_kaggles_words(code, server):
     server.answers["SaveKernel"] = http_error(code, "Kaggle says no")
-    assert "Kaggle says no" in refused(server, "push", "eda", "--send", sent=True)
+    assert "Kaggle says no" in read_error(server, "push", "eda", "--send", sent=True)
 
 
 def test_without_an_answer_the_network_is_named(server):
     server.answers["SaveKernel"] = requests.ConnectionError("no route")
-    assert "no answer from kaggle.com" in refused(server, "push", "eda", "--send", sent=True)
+    assert "no answer from kaggle.com" in read_error(server, "push", "eda", "--send", sent=True)
 
 
 def test_another_user_sends_nothing(server, monkeypatch):
     monkeypatch.setenv("KAGGLE_USERNAME", "bob")
-    line = refused(server, "push", "eda", "--send")
+    line = read_error(server, "push", "eda", "--send")
     assert "ann, but bob is signed in" in line and not server.requests
-    assert "bob is signed in" in refused(server, "submit", "--version", "3", "--send")
+    assert "bob is signed in" in read_error(server, "submit", "--version", "3", "--send")
 
 
-@pytest.mark.parametrize("states, words", [
-    (None, "missing"), (["FAILED"], "failed"), (["DELETED"], "deleted"), (["BLOBS_RECEIVED", "FAILED"], "failed")])
+@pytest.mark.parametrize(
+    "states, words",
+    [
+        (None, "missing"),
+        (["FAILED"], "failed"),
+        (["DELETED"], "deleted"),
+        (["BLOBS_RECEIVED", "FAILED"], "failed"),
+    ],
+)
 def test_a_kernel_whose_dataset_is_not_ready_is_not_sent(states, words, server):
     server.datasets[DATASETS["wheels"]] = states
     if not states:
         del server.datasets[DATASETS["wheels"]]
-    line = refused(server, "push", "eda", "--send")
+    line = read_error(server, "push", "eda", "--send")
     assert f"{DATASETS['wheels']}: {words}" in line and "STAGE=wheels" in line
 
 
 def test_a_push_waits_for_a_dataset_in_progress(server):
-    server.datasets[DATASETS["wheels"]] = ["NOT_YET_PERSISTED", "BLOBS_DECOMPRESSED", "BLOBS_DECOMPRESSED", "READY"]
+    server.datasets[DATASETS["wheels"]] = [
+        "NOT_YET_PERSISTED",
+        "BLOBS_DECOMPRESSED",
+        "BLOBS_DECOMPRESSED",
+        "READY",
+    ]
     code, out, _ = call("push", "eda", "--send")
     assert code == 0 and server.names()[-1] == "SaveKernel"
     assert out.count(f"{DATASETS['wheels']}: blobs_decompressed after") == 1
@@ -284,26 +360,33 @@ def test_no_wait_refuses_what_is_in_progress(what, server):
         server.datasets[DATASETS["wheels"]] = ["BLOBS_RECEIVED", "READY"]
     else:
         server.runs[KERNELS["train"], 2] = ["RUNNING", "COMPLETE"]
-    assert "still" in refused(server, "push", "features", "--send", "--no-wait")
+    assert "still" in read_error(server, "push", "features", "--send", "--no-wait")
 
 
 def test_waiting_ends(server, monkeypatch):
     clock = iter(range(0, 10**9, 3600))
-    monkeypatch.setattr(kaggle.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     server.datasets[DATASETS["wheels"]] = ["BLOBS_RECEIVED"]
-    assert "still blobs_received" in refused(server, "push", "eda", "--send")
+    assert "still blobs_received" in read_error(server, "push", "eda", "--send")
 
 
-@pytest.mark.parametrize("states, words", [
-    (["RUNNING", "COMPLETE"], ""), (["ERROR"], "it ran out of memory"), (["CANCEL_ACKNOWLEDGED"], "cancel_acknowledged"),
-    (["NEW_SCRIPT"], "new_script"), (None, "missing")])
+@pytest.mark.parametrize(
+    "states, words",
+    [
+        (["RUNNING", "COMPLETE"], ""),
+        (["ERROR"], "it ran out of memory"),
+        (["CANCEL_ACKNOWLEDGED"], "cancel_acknowledged"),
+        (["NEW_SCRIPT"], "new_script"),
+        (None, "missing"),
+    ],
+)
 def test_a_kernel_needs_the_complete_output_of_another(states, words, server):
     server.runs[KERNELS["train"], 2] = states
     server.runs[KERNELS["train"], 1] = ["COMPLETE"]  # an older version does not count
     if not states:
         del server.newest[KERNELS["train"]], server.runs[KERNELS["train"], 2]
     if words:
-        line = refused(server, "push", "features", "--send")
+        line = read_error(server, "push", "features", "--send")
         assert KERNELS["train"] in line and words in line
     else:
         assert call("push", "features", "--send")[0] == 0
@@ -312,16 +395,23 @@ def test_a_kernel_needs_the_complete_output_of_another(states, words, server):
 @pytest.mark.parametrize("code", [429, 500])
 def test_an_http_error_of_a_question_is_no_answer(code, server):
     server.answers["GetDatasetStatus"] = http_error(code, "Kaggle says no")
-    assert "Kaggle says no" in refused(server, "push", "eda", "--send")
-    assert server.names().count("GetDatasetStatus") == (10 if code == 429 else 1)  # the client retries a rate limit
+    assert "Kaggle says no" in read_error(server, "push", "eda", "--send")
+    assert server.names().count("GetDatasetStatus") == (
+        10 if code == 429 else 1
+    )  # the client retries a rate limit
 
 
 def test_a_list_without_an_end_is_read_once(server):
     "The own datasets are asked for page after page until nothing new comes."
     server.answers["GetDatasetStatus"] = http_error(403, "Kaggle says no")
-    everything = make(ApiListDatasetsResponse, datasets=[make(ApiDataset, ref=ref) for ref in DATASETS.values()])
+    everything = make(
+        ApiListDatasetsResponse, datasets=[make(ApiDataset, ref=ref) for ref in DATASETS.values()]
+    )
     server.ListDatasets = lambda request: everything
-    assert "Kaggle says no" in refused(server, "push", "eda", "--send") and server.names().count("ListDatasets") == 2
+    assert (
+        "Kaggle says no" in read_error(server, "push", "eda", "--send")
+        and server.names().count("ListDatasets") == 2
+    )
 
 
 # The run of a kernel
@@ -348,7 +438,9 @@ def test_watch_asks_again_when_kaggle_does_not_answer(failures, ends, server):
 
     server.GetKernelSessionStatus = answer
     code, out, error = call("push", "eda", "--send", "--watch")
-    assert (code, "version 1: complete" in out, "Bad gateway" in error) == ((0, True, False) if ends else (2, False, True))
+    assert (code, "version 1: complete" in out, "Bad gateway" in error) == (
+        (0, True, False) if ends else (2, False, True)
+    )
 
 
 @pytest.mark.parametrize("end", ["ERROR", "CANCEL_ACKNOWLEDGED"])
@@ -389,7 +481,11 @@ def test_a_dataset_that_is_not_there_is_created_and_waited_for(server, wheels):
     code, out, _ = call("push", "wheels", "--source", str(wheels), "--send")
     request = server.last("CreateDataset")
     assert code == 0 and "CreateDatasetVersion" not in server.names() and request.is_private
-    assert {f.token for f in request.files} == {"token-wheelhouse.lock", "token-a-1-py3-none-any.whl", "token-inner.zip"}
+    assert {f.token for f in request.files} == {
+        "token-wheelhouse.lock",
+        "token-a-1-py3-none-any.whl",
+        "token-inner.zip",
+    }
     assert "version 1: ready" in out
 
 
@@ -414,26 +510,34 @@ def test_no_wait_leaves_a_dataset_in_progress(server, wheels):
 
 def test_a_version_that_kaggle_cannot_process_is_exit_2(server, wheels):
     new_version(server, DATASETS["wheels"], ["READY", "FAILED"])
-    assert "version 4: failed" in refused(server, "push", "wheels", "--source", str(wheels), "--send", sent=True)
+    assert "version 4: failed" in read_error(
+        server, "push", "wheels", "--source", str(wheels), "--send", sent=True
+    )
 
 
 @pytest.mark.parametrize("code", [403, 429, 500])
 @pytest.mark.parametrize("where", ["GetDatasetStatus", "CreateDatasetVersion"])
 def test_no_http_error_creates_a_new_dataset(code, where, server, wheels):
     server.answers[where] = http_error(code, "Kaggle says no")
-    line = refused(server, "push", "wheels", "--source", str(wheels), "--send", sent=True)
+    line = read_error(server, "push", "wheels", "--source", str(wheels), "--send", sent=True)
     assert "Kaggle says no" in line and "CreateDataset" not in server.names()
     assert where == "CreateDatasetVersion" or "CreateDatasetVersion" not in server.names()
 
 
-@pytest.mark.parametrize("fields, words", [
-    ({"status": "Error", "error": "The title is in use"}, "The title is in use"), ({"status": "Pending"}, "status Pending"),
-    ({"invalid_tags": ["hay"]}, "invalid tags: hay"), ({"url": "https://www.kaggle.com/datasets/ann/other"}, "ann/other")])
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"status": "Error", "error": "The title is in use"}, "The title is in use"),
+        ({"status": "Pending"}, "status Pending"),
+        ({"invalid_tags": ["hay"]}, "invalid tags: hay"),
+        ({"url": "https://www.kaggle.com/datasets/ann/other"}, "ann/other"),
+    ],
+)
 def test_what_kaggle_refuses_in_a_dataset_is_exit_2_with_its_words(fields, words, server, wheels):
     ref = DATASETS["wheels"]
     known = {"ref": ref, "url": f"https://www.kaggle.com/datasets/{ref}", "status": "Ok"}
     server.answers["CreateDatasetVersion"] = make(ApiCreateDatasetResponse, **(known | fields))
-    assert words in refused(server, "push", "wheels", "--source", str(wheels), "--send", sent=True)
+    assert words in read_error(server, "push", "wheels", "--source", str(wheels), "--send", sent=True)
 
 
 @pytest.mark.parametrize("there", [True, False])
@@ -441,7 +545,7 @@ def test_nothing_is_published_when_an_upload_failed(there, server, wheels):
     server.failed_uploads = 1
     if not there:
         del server.datasets[DATASETS["wheels"]]
-    assert "1 of 3 uploads failed" in refused(server, "push", "wheels", "--source", str(wheels), "--send")
+    assert "1 of 3 uploads failed" in read_error(server, "push", "wheels", "--source", str(wheels), "--send")
 
 
 # Weights of any name
@@ -454,20 +558,32 @@ def files(folder: Path, *names: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("names", [
-    ["model.safetensors"], ["dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth"], ["pytorch_model.bin", "config.json"],
-    ["hf/config.json", "hf/model.safetensors", ".cache/huggingface/x.bin"],
-    ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.safetensors"],
+        ["dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth"],
+        ["pytorch_model.bin", "config.json"],
+        ["hf/config.json", "hf/model.safetensors", ".cache/huggingface/x.bin"],
+        [
+            "model.safetensors.index.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors",
+        ],
+    ],
+)
 @pytest.mark.parametrize("as_file", [False, True])
 def test_weights_of_any_name_are_sent_in_their_folders(names, as_file, server, tmp_path):
     source = files(tmp_path / "mine", *names)
-    weights = [n for n in names if n.endswith(kaggle.WEIGHT_SUFFIXES) and not n.startswith(".")]
+    weights = [n for n in names if n.endswith(hub.WEIGHT_SUFFIXES) and not n.startswith(".")]
     if as_file and len(weights) > 1:
         return
     code, out, _ = call("push", "dinov3-weights", "--source", str(source / weights[0] if as_file else source))
     sent = [Path(weights[0]).name] if as_file else [n for n in names if not n.startswith(".")]
     staged = tmp_path / "build/kaggle/dinov3-weights"
-    assert code == 0 and sorted(str(p.relative_to(staged)) for p in kaggle.list_files(staged)) == sorted([*sent, "dataset-metadata.json"])
+    assert code == 0 and sorted(str(p.relative_to(staged)) for p in hub.list_files(staged)) == sorted(
+        [*sent, "dataset-metadata.json"]
+    )
     assert f"train_dinov3.weights={Path(weights[0]).name}" in out  # the kernels' settings name another file
 
 
@@ -476,19 +592,32 @@ def test_weights_with_the_name_in_the_settings_need_no_warning(server, tmp_path)
     assert "warning" not in call("push", "dinov3-weights", "--source", str(source))[1]
 
 
-@pytest.mark.parametrize("name, file", [("dinov3-weights", SETTINGS.train_dinov3.weights),
-                                        ("siglip-weights", f"{SETTINGS.siglip.weights}/preprocessor_config.json")])
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        ("dinov3-weights", SETTINGS.train_dinov3.weights),
+        ("siglip-weights", f"{SETTINGS.siglip.weights}/preprocessor_config.json"),
+    ],
+)
 def test_downloaded_weights_are_found_where_make_weights_puts_them(name, file, server, tmp_path):
     files(tmp_path / "weights", file)
     code, out, _ = call("push", name)
     assert code == 0 and Path(file).name in out and "warning" not in out
 
 
-@pytest.mark.parametrize("names, words", [
-    (["a.safetensors", "b.pth"], "2 weights files (a.safetensors, b.pth)"), (["config.json"], "no .safetensors"), ([], "no .safetensors"),
-    (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], "2 of 3 shards")])
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (["a.safetensors", "b.pth"], "2 weights files (a.safetensors, b.pth)"),
+        (["config.json"], "no .safetensors"),
+        ([], "no .safetensors"),
+        (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], "2 of 3 shards"),
+    ],
+)
 def test_weights_that_are_not_clear_are_refused(names, words, server, tmp_path):
-    assert words in refused(server, "push", "dinov3-weights", "--source", str(files(tmp_path / "mine", *names)))
+    assert words in read_error(
+        server, "push", "dinov3-weights", "--source", str(files(tmp_path / "mine", *names))
+    )
 
 
 def test_a_folder_behind_a_link_is_zipped_with_its_files(server, tmp_path):
@@ -513,28 +642,40 @@ def test_a_folder_behind_a_link_is_zipped_with_its_files(server, tmp_path):
 def test_a_submission_that_was_sent_becomes_an_entry_of_the_ledger(server, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
-    assert "no ledger.jsonl" in refused(server, "submit", "--version", "3", "--run", str(run))
+    assert "no ledger.jsonl" in read_error(server, "submit", "--version", "3", "--run", str(run))
     entry = add_entry(run / "ledger.jsonl", {"file": "submission.csv"})
     server.runs[KERNELS["submit"], 3] = ["COMPLETE"]
     words = ["submit", "--version", "3", "--message", "the first", "--run", str(run)]
     assert call(*words)[0] == 0 and not server.requests and not (tmp_path / "ledger.jsonl").exists()
     code, out, _ = call(*words, "--send")
     line = read_ledger(tmp_path / "ledger.jsonl").entries[entry]
-    assert code == 0 and "Successfully submitted" in out and server.last("CreateCodeSubmission").kernel_version == 3
-    assert (line.get("message"), line.get("reference"), line.get("kernel")) == ("the first", "77", f"{KERNELS['submit']}/3")
+    assert (
+        code == 0
+        and "Successfully submitted" in out
+        and server.last("CreateCodeSubmission").kernel_version == 3
+    )
+    assert (line.get("message"), line.get("reference"), line.get("kernel")) == (
+        "the first",
+        "77",
+        f"{KERNELS['submit']}/3",
+    )
 
 
-@pytest.mark.parametrize("states, words", [(["RUNNING"], "running"), (["ERROR"], "it ran out of memory"), (None, "missing")])
+@pytest.mark.parametrize(
+    "states, words", [(["RUNNING"], "running"), (["ERROR"], "it ran out of memory"), (None, "missing")]
+)
 def test_a_version_that_is_not_complete_is_not_submitted(states, words, server):
     if states:
         server.runs[KERNELS["submit"], 3] = states
-    assert words in refused(server, "submit", "--version", "3", "--send")
+    assert words in read_error(server, "submit", "--version", "3", "--send")
 
 
 def test_a_submission_that_kaggle_refuses_is_exit_2(server):
     server.runs[KERNELS["submit"], 3] = ["COMPLETE"]
     server.answers["CreateCodeSubmission"] = http_error(400, "You have reached the daily limit")
-    assert "You have reached the daily limit" in refused(server, "submit", "--version", "3", "--send", sent=True)
+    assert "You have reached the daily limit" in read_error(
+        server, "submit", "--version", "3", "--send", sent=True
+    )
 
 
 def download_with(monkeypatch, names: list[str], error: Exception | None = None) -> None:
@@ -557,32 +698,57 @@ TABLES = ["train.csv", "test.csv", "sample_submission.csv", "train/a.jpg"]
 def test_the_data_is_unpacked(server, monkeypatch, tmp_path):
     download_with(monkeypatch, [*TABLES, "test/b.jpg"])
     assert call("data", "--to", "here")[0] == 0
-    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == ["sample_submission.csv", "test", "test.csv", "train", "train.csv"]
+    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [
+        "sample_submission.csv",
+        "test",
+        "test.csv",
+        "train",
+        "train.csv",
+    ]
 
 
-@pytest.mark.parametrize("names, error, words", [
-    (TABLES, None, "test is missing"), ([], http_error(403, "You must accept this competition's rules"), "accept this competition's rules"),
-    ([], requests.ConnectionError("no route"), "no answer from kaggle.com")])
+@pytest.mark.parametrize(
+    "names, error, words",
+    [
+        (TABLES, None, "test is missing"),
+        ([], http_error(403, "You must accept this competition's rules"), "accept this competition's rules"),
+        ([], requests.ConnectionError("no route"), "no answer from kaggle.com"),
+    ],
+)
 def test_data_that_does_not_arrive_is_exit_2(names, error, words, server, monkeypatch):
     download_with(monkeypatch, names, error)
-    assert words in refused(server, "data", "--to", "here")
+    assert words in read_error(server, "data", "--to", "here")
 
 
 def test_an_archive_that_is_none_is_exit_2(server, monkeypatch, tmp_path):
     download_with(monkeypatch, TABLES)
-    monkeypatch.setattr(kaggle.zipfile, "ZipFile", create_autospec(zipfile.ZipFile, side_effect=zipfile.BadZipFile("half")))
+    monkeypatch.setattr(
+        zipfile, "ZipFile", create_autospec(zipfile.ZipFile, side_effect=zipfile.BadZipFile("half"))
+    )
     monkeypatch.setattr(KaggleApi, "competition_download_files", lambda *a, **k: None)
-    assert "cannot be unpacked" in refused(server, "data", "--to", "here")
+    assert "cannot be unpacked" in read_error(server, "data", "--to", "here")
 
 
 # The client's signatures
 
 
-@pytest.mark.parametrize("method, args, kwargs", [
-    ("kernels_push", ["folder"], {}), ("dataset_create_new", ["folder"], {"dir_mode": "zip"}),
-    ("dataset_create_version", ["folder", "notes"], {"dir_mode": "zip"}), ("dataset_status", ["a/b"], {"format": "json"}),
-    ("dataset_list", [], {"mine": True, "page": 1}), ("with_retry", [print], {}), ("get_config_value", ["username"], {}),
-    ("competition_download_files", ["c", "to"], {"quiet": False}),
-    ("competition_submit_code", [], dict(file_name="", message="", quiet=True, competition="", kernel="", kernel_version=1))])
+@pytest.mark.parametrize(
+    "method, args, kwargs",
+    [
+        ("kernels_push", ["folder"], {}),
+        ("dataset_create_new", ["folder"], {"dir_mode": "zip"}),
+        ("dataset_create_version", ["folder", "notes"], {"dir_mode": "zip"}),
+        ("dataset_status", ["a/b"], {"format": "json"}),
+        ("dataset_list", [], {"mine": True, "page": 1}),
+        ("with_retry", [print], {}),
+        ("get_config_value", ["username"], {}),
+        ("competition_download_files", ["c", "to"], {"quiet": False}),
+        (
+            "competition_submit_code",
+            [],
+            dict(file_name="", message="", quiet=True, competition="", kernel="", kernel_version=1),
+        ),
+    ],
+)
 def test_the_installed_client_takes_our_calls(method, args, kwargs):
     inspect.signature(getattr(KaggleApi, method)).bind(None, *args, **kwargs)

@@ -11,7 +11,7 @@ import torch
 from nbs_lib.biomass_net import Head, ModelConfig, build_model
 from nbs_lib.ensemble import Blend, ModelPredictions, Policy, apply_blend, choose_policy
 from nbs_lib.inpaint import clean_photo, orange_rule
-from nbs_lib.report import answer, is_optimistic
+from nbs_lib.scores import is_optimistic, summarise_scores
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.store import augment
@@ -190,7 +190,7 @@ def test_a_score_whose_fold_chose_the_epoch_is_called_optimistic(recipe_run):
     run, _ = recipe_run
     table = {"r2": 0.5, "interval_95": None, "r2_by_target": dict.fromkeys(TARGETS, 0.5), "photos": 9}
     scores = {"oof": {"dinov3": {"grouped": table}}, "constant": {"grouped": table}, "test": {}, "optimistic": is_optimistic(run)}
-    assert "optimistic" in answer(scores) and "optimistic" not in answer(scores | {"optimistic": False})
+    assert "optimistic" in summarise_scores(scores) and "optimistic" not in summarise_scores(scores | {"optimistic": False})
     assert not is_optimistic(replace(run, settings=load_settings("laptop")))
 
 
