@@ -103,7 +103,7 @@ def _measure_many(paths: list[Path], folder: Path, many: int) -> dict:
     (folder / "many").mkdir()
     for k in range(many):
         (folder / "many" / f"ID{k:05d}.jpg").symlink_to(paths[k % len(paths)].resolve())
-    code = ("import sys; import cv2; from pathlib import Path; from nbs_lib.core import open_run, peak_memory; from nbs_lib.photos import build_store; cv2.setNumThreads(1); "
+    code = ("import sys; import cv2; from pathlib import Path; from nbs_lib.inpaint import build_store; from nbs_lib.runtime import peak_memory; from nbs_lib.stages import open_run; cv2.setNumThreads(1); "
             "paths = sorted(Path(sys.argv[1]).iterdir()); run = open_run(sys.argv[1], sys.argv[2], overrides=['photos.workers=1']); "
             "store = build_store(run, 'train', paths, [p.stem for p in paths], 512); total = sum(int(store[i].sum()) for i in range(len(store))); "
             "print(peak_memory(), store.halves.nbytes)")

@@ -120,7 +120,7 @@ def _measure_submit(demo: Path, folder: Path, n: int) -> dict:
     for part in Path(demo, "artefacts").iterdir():
         if part.name not in ("photos", "stages"):
             (folder / "out" / "artefacts" / part.name).symlink_to(part.resolve())
-    code = ("import json, sys, time; from nbs_lib.core import open_run, peak_memory; from nbs_lib.submit import run_submit; start = time.perf_counter(); "
+    code = ("import json, sys, time; from nbs_lib.runtime import peak_memory; from nbs_lib.stages import open_run; from nbs_lib.submit import run_submit; start = time.perf_counter(); "
             "s = run_submit(open_run(sys.argv[1], sys.argv[2], 'demo')); "
             "print(json.dumps([time.perf_counter() - start, peak_memory() / 2**20, s['models']]))")
     done = subprocess.run([sys.executable, "-c", code, str(source), str(folder / "out")], capture_output=True, text=True, check=True)

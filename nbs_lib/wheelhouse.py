@@ -154,7 +154,7 @@ def verify_wheelhouse(wheelhouse: Path, image: Path, s: Settings) -> str:
             shutil.copytree(wheelhouse / name, mount)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"NBS_KAGGLE_INPUT": f"{folder}/input", "HOME": folder, "PIP_NO_INDEX": "1"}
-        test = ("import nbs_lib.submit, nbs_lib.core as c; assert c.shipped('settings.ini').is_file(); "
+        test = ("import nbs_lib.submit, nbs_lib.settings as c; assert c.shipped('settings.ini').is_file(); "
                 "c.load_settings('kaggle'); print(c.version, nbs_lib.__file__)")
         for code in (read_install_cell(), test):
             done = subprocess.run([*offline, python, "-c", code], cwd=folder, env=environment,

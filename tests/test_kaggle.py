@@ -528,7 +528,7 @@ def fingerprint(folder: Path) -> str:
 @pytest.mark.parametrize("layout", [NEW, OLD])
 def test_the_cell_installs_from_the_attached_dataset(layout, kernel, wheel, tmp_path):
     root = Kaggle(tmp_path, kernel, wheel, layout)
-    show = "import nbs_lib.core as c\nprint(c.__file__, c.load_settings('kaggle').run.folds)"
+    show = "import nbs_lib.settings as c\nprint(c.__file__, c.load_settings('kaggle').run.folds)"
     done = root.run(kernel, "-c", f"{wheelhouse.read_install_cell()}\n{show}")
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "venv") in done.stdout and done.stdout.split()[-1] == str(SETTINGS.run.folds)

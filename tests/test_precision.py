@@ -300,7 +300,7 @@ def test_run_precision_reaches_pick_dtype_and_later_processes(word, dtype, tmp_p
     (tmp_path / "in").mkdir()
     open_run(tmp_path / "in", tmp_path / "out", overrides=[f"run.precision={word}"])
     assert pick_dtype(CPU) == dtype
-    code = "import torch; from nbs_lib.core import pick_dtype; print(pick_dtype(torch.device('cpu')))"
+    code = "import torch; from nbs_lib.runtime import pick_dtype; print(pick_dtype(torch.device('cpu')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(dtype)
     seen = []

@@ -260,7 +260,7 @@ def test_another_stage_and_another_head(clone, paddock, tmp_path):
     """As the page says: notebook and a line in STAGES; a branch and a name. Exported, and run."""
     stage = nbformat.read(clone / "notebooks/40_siglip.ipynb", as_version=4)
     cells = [nbformat.v4.new_code_cell("#| default_exp count"), next(c for c in stage.cells if "parameters" in c.metadata.get("tags", []))]
-    cells.append(nbformat.v4.new_code_cell("#| export\nfrom nbs_lib.core import Run, stage, write_json\n\n\n@stage('count', reads=('input/train/*',))\n"
+    cells.append(nbformat.v4.new_code_cell("#| export\nfrom nbs_lib.runtime import write_json\nfrom nbs_lib.stages import Run, stage\n\n\n@stage('count', reads=('input/train/*',))\n"
                                            "def run_count(run: Run) -> dict:\n    'How many photos there are.'\n    found = {'photos': len(list((run.input / 'train').iterdir()))}\n"
                                            "    write_json(run.artefact_path('count.json'), found)\n    return found"))
     cells.append(nbformat.v4.new_code_cell("#| run\nfrom nbs_lib.run import open_here\nfrom nbs_lib.count import run_count\nrun_count(open_here('count', input, output, profile, preset, overrides))"))
