@@ -37,7 +37,7 @@ demo: $(READY)   ## the whole chain on a synthetic paddock -> runs/demo
 	$(RUN) --profile demo --output runs/demo $(ARGS)
 
 test: $(READY)   ## every check
-	$(BIN)/python -m ruff check tests nbs_lib
+	$(BIN)/python -m ruff check nbs_lib tests tools benchmarks
 	$(BIN)/python -m pytest $(SPREAD)
 
 run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop
@@ -52,7 +52,7 @@ bench: $(READY)  ## speed and memory, side by side -> runs/bench
 	$(BIN)/python -m benchmarks.bench --output runs/bench $(ARGS)
 
 results: demo    ## keep the demo's scores and picture, and what `make bench` measured -> results/, README.md
-	$(BIN)/python tests/readme.py --run runs/demo $(if $(wildcard runs/bench/bench.csv),--bench runs/bench) --write
+	$(BIN)/python tools/tables.py --run runs/demo $(if $(wildcard runs/bench/bench.csv),--bench runs/bench) --write
 
 $(IMAGE_READY):
 	@test -n "$(PYTHON312)" || { echo "error: Kaggle has Python 3.12 and none that runs was found here (on the path, below pyenv, or by uv): install it, or say where: make $(MAKECMDGOALS) PYTHON312=path/to/python3.12" >&2; exit 2; }
@@ -77,14 +77,14 @@ test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's
 # Left out: sentencepiece below 0.2.2 loads half of a tokenizer's file as a smaller vocabulary, without an error.
 PYTHON311 ?= python3.11
 LOWEST := .venv-lowest
-LOWEST_READY := $(LOWEST)/ready-$(shell cat pyproject.toml tests/floors.py | cksum | cut -d' ' -f1)
+LOWEST_READY := $(LOWEST)/ready-$(shell cat pyproject.toml tools/floors.py | cksum | cut -d' ' -f1)
 LOWEST_TESTS := $(patsubst %,tests/test_%.py,reading demo photos features weights model boosting balance ensemble train report budget) \
 	tests/test_run.py::test_a_stage_runs_in_this_interpreter tests/test_run.py::test_lessons_run_in_this_interpreter
 
 $(LOWEST_READY):
 	$(PYTHON311) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else "Python 3.11 is needed, this is " + sys.version.split()[0])'
 	$(PYTHON311) -m venv --clear $(LOWEST)
-	$(LOWEST)/bin/python tests/floors.py dev phone > $(LOWEST)/floors.txt
+	$(LOWEST)/bin/python tools/floors.py dev phone > $(LOWEST)/floors.txt
 	$(LOWEST)/bin/python -m pip install --quiet --only-binary :all: --requirement $(LOWEST)/floors.txt
 	touch $@
 
@@ -106,7 +106,7 @@ data: $(READY)   ## download the competition's data, for users who accepted its 
 	$(KAGGLE) data
 
 notebooks: $(READY)  ## execute the lessons again and export the library
-	$(BIN)/python tests/notebooks.py --write
+	$(BIN)/python tools/notebooks.py --write
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 import pytest
-import readme
+import tables
 import torch
 from conftest import ROOT
 
@@ -29,7 +29,8 @@ from nbs_lib.runtime import InputError
 from nbs_lib.settings import SECTIONS, load_settings
 from nbs_lib.targets import TARGETS
 
-README = ROOT / "README.md"
+README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
 PROGRAMS = ("make", "python", "python3", "papermill", "pip", "nbdev-export", "nbdev-clean", "git", "cd", "kaggle", "jupyter", "pytest")
 VALUES = {"DIR": "some/folder", "OUT": "runs/x", "STAGE": "eda", "H": "1", "N": "1", "P": "demo", "PROFILE": "demo", "recipe": "recipe"}
 
@@ -77,7 +78,7 @@ def check_python(words: list[str]) -> None:
     elif words[1] == "-m" and words[2] in ("papermill", "pip", "pytest", "venv", "build"):
         {"papermill": check_papermill, "pip": check_pip}.get(words[2], lambda w: None)(words[2:])
     elif words[1] == "-m":
-        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith("nbs_lib."), f"there is no module {words[2]}"
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith(("nbs_lib.", "benchmarks.")), f"there is no module {words[2]}"
         commands = re.findall(r"[\w-]+", (re.search(r"\{([\w,-]+)\}", help_of(words[2])) or [""])[0])
         part = next(([w] for w in words[3:] if w in commands), [])  # a command of the module, with flags of its own
         check_flags(words[3:], help_of(words[2]) + help_of(words[2], *part))
@@ -135,7 +136,7 @@ def check(line: str) -> None:
             raise AssertionError(str(e)) from e
 
 
-LINES = sorted(set(commands(README.read_text())))
+LINES = sorted({line for page in PAGES for line in commands(page.read_text())})
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -170,16 +171,28 @@ def check_links(text: str, folder: Path = ROOT) -> None:
             assert (folder / target).exists(), f"there is no {target}"
             if anchor and (not target or target.endswith(".md")):
                 assert anchor in anchors((folder / target).read_text() if target else text), f"there is no heading #{anchor} in {target or 'this page'}"
-    for name in re.findall(r"\b(?:notebooks/\d\d_\w+\.ipynb|tests/\w+\.\w+|nbs_lib/\w+\.py|datasets-metadata/[\w./-]*\w)", prose):
+    for name in re.findall(r"\b(?:notebooks/\d\d_\w+\.ipynb|tests/\w+\.\w+|tools/\w+\.py|benchmarks/\w+\.\w+|docs/\w+\.md|nbs_lib/\w+\.py|datasets-metadata/[\w./-]*\w)", prose):
         assert (ROOT / name).exists(), f"there is no {name}"
 
 
 def test_settings_that_are_named_exist():
-    check_settings(README.read_text())
+    for page in PAGES:
+        check_settings(page.read_text())
 
 
-def test_links_lead_somewhere():
-    check_links(README.read_text())
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    check_links(page.read_text(), page.parent)
+
+
+def test_readme_is_short():
+    assert README.stat().st_size <= 10_240
+
+
+def test_every_environment_variable_is_explained():
+    internal = {"NBS_LESSON"}  # set by tools/notebooks.py alone
+    used = {name for path in (ROOT / "nbs_lib").glob("*.py") for name in re.findall(r"NBS_[A-Z_]+", path.read_text())}
+    assert used - internal <= set(re.findall(r"NBS_[A-Z_]+", README.read_text()))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
@@ -190,22 +203,24 @@ def test_links_of_a_notebook_lead_somewhere(path):
 # ---- tables and pictures
 
 def test_tables_are_those_of_the_files():
-    stale = readme.filled(README.read_text())[1]
-    assert not stale, f"{', '.join(stale)} in README.md: python tests/readme.py --write"
+    stale = [name for page in tables.PAGES for name in tables.fill((ROOT / page).read_text())[1]]
+    assert not stale, f"{', '.join(stale)}: python tools/tables.py --write"
 
 
 def test_every_table_has_its_place():
-    assert {m[1] for m in readme.MARKS.findall(README.read_text())} == {*readme.BLOCKS, "faults"}
+    assert {m[1] for page in tables.PAGES for m in tables.MARKS.findall((ROOT / page).read_text())} == {*tables.BLOCKS, "faults"}
 
 
 def test_synthetic_and_real_scores_never_share_a_table(tmp_path, monkeypatch):
     for kind, r2 in (("synthetic", 0.9), ("real", 0.6)):
         pd.DataFrame([{"model": "ensemble", "judged_on": "grouped", "r2": r2, "low": None, "high": None, "photos": 9, **dict.fromkeys(TARGETS, -0.001)}]).to_csv(tmp_path / f"{kind}_x.csv", index=False)
         (tmp_path / f"{kind}_x.json").write_text(json.dumps({"photographs": kind, "profile": "x", "preset": "", "overrides": [], "seed": 1, "photos": 9, "sites": 3, "date": "", "seconds": {"eda": 60}, "peak_gb": 1, "machine": {}}))
-    monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert "0.900" in readme.scores("synthetic") and "0.600" not in readme.scores("synthetic") and "9 real photos" in readme.scores("real") and "−0.00" not in readme.scores("real")
-    assert "Nothing is kept here yet" in readme.bench()
-    assert readme.filled("<!-- real:begin -->\nold\n<!-- real:end -->")[1] == ["real"]
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    for view in (tables.format_scores, tables.format_summary):
+        assert "0.900" in view("synthetic") and "0.600" not in view("synthetic") and "9 real photos" in view("real")
+    assert "−0.00" not in tables.format_scores("real")
+    assert "Nothing is kept here yet" in tables.format_bench()
+    assert tables.fill("<!-- real:begin -->\nold\n<!-- real:end -->")[1] == ["real"]
 
 
 def test_picture_is_small_and_described():
@@ -217,7 +232,7 @@ def test_picture_is_small_and_described():
 
 def test_another_backbone():
     """The first sentence of that list, with a smaller twin of the same family."""
-    assert "`--set train_dinov3.backbone=convnext_tiny --set train_dinov3.weights=FILE`" in README.read_text()
+    assert "`--set train_dinov3.backbone=convnext_tiny --set train_dinov3.weights=FILE`" in CONTRIBUTING.read_text()
     net = build_model(ModelConfig("test_convnext", dim=16, layers=1, probe=False), "random").eval()
     assert net(torch.rand(2, 2, 3, 64, 64)).shape == (2, 3)
 
@@ -286,7 +301,7 @@ def test_commands_are_found():
 
 @pytest.mark.parametrize("line", ["make harvest", "make run PROFILE=moon DATA=x", "python -m nbs_lib.run --moon demo", "python -m nbs_lib.run --set demo.n_trian=3", "python -m nbs_lib.run --only mow",
                                   "python -m nbs_lib.moon", "python -m benchmarks.bench --onyl fusion", "papermill notebooks/99_moon.ipynb out.ipynb", "papermill notebooks/41_frozen.ipynb out.ipynb -p inptu x",
-                                  "pip install '.[moon]'", "python tests/moon.py"])
+                                  "pip install '.[moon]'", "python tools/moon.py"])
 def test_wrong_command_is_found(line):
     with pytest.raises(AssertionError):
         check(line)

@@ -1,8 +1,10 @@
-"""Execute the lesson cells of notebooks: `python tests/notebooks.py [--write] [NAME]...`
+"""Execute the lesson cells of notebooks.
 
-A notebook holds exported cells, lesson cells and, in a stage, cells marked `#| run`. This runs all but the last kind, each
-notebook in a kernel of its own; `--write` puts the outputs into the notebook, as they are committed.
+A notebook holds exported cells, lesson cells and, in a stage, cells marked `#| run`.
+`python tools/notebooks.py [--write] [NAME]...` runs all but the last kind, each notebook in a kernel of its own;
+`--write` puts the outputs into the notebook, as they are committed.
 """
+
 import argparse
 import os
 import re
@@ -18,9 +20,15 @@ from nbs_lib.run import own_kernel_manager
 
 HERE = Path(__file__).resolve().parent.parent / "notebooks"
 RUN = re.compile(r"^#\|\s*run\s*$", re.M)
-# No network, no bars, no remarks: what a kernel says is committed. The lessons whose sums depend on threads ask for one themselves.
-QUIET = {"NO_ALBUMENTATIONS_UPDATE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-         "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found", "NBS_LESSON": "1"}
+# No network, progress bars or warnings: what a kernel prints is committed.
+QUIET = {
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONWARNINGS": "ignore::DeprecationWarning,ignore:IProgress not found",
+    "NBS_LESSON": "1",
+}
 
 
 def notebooks() -> list[Path]:
@@ -28,14 +36,19 @@ def notebooks() -> list[Path]:
 
 
 def execute(path: Path, timeout: int = 300) -> nbformat.NotebookNode:
-    """The notebook at `path` with its lesson cells executed; raises nbclient's CellExecutionError where one fails."""
+    """Return the notebook at `path` with its lesson cells executed; raise CellExecutionError where one fails."""
     nb = nbformat.read(path, as_version=4)
     whole = list(nb.cells)
     nb.cells = [c for c in whole if c.cell_type != "code" or not RUN.search(c.source)]
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as home:  # lessons that write files write them here
-        NotebookClient(nb, timeout=timeout, kernel_name="python3", kernel_manager_class=own_kernel_manager(),
-                       resources={"metadata": {"path": home}}).execute()
+        NotebookClient(
+            nb,
+            timeout=timeout,
+            kernel_name="python3",
+            kernel_manager_class=own_kernel_manager(),
+            resources={"metadata": {"path": home}},
+        ).execute()
     nb.cells = whole
     return nb
 

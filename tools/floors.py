@@ -1,7 +1,9 @@
-"""Print the lowest versions that pyproject.toml admits, for pip: `python tests/floors.py dev phone > floors.txt`
+"""Print the lowest versions that pyproject.toml admits, for pip.
 
-A line `name==floor` for each dependency and for those of the named extras; `make test-lowest` installs them.
+`python tools/floors.py dev phone > floors.txt` writes a line `name==floor` for each dependency and for those of the
+named extras; `make test-lowest` installs them.
 """
+
 import re
 import sys
 import tomllib
@@ -9,7 +11,7 @@ from pathlib import Path
 
 
 def floors(project: dict, extras: list[str]) -> list[str]:
-    """Return `name==floor` for each dependency of a [project] table; raise ValueError where a floor is missing."""
+    """Return `name==floor` for each dependency of a [project] table; raise ValueError where one is missing."""
     optional = [line for extra in extras for line in project["optional-dependencies"][extra]]
     wanted = [*project["dependencies"], *optional]
     found = [(line, re.match(r"([\w.-]+)>=([\w.]+)", line)) for line in wanted]
