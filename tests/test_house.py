@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MODULES = {p.stem.partition("_")[2]: p for p in NOTEBOOKS}
+MODULES = {p.stem.partition("_")[2]: p for p in NOTEBOOKS if p.stem != "00_overview"}  # the overview exports nothing
 
 def imports(path: Path) -> set[str]:
     found = set()
@@ -89,14 +89,47 @@ def test_notebook_can_be_browsed(path):
     assert nb.metadata.kernelspec.name == "python3"
     first = next(c for c in nb.cells if c.cell_type == "markdown").source
     assert first.startswith("# ") and "\n> " in first, "a notebook begins with H1 and a > line"
-    lessons = [c for c in nb.cells if c.cell_type == "code" and not re.match(r"#\|\s*(run|export|default_exp)", c.source)]
-    assert any(c.outputs for c in lessons), "the lessons show nothing"
+    assert any(c.outputs for c in nb.cells if c.cell_type == "code"), "the notebook shows nothing"
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error", cell.source
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
             assert not re.search(r"/(home|root|work|tmp|Users)/", text), f"a machine path in an output: {text[:200]}"
             assert "Warning:" not in text, text[:300]
+
+
+METAPHORS = r"rooms?|houses?|walls?|shel(f|ves)|teams?|desks?|tally|voices?|luck|believes?|glances?|told|tells|said"
+
+
+def exported_cells(path: Path) -> list[str]:
+    cells = nbformat.read(path, as_version=4).cells
+    return [c.source for c in cells if c.cell_type == "code" and c.source.startswith("#| export")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_words_are_those_of_the_field(name):
+    "Exported code and settings use no metaphors (CONTRIBUTING.md)."
+    for source in [*exported_cells(MODULES[name]), (ROOT / "settings.ini").read_text(encoding="utf-8")]:
+        found = re.search(rf"\b({METAPHORS})\b", source, re.I)
+        assert not found, f"{name}: '{found[0]}' in: {source[max(0, found.start() - 60) : found.end() + 60]}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_cell_holds_one_idea(name):
+    long = [source for source in exported_cells(MODULES[name]) if len(source.splitlines()) > 41]  # 40 and the directive
+    assert not long, f"{name}: an exported cell of {len(long[0].splitlines())} lines: {long[0][:80]}"
+
+
+def test_a_name_has_one_meaning():
+    "No two modules export the same name."
+    homes = {}
+    for name in MODULES:
+        tree = ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and node.name != "main":
+                homes.setdefault(node.name, []).append(name)
+    twice = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert not twice, twice
 
 
 def test_submit_imports_without_the_tools_of_a_notebook():

@@ -1,6 +1,6 @@
 """Print the lowest versions that pyproject.toml admits, for pip.
 
-`python tools/floors.py dev phone > floors.txt` writes a line `name==floor` for each dependency and for those of the
+`python tools/floors.py dev phone > floors.txt` writes a line `name==floor` for each dependency and those of the
 named extras; `make test-lowest` installs them.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def floors(project: dict, extras: list[str]) -> list[str]:
-    """Return `name==floor` for each dependency of a [project] table; raise ValueError where one is missing."""
+    """Return `name==floor` for each dependency of a [project] table; raise ValueError for one without."""
     optional = [line for extra in extras for line in project["optional-dependencies"][extra]]
     wanted = [*project["dependencies"], *optional]
     found = [(line, re.match(r"([\w.-]+)>=([\w.]+)", line)) for line in wanted]

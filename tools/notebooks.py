@@ -1,8 +1,8 @@
-"""Execute the lesson cells of notebooks.
+"""Execute the notebooks: their lessons, and on a finished demo run also the cells of their stages.
 
 A notebook holds exported cells, lesson cells and, in a stage, cells marked `#| run`.
-`python tools/notebooks.py [--write] [NAME]...` runs all but the last kind, each notebook in a kernel of its own;
-`--write` puts the outputs into the notebook, as they are committed.
+`python tools/notebooks.py [--run RUN] [--write] [NAME]...` executes each notebook in a kernel of its own. Cells
+marked `#| run` are executed on the finished run RUN only; `--write` puts the outputs into the notebook.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-import nbs_lib  # noqa: F401 - it tells torch's threads how to wait, and the kernels inherit it: a lesson may load torch first
+import nbs_lib  # noqa: F401 - limits OpenMP's busy waiting before a lesson loads torch; kernels inherit it
 from nbs_lib.run import own_kernel_manager
 
-HERE = Path(__file__).resolve().parent.parent / "notebooks"
+ROOT = Path(__file__).resolve().parent.parent
 RUN = re.compile(r"^#\|\s*run\s*$", re.M)
 # No network, progress bars or warnings: what a kernel prints is committed.
 QUIET = {
@@ -31,17 +31,25 @@ QUIET = {
 }
 
 
-def notebooks() -> list[Path]:
-    return sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+def list_notebooks() -> list[Path]:
+    """Return the notebooks in the order of reading."""
+    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
-def execute(path: Path, timeout: int = 300) -> nbformat.NotebookNode:
-    """Return the notebook at `path` with its lesson cells executed; raise CellExecutionError where one fails."""
+def execute(path: Path, run: Path | None = None, timeout: int = 300) -> nbformat.NotebookNode:
+    """Return the notebook at `path` executed; cells marked `#| run` only on `run`, a finished run."""
     nb = nbformat.read(path, as_version=4)
     whole = list(nb.cells)
-    nb.cells = [c for c in whole if c.cell_type != "code" or not RUN.search(c.source)]
+    skipped = [c for c in whole if c.cell_type == "code" and RUN.search(c.source) and not run]
+    nb.cells = [c for c in whole if c not in skipped]
+    parameters = next((c for c in whole if "parameters" in c.metadata.get("tags", [])), None)
+    source = parameters.source if parameters else ""
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory() as home:  # lessons that write files write them here
+        if run:  # relative names, so that no path of this machine is shown
+            (Path(home) / "runs").symlink_to(run.resolve().parent)
+            if parameters:
+                parameters.source += f'\ninput, output = "runs/{run.name}/input/csiro-biomass", "runs/{run.name}"'
         NotebookClient(
             nb,
             timeout=timeout,
@@ -49,20 +57,24 @@ def execute(path: Path, timeout: int = 300) -> nbformat.NotebookNode:
             kernel_manager_class=own_kernel_manager(),
             resources={"metadata": {"path": home}},
         ).execute()
+    if parameters:
+        parameters.source = source
     nb.cells = whole
     return nb
 
 
-def main():
+def main() -> None:
+    """Execute the named notebooks, all without a name."""
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ap.add_argument("names", nargs="*", help="such as 20_inpaint; none: all")
+    ap.add_argument("--run", type=Path, help="a finished demo run, for the cells of stages and the overview")
     ap.add_argument("--write", action="store_true")
     a = ap.parse_args()
-    for path in notebooks():
+    for path in list_notebooks():
         if a.names and path.stem not in a.names:
             continue
         print(path.stem, flush=True)
-        nb = execute(path)
+        nb = execute(path, a.run)
         if a.write:
             temporary = path.with_suffix(".tmp-write")
             nbformat.write(nb, temporary)

@@ -1,8 +1,8 @@
 """Write the tables of README.md, docs/ and benchmarks/ from the files of results/.
 
-`python tools/tables.py [--run DIR] [--bench DIR] [--write]`: `--run` first keeps the scores of a finished run,
-`--bench` what `make bench` measured; `--write` puts the tables into the pages. Without it the tables that differ
-are named. Synthetic and real photographs never share a table.
+`python tools/tables.py [--run DIR] [--bench DIR] [--write]`: `--run` first keeps the scores of a finished
+run, `--bench` what `make bench` measured; `--write` puts the tables into the pages. Without it
+the tables that differ are named. Synthetic and real photographs never share a table.
 """
 
 import argparse
@@ -52,11 +52,11 @@ def describe_run(about: dict) -> str:
     changes = [f"the preset {about['preset']}"] if about["preset"] else []
     changes += [", ".join(about["overrides"])] if about["overrides"] else []
     changed = "".join(f" with {what}" for what in changes)
-    return (
-        f"Profile `{about['profile']}`{changed}, {about['photos']} {about['photographs']} photos of {about['sites']} sites, "
-        f"seed {about['seed']}, {about['date']}: {minutes:.0f} minutes of stages on {where.get('cpus', '?')} cores, "
-        f"at most {about['peak_gb']:.1f} GB.\n\n"
-    )
+    photos = f"{about['photos']} {about['photographs']} photos of {about['sites']} sites"
+    cores = where.get("cpus", "?")
+    cost = f"{minutes:.0f} minutes of stages on {cores} cores, at most {about['peak_gb']:.1f} GB"
+    profile = f"Profile `{about['profile']}`{changed}"
+    return f"{profile}, {photos}, seed {about['seed']}, {about['date']}: {cost}.\n\n"
 
 
 def format_scores(photographs: str) -> str:
@@ -254,9 +254,8 @@ def main() -> int:
         differ += stale
         if a.write:
             page.write_text(text, encoding="utf-8")
-        print(
-            f"{page.relative_to(ROOT)}: {', '.join(stale) or 'nothing'} {'written' if a.write else 'to write'}"
-        )
+        state = "written" if a.write else "to write"
+        print(f"{page.relative_to(ROOT)}: {', '.join(stale) or 'nothing'} {state}")
     return 1 if differ and not a.write else 0
 
 
