@@ -401,7 +401,9 @@ def open_here(
     output = output or str(checkout / "runs" / "demo")
     run = open_run(find_input(input, output, profile, preset, overrides), output, profile, preset, overrides)
     earlier = list(STAGES)[: list(STAGES).index(name)]
-    if not input and profile == "demo" and not all(is_fresh(run, n) for n in earlier):
+    stale = [n for n in earlier if not is_fresh(run, n)]
+    if not input and profile == "demo" and stale:
+        print(f"running {len(stale)} stages first: {', '.join(stale)} (two to six minutes in all on two cores)")
         run_chain(run, earlier, overrides)
     return run
 
