@@ -1,7 +1,7 @@
 """Print the lowest versions that pyproject.toml admits, for pip.
 
-`python tools/floors.py dev phone > floors.txt` writes a line `name==floor` for each dependency and those of the
-named extras; `make test-lowest` installs them.
+`python tools/floors.py dev phone > floors.txt` writes a line `name==floor` for each dependency and
+those of the named extras; `make test-lowest` installs them.
 """
 
 import re

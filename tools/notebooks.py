@@ -1,8 +1,8 @@
 """Execute the notebooks: their lessons, and on a finished demo run also the cells of their stages.
 
 A notebook holds exported cells, lesson cells and, in a stage, cells marked `#| run`.
-`python tools/notebooks.py [--run RUN] [--write] [NAME]...` executes each notebook in a kernel of its own. Cells
-marked `#| run` are executed on the finished run RUN only; `--write` puts the outputs into the notebook.
+`python tools/notebooks.py [--run RUN] [--write] [NAME]...` executes each notebook in a kernel of its own.
+Cells marked `#| run` are executed on the finished run RUN only; `--write` puts the outputs into the notebook.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def execute(path: Path, run: Path | None = None, timeout: int = 300) -> nbformat
         if run:  # relative names, so that no path of this machine is shown
             (Path(home) / "runs").symlink_to(run.resolve().parent)
             if parameters:
-                parameters.source += f'\ninput, output = "runs/{run.name}/input/csiro-biomass", "runs/{run.name}"'
+                parameters.source += f'\noutput = "runs/{run.name}"\ninput = f"{{output}}/input/csiro-biomass"'
         NotebookClient(
             nb,
             timeout=timeout,
