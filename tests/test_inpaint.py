@@ -95,7 +95,7 @@ def test_rules_and_crop():
 def test_what_covers_much_of_a_photo_is_no_stamp(monkeypatch):
     photo = grass(1)
     cv2.putText(photo, "24/12/2014", (40, 960), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (255, 140, 10), 4, cv2.LINE_AA)
-    assert 0 < stamp_mask(photo).mean() < inpaint.MOST
+    assert 0 < stamp_mask(photo).mean() < inpaint.MAX_SHARE
     monkeypatch.setattr(inpaint, "line_mask", lambda photo, line: (np.s_[:], np.ones(photo.shape[:2], bool)))
     assert not stamp_mask(photo).any()
 
