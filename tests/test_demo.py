@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 
 from nbs_lib import demo
 from nbs_lib.demo import (
-    FONTS,
+    STAMP_FONTS,
     Site,
-    burn_stamp,
+    blend_stamp,
     plan_shots,
     polygon_area,
     render_photo,
     sow_grass,
-    stamp_glyphs,
     write_demo,
 )
 from nbs_lib.eda import photo_facts
 from nbs_lib.runtime import InputError
+from nbs_lib.stamps import FIT_FONTS, draw_text
 from nbs_lib.tables import read_competition
 from nbs_lib.targets import TARGETS, imbalance
 
@@ -43,9 +43,11 @@ def contents(folder):
 
 
 def test_form_is_kaggles(small):
-    assert sorted(p.name for p in small.iterdir()) == ["sample_submission.csv", "test", "test.csv", "train", "train.csv"]
+    names = ["sample_submission.csv", "test", "test.csv", "train", "train.csv"]
+    assert sorted(p.name for p in small.iterdir()) == names
     train, test, sample = (pd.read_csv(small / f"{n}.csv") for n in ("train", "test", "sample_submission"))
-    assert list(train) == ["sample_id", "image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_NDVI", "Height_Ave_cm", "target_name", "target"]
+    assert list(train) == ["sample_id", "image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_NDVI",
+                           "Height_Ave_cm", "target_name", "target"]
     assert list(test) == ["sample_id", "image_path", "target_name"] and list(sample) == ["sample_id", "target"]
     assert len(train) == 42 * 5 and (test["sample_id"] == sample["sample_id"]).all() and len(test) == 8 * 5
     assert train["Sampling_Date"].str.fullmatch(r"2015/[1-9]\d?/[1-9]\d?").all()
@@ -65,7 +67,8 @@ def test_reads_back_with_its_facts(small):
 
 def test_truth_is_beside_and_complete(small):
     truth, test = pd.read_csv(small.with_name("paddock-truth.csv")), pd.read_csv(small / "test.csv")
-    assert list(truth) == ["sample_id", "target"] and set(truth["sample_id"]) == set(test["sample_id"]) and len(truth) == 40
+    assert list(truth) == ["sample_id", "target"] and len(truth) == 40
+    assert set(truth["sample_id"]) == set(test["sample_id"])
     assert truth["target"].std() > 1
 
 
@@ -115,7 +118,8 @@ def test_full_disk_leaves_nothing(tmp_path, monkeypatch, code):
 
 
 def test_killed_in_the_middle_then_run_again(tmp_path):
-    call = f"from nbs_lib.demo import write_demo; write_demo({str(tmp_path / 'd')!r}, 30, 2, width=600, workers=1)"
+    folder = str(tmp_path / "d")
+    call = f"from nbs_lib.demo import write_demo; write_demo({folder!r}, 30, 2, width=600, workers=1)"
     process = subprocess.Popen([sys.executable, "-c", call], cwd=ROOT, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".d.tmp-*/train/*.jpg")) and time.monotonic() < deadline:
@@ -137,7 +141,10 @@ def test_truth_is_what_was_asked_to_the_last_leaf(seed, green, dead, clover, hei
     assert abs(imbalance(np.array([[truth[t] for t in TARGETS]]))).max() < 1e-9
 
 
-@pytest.mark.parametrize("wrong", [{"green_g": -1}, {"dead_g": np.nan}, {"clover_g": 1e4}, {"width": 50}, {"height_cm": 0}])
+WRONG = [{"green_g": -1}, {"dead_g": np.nan}, {"clover_g": 1e4}, {"width": 50}, {"height_cm": 0}]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
 def test_render_refuses(wrong):
     with pytest.raises(InputError):
         render_photo(0, **wrong)
@@ -154,7 +161,8 @@ def test_grams_are_leaf_area():
 
 
 def test_biomass_can_be_seen():
-    facts = [[photo_facts(render_photo(s, g, d, 0, width=400, disturbed=False)[0]) for s in range(3)] for g, d in ((3, 0), (25, 0), (25, 40))]
+    facts = [[photo_facts(render_photo(s, g, d, 0, width=400, disturbed=False)[0]) for s in range(3)]
+             for g, d in ((3, 0), (25, 0), (25, 40))]
     cover = [np.mean([f["green_cover"] for f in row]) for row in facts]
     straw = [np.mean([f["straw_cover"] for f in row]) for row in facts]
     assert cover[0] + 0.1 < cover[1] and straw[1] + 0.02 < straw[2]
@@ -178,11 +186,15 @@ def test_most_of_the_test_comes_from_unseen_sites():
     assert len(seen) == 14 and len(new) == 20 and 0.5 < np.mean(new) < 1
 
 
-@pytest.mark.parametrize("font", FONTS)
+def test_demo_stamps_are_in_typefaces_that_the_detector_was_not_fitted_on():
+    assert len(STAMP_FONTS) == 3 and not set(STAMP_FONTS) & set(FIT_FONTS)
+
+
+@pytest.mark.parametrize("font", STAMP_FONTS)
 @pytest.mark.parametrize("height", [10, 60])
 def test_stamp_stays_in_its_mask(font, height):
     photo = np.full((300, 900, 3), 90, np.uint8)
-    stamped, mask = burn_stamp(photo, stamp_glyphs("'15 09/04 1:23", font, height), (20, 200), glow=0.4)
+    stamped, mask = blend_stamp(photo, draw_text("'15 09/04 1:23", height, font), (20, 200), glow=0.4)
     changed = np.abs(stamped.astype(int) - photo).max(2)
     assert mask.any() and changed[~mask].max() <= 30 and changed[mask].min() > 5
     rows = np.flatnonzero((changed > 100).any(1))

@@ -1,7 +1,6 @@
 """Faults and properties of 20_inpaint and 19_store that are no lesson: kills, full disks, torn stores, flips."""
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,14 +21,13 @@ from PIL import Image
 from tiny import claim_size, grass
 
 from benchmarks.store import bench_photos
-from nbs_lib import demo, images, inpaint, settings, stages, stamp_training, stamps
+from nbs_lib import demo, images, inpaint
 from nbs_lib import store as store_module
 from nbs_lib.images import photo_quality, read_photo, split_halves
-from nbs_lib.inpaint import build_store, build_stores, clean_photo, inpaint_stamp, orange_rule, stamp_mask
+from nbs_lib.inpaint import build_store, build_stores, clean_photo
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import is_fresh, open_run
-from nbs_lib.stamp_training import composites
 from nbs_lib.store import (
     FULL,
     augment,
@@ -62,100 +60,6 @@ def write_photos(folder: Path, n: int, size=(300, 600)) -> list[Path]:
 
 def run_in(folder: Path, *overrides: str):
     return open_run(folder / "in", folder / "out", overrides=["photos.workers=2", *overrides])
-
-
-# --- cleaning --------------------------------------------------------------------------------------------------------------
-def test_only_the_mask_is_touched():
-    photo = grass(1)
-    cv2.putText(photo, "24/12/2014", (40, 960), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (255, 140, 10), 4, cv2.LINE_AA)
-    mask = stamp_mask(photo)
-    repaired = inpaint_stamp(photo, mask)
-    assert mask.any() and (repaired[~mask] == photo[~mask]).all() and (repaired[mask] != photo[mask]).any()
-
-
-@pytest.mark.parametrize("shape", [(64, 64), (64, 3000), (3000, 64), (64, 20000), (200, 30000), (333, 777), (1000, 2000), (2000, 1000)])
-def test_any_size_without_writing_stays_clean(shape):
-    photo = grass(2, shape)
-    assert not stamp_mask(photo).any()
-    left, right = split_halves(clean_photo(photo, load_settings("demo").inpaint))
-    assert left.shape == right.shape and left.shape[0] <= 2 * left.shape[1] + 1
-
-
-@pytest.mark.parametrize("ink, ground, found", [((255, 140, 10), None, True), ((230, 40, 20), None, True), ((250, 250, 250), None, False), ((15, 15, 15), (240, 235, 220), False), ((40, 90, 230), None, False)])
-def test_only_writing_from_red_to_yellow_is_a_stamp(ink, ground, found):
-    photo = grass(1)
-    if ground:
-        photo[900:] = ground  # a card along the bottom
-    cv2.putText(photo, "24/12/2014 10:21", (60, 970), cv2.FONT_HERSHEY_DUPLEX, 1.4, ink, 3, cv2.LINE_AA)
-    assert stamp_mask(photo).any() == found
-
-
-def test_a_build_without_the_networks_says_so(folder, monkeypatch):
-    monkeypatch.setattr(inpaint, "networks_path", lambda: folder / "nets.safetensors")
-    inpaint.code_key.cache_clear(), inpaint.load_networks.cache_clear()
-    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):  # no grey picture stands in for each photo
-        build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
-
-
-def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
-    for module in (inpaint, stamp_training):
-        monkeypatch.setattr(module, "networks_path", lambda: tmp_path / "nets.safetensors")
-    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):
-        inpaint.load_network(inpaint.StampDetector)  # not random ones, which would paint anything
-    stamp_training.fit_detector(minutes=0.01, grounds=2)
-    finder = inpaint.load_network(inpaint.StampDetector).state_dict()
-    stamp_training.fit_segmenter(minutes=0.01, grounds=2)
-    assert all(torch.equal(v, finder[key]) for key, v in inpaint.load_network(inpaint.StampDetector).state_dict().items())
-    before = inpaint.load_network(inpaint.StampSegmenter).state_dict()["line.weight"]
-    stamp_training.fit_segmenter(minutes=0.01, grounds=2, seed=2)  # goes on
-    after = inpaint.load_network(inpaint.StampSegmenter).state_dict()["line.weight"]
-    assert 0 < (after - before).abs().max() < before.abs().max()
-
-
-def test_the_search_is_judged_from_the_command_line(tmp_path, capsys):
-    assert stamp_training.main(["judge", "2", "--keep", str(tmp_path / "new" / "stamps.csv")]) == 0
-    assert (tmp_path / "new" / "stamps.csv").read_text().startswith("rule,stamps,recall,precision,clean,coverage,area\nwriting (stamp_mask),2.0,")
-    assert stamp_training.main(["judge", "0"]) == 2 and capsys.readouterr().err == "error: judge 0: at least one composite is needed\n"
-
-
-def test_rules_and_crop():
-    settings = load_settings("demo", overrides=["inpaint.rule=orange", "inpaint.crop_bottom=0"]).inpaint
-    photo = grass(3)
-    photo[400:500, 400:900] = (230, 150, 40)
-    clean, mask = clean_photo(photo, settings, with_mask=True)
-    assert clean.shape == photo.shape and mask[450, 600] and orange_rule(photo)[450, 600] and not stamp_mask(photo).any()
-    for bad in ("inpaint.rule=blue", "inpaint.crop_bottom=0.7"):
-        with pytest.raises(InputError, match=r"settings \[inpaint\]"):
-            clean_photo(photo, load_settings("demo", overrides=[bad]).inpaint)
-
-
-def test_what_covers_much_of_a_photo_is_no_stamp(monkeypatch):
-    photo = cv2.putText(grass(1), "24/12/2014", (40, 960), cv2.FONT_HERSHEY_SIMPLEX, 1.5, (255, 140, 10), 4, cv2.LINE_AA)
-    assert 0 < stamp_mask(photo).mean() < inpaint.MOST
-    monkeypatch.setattr(inpaint, "line_mask", lambda photo, line: (np.s_[:], np.ones(photo.shape[:2], bool)))
-    assert not stamp_mask(photo).any()
-
-
-@pytest.mark.parametrize("height", [40, 56])
-@pytest.mark.parametrize("x, y", [(8, 8), (8, 940), (1200, 8), (1200, 940)])
-def test_writing_close_to_an_edge_is_not_read_with_its_mirror(x, y, height):
-    "Windows mirror what lies beyond the photo, and so the writing."
-    photo, text = grass(2), stamps.draw_text("2013-04-05 12:06", height, "pillow")
-    x, y = min(x, 1992 - text.shape[1]), min(y, 992 - height)
-    place = np.s_[y : y + height, x : x + text.shape[1]]
-    photo[place] = photo[place] * (1 - text[..., None]) + np.array([255, 140, 10]) * text[..., None]
-    line, = inpaint.find_stamps(photo)
-    assert np.abs(np.subtract(line.box, (x, y, x + text.shape[1], y + height))).max() < 0.3 * height
-    assert stamp_mask(photo)[place][text > 0.5].mean() > 0.95
-
-
-@pytest.mark.parametrize("turn", [1, 3])
-def test_writing_that_was_turned_with_the_photo_is_found(turn):
-    "A camera held upright writes along its sensor; when the photo is turned afterwards the writing stands, and is found as if it lay."
-    for one in composites(6, 3):
-        mask = stamp_mask(np.ascontiguousarray(np.rot90(one.stamped, turn)))
-        assert mask[np.rot90(one.truth, turn)].mean() == pytest.approx(stamp_mask(one.stamped)[one.truth].mean(), abs=0.05)
-        assert not stamp_mask(np.ascontiguousarray(np.rot90(one.empty, turn))).any()
 
 
 # --- the store -------------------------------------------------------------------------------------------------------------
@@ -419,17 +323,6 @@ def test_the_stage_is_not_up_to_date_while_a_part_of_its_store_is_gone(paddock, 
     assert not is_fresh(paddock, "inpaint")
     inpaint.run_inpaint(paddock)
     assert len(open_store(paddock, "train", 64)) == 8
-
-
-def test_networks_fitted_anew_make_what_they_cleaned_stale(tmp_path, monkeypatch):
-    shutil.copytree(settings.package_folder(), tmp_path / "lib", ignore=shutil.ignore_patterns("__pycache__"))
-    for module in (settings, stages):
-        monkeypatch.setattr(module, "package_folder", lambda: tmp_path / "lib")
-    rooms = ("inpaint", "train_dinov3", "submit", "ensemble")
-    before = {room: stages.hash_code(room) for room in rooms}
-    nets = tmp_path / "lib" / inpaint.networks_path().name
-    nets.write_bytes(nets.read_bytes()[:-1] + b"\1")
-    assert [stages.hash_code(room) != before[room] for room in rooms] == [True, True, True, False]
 
 
 def test_workers_may_pickle_a_store(folder):
