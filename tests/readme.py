@@ -1,7 +1,8 @@
-"""The tables of README.md, from the files in results/: `python tests/readme.py [--run DIR] [--bench DIR] [--write]`
+"""Write the tables of README.md and benchmarks/README.md: `python tests/readme.py [--run DIR] [--bench DIR] [--write]`
 
-`--run` first keeps the scores of a finished run there, `--bench` what `make bench` measured; `--write` puts the tables into README.md.
-Without `--write` it only says which tables differ. Scores on synthetic and on real photographs stand in files and tables of their own.
+They come from the files in results/. `--run` first keeps the scores of a finished run there, `--bench` what
+`make bench` measured. Without `--write` it only prints which tables differ. Scores on synthetic and on real
+photographs are in files and tables of their own.
 """
 import argparse
 import ast
@@ -15,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, README = ROOT / "results", ROOT / "README.md"
+RESULTS, README, BENCHMARKS = ROOT / "results", ROOT / "README.md", ROOT / "benchmarks" / "README.md"
 MARKS = re.compile(r"(<!-- (\w+):begin -->\n)(.*?)(<!-- \2:end -->)", re.S)
 
 
@@ -90,28 +91,42 @@ def stamps() -> str:
         ["what is painted over", "stamps found", "painted and a stamp", "stampless left alone", "pixels of those found", "area by their box"], lines)
 
 
+def bench_line(row: pd.Series, column: str) -> list[str]:
+    "Return the cells of one measurement; `column` holds the number that is shown."
+    from benchmarks.bench import label_row
+
+    row = row.dropna()  # absent: the bench has no such column
+    number = row.get(column)
+    value = f"{number:.3g}" if number is not None else "failed" if "failed" in row else "–"
+    memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row else ""
+    ratio = f"{row['times_decode']:.2f} × decode alone" if row.get("times_decode", 0) > 1 else ""
+    notes = "; ".join(filter(None, [row.get("note"), ratio]))
+    return [row["bench"], label_row(row), value, column.replace("_", " "), memory, notes]
+
+
 def bench() -> str:
-    "Every row that `make bench` measured, with its machine."
-    from benchmarks.bench import label, measured
+    "Return every row that `make bench` measured, with its machine."
+    from benchmarks.bench import main_column
 
     if not (RESULTS / "bench.csv").is_file():
         return "Nothing is kept here yet: `make bench`, then `make results`.\n"
     table, lines = pd.read_csv(RESULTS / "bench.csv"), []
-    for name, group in table.groupby("bench", sort=False):
-        column = measured(group)
-        for _, row in group.iterrows():
-            value = f"{row[column]:.3g}" if column and pd.notna(row[column]) else "failed" if "failed" in row and pd.notna(row["failed"]) else "–"
-            memory = f"{row['peak_mb']:.0f}" if "peak_mb" in row and pd.notna(row["peak_mb"]) else ""
-            told = [row["note"] if isinstance(row.get("note"), str) else "", f"{row['times_decode']:.2f} × decode alone" if row.get("times_decode", 0) > 1 else ""]
-            lines.append([name, label(row), value, column.replace("_", " "), memory, "; ".join(filter(None, told))])
-    return f"Measured on {table['machine'].iloc[0]}; also [as a picture](results/bench.png).\n\n" + rows(["measurement", "what", "value", "of", "peak MB", "note"], lines)
+    for _, group in table.groupby("bench", sort=False):
+        lines += [bench_line(row, main_column(group)) for _, row in group.iterrows()]
+    where = f"Measured on {table['machine'].iloc[0]}; also [as a picture](../results/bench.png).\n\n"
+    return where + rows(["measurement", "what", "value", "of", "peak MB", "note"], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"labels": lambda: as_it_is("labels.csv"), "measured": lambda: as_it_is("real.csv"), "recipe": recipe, "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "stamps": stamps, "bench": bench}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "labels": lambda: as_it_is("labels.csv"), "measured": lambda: as_it_is("real.csv"), "recipe": recipe,
+    "real": lambda: scores("real"), "synthetic": lambda: scores("synthetic"), "ablation": ablation, "stamps": stamps,
+    "bench": bench,
+}
+PAGES = (README, BENCHMARKS)
 
 
 def filled(text: str) -> tuple[str, list[str]]:
-    "`text` with every block made anew, and the names of those that differed."
+    "Return `text` with every block made anew, and the names of those that differed."
     stale = []
 
     def block(m: re.Match) -> str:
@@ -136,14 +151,17 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run", default="", help="keep the scores of this finished run")
     p.add_argument("--bench", default="", help="keep bench.csv and bench.png of this folder")
-    p.add_argument("--write", action="store_true", help="put the tables into README.md")
+    p.add_argument("--write", action="store_true", help="put the tables into README.md and benchmarks/README.md")
     a = p.parse_args()
     keep(a.run, a.bench)
-    text, stale = filled(README.read_text())
-    if a.write:
-        README.write_text(text)
-    print(f"README.md: {', '.join(stale) or 'nothing'} {'written' if a.write else 'to write'}")
-    return 1 if stale and not a.write else 0
+    drift = []
+    for page in PAGES:
+        text, stale = filled(page.read_text(encoding="utf-8"))
+        if a.write:
+            page.write_text(text, encoding="utf-8")
+        drift += stale
+        print(f"{page.relative_to(ROOT)}: {', '.join(stale) or 'nothing'} {'written' if a.write else 'to write'}")
+    return 1 if drift and not a.write else 0
 
 
 if __name__ == "__main__":

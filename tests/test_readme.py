@@ -190,12 +190,20 @@ def test_links_of_a_notebook_lead_somewhere(path):
 # ---- tables and pictures
 
 def test_tables_are_those_of_the_files():
-    stale = readme.filled(README.read_text())[1]
-    assert not stale, f"{', '.join(stale)} in README.md: python tests/readme.py --write"
+    for page in readme.PAGES:
+        stale = readme.filled(page.read_text(encoding="utf-8"))[1]
+        assert not stale, f"{', '.join(stale)} in {page}: python tests/readme.py --write"
 
 
 def test_every_table_has_its_place():
-    assert {m[1] for m in readme.MARKS.findall(README.read_text())} == {*readme.BLOCKS, "faults"}
+    places = [m[1] for page in readme.PAGES for m in readme.MARKS.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(places) == sorted([*readme.BLOCKS, "faults"])
+
+
+def test_every_benchmark_is_described():
+    text = readme.BENCHMARKS.read_text(encoding="utf-8")
+    names = {path.name for path in readme.BENCHMARKS.parent.glob("[a-z]*.py")}
+    assert set(re.findall(r"^\| \[(\w+\.py)\]", text, re.M)) == names
 
 
 def test_synthetic_and_real_scores_never_share_a_table(tmp_path, monkeypatch):
