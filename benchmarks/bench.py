@@ -5,6 +5,7 @@
 import argparse
 import importlib
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -21,15 +22,17 @@ def find_benches(only: Iterable[str] = ()) -> dict[str, Callable[[], list[dict]]
 
     Raise `InputError` for a name that is neither.
     """
-    found, only = {}, set(only)
+    names, only = {}, set(only)
     for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-        if "\ndef bench_" in path.read_text(encoding="utf-8"):
-            functions = vars(importlib.import_module(f"benchmarks.{path.stem}"))
-            found |= {f"{path.stem}.{name}": f for name, f in functions.items() if name.startswith("bench_")}
-    names = {full: {full, *full.split(".")} for full in found}
+        for name in re.findall(r"^def (bench_\w+)", path.read_text(encoding="utf-8"), re.M):
+            names[f"{path.stem}.{name}"] = {f"{path.stem}.{name}", path.stem, name}
     for name in sorted(only - set().union(*names.values())):
-        raise InputError(f"--only {name}: unknown; give a file of benchmarks/ or one of {', '.join(found)}")
-    return {full: f for full, f in found.items() if not only or names[full] & only}
+        raise InputError(f"--only {name}: unknown; give a file of benchmarks/ or one of {', '.join(names)}")
+    found = {}
+    for full in (full for full, short in names.items() if not only or short & only):
+        module, name = full.split(".")
+        found[full] = getattr(importlib.import_module(f"benchmarks.{module}"), name)
+    return found
 
 
 def describe_machine() -> dict:
@@ -123,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     "Run the command line; return 0 when done, 1 when a measurement failed, 2 for an unknown name."
     p = argparse.ArgumentParser(prog="python -m benchmarks.bench", description="Measure speed and memory.")
     p.add_argument("--output", default="runs/bench")
-    p.add_argument("--only", action="append", default=[], metavar="NAME", help="a file or a bench_… (repeatable)")
+    p.add_argument("--only", action="append", default=[], metavar="NAME", help="a file or a bench_…")
     args = p.parse_args(argv)
     try:
         table = write_bench(args.output, args.only)
