@@ -211,6 +211,12 @@ def test_every_table_has_its_place():
     assert {m[1] for page in tables.PAGES for m in tables.MARKS.findall((ROOT / page).read_text())} == {*tables.BLOCKS, "faults"}
 
 
+def test_every_benchmark_is_described():
+    names = {path.name for path in (ROOT / "benchmarks").glob("[a-z]*.py")}
+    described = re.findall(r"^\| \[(\w+\.py)\]", (ROOT / "benchmarks/README.md").read_text(), re.M)
+    assert set(described) == names
+
+
 def test_synthetic_and_real_scores_never_share_a_table(tmp_path, monkeypatch):
     for kind, r2 in (("synthetic", 0.9), ("real", 0.6)):
         pd.DataFrame([{"model": "ensemble", "judged_on": "grouped", "r2": r2, "low": None, "high": None, "photos": 9, **dict.fromkeys(TARGETS, -0.001)}]).to_csv(tmp_path / f"{kind}_x.csv", index=False)

@@ -171,13 +171,13 @@ def format_stamps() -> str:
 
 def format_bench() -> str:
     "Format every row that `make bench` measured, with its machine."
-    from benchmarks.bench import label, measured  # here: pandas alone makes the other tables
+    from benchmarks.bench import label_row, main_column  # here: pandas alone makes the other tables
 
     if not (RESULTS / "bench.csv").is_file():
         return "Nothing is kept here yet: `make bench`, then `make results`.\n"
     table, lines = pd.read_csv(RESULTS / "bench.csv"), []
     for name, group in table.groupby("bench", sort=False):
-        column = measured(group)
+        column = main_column(group)
         for _, row in group.iterrows():
             missing = "failed" if pd.notna(row.get("failed")) else "–"
             value = f"{row[column]:.3g}" if column and pd.notna(row[column]) else missing
@@ -185,10 +185,10 @@ def format_bench() -> str:
             notes = [row["note"] if isinstance(row.get("note"), str) else ""]
             notes += [f"{row['times_decode']:.2f} × decode alone"] if row.get("times_decode", 0) > 1 else []
             lines.append(
-                [name, label(row), value, column.replace("_", " "), memory, "; ".join(filter(None, notes))]
+                [name, label_row(row), value, column.replace("_", " "), memory, "; ".join(filter(None, notes))]
             )
     head = format_table(["measurement", "what", "value", "unit", "peak MB", "note"], lines)
-    return f"Measured on {table['machine'].iloc[0]}.\n\n" + head
+    return f"Measured on {table['machine'].iloc[0]}; also [as a picture](../results/bench.png).\n\n" + head
 
 
 def list_notebooks() -> str:
