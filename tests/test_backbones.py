@@ -14,10 +14,10 @@ from nbs_lib.backbones import (
     TINY_DINOV3,
     Backbone,
     BackboneFeatures,
-    chosen_depths,
+    choose_depths,
     compile_encoder,
     concat_features,
-    final_as_map,
+    to_final_map,
     hash_network,
     load_backbone,
     pool_features,
@@ -98,11 +98,11 @@ def test_depths_count_back_from_the_final_map(nets, name):
 @given(st.integers(1, 40), st.data())
 def test_depths_of_one_size_are_spread_evenly_and_end_with_the_last(count, data):
     depths = data.draw(st.integers(1, count))
-    chosen = chosen_depths([{"reduction": 16}] * count, depths)
+    chosen = choose_depths([{"reduction": 16}] * count, depths)
     assert len(chosen) == depths and chosen[-1] == count - 1 and chosen == sorted(set(chosen))
     gaps = np.diff([-1, *chosen])
     assert gaps.max() - gaps.min() <= 1
-    assert chosen_depths([{"reduction": 2**i} for i in range(count)], depths) == list(
+    assert choose_depths([{"reduction": 2**i} for i in range(count)], depths) == list(
         range(count - depths, count)
     )
 
@@ -111,9 +111,9 @@ def test_a_map_is_recognised_in_each_form():
     last, final = torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)
     tokens = final.flatten(2).mT
     for form in (final, final.permute(0, 2, 3, 1), tokens, torch.cat([torch.randn(2, 4, 6), tokens], 1)):
-        assert torch.equal(final_as_map(form, last), final)
+        assert torch.equal(to_final_map(form, last), final)
     for odd in (torch.randn(2, 7, 3, 5), torch.randn(2, 9, 6), torch.randn(2, 15, 7)):
-        assert final_as_map(odd, last) is last
+        assert to_final_map(odd, last) is last
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_a_bare_head_is_softplus_of_its_raw_answer(head):
     net.init_output_plain()
     encoded = BackboneFeatures(torch.zeros(2, 0), torch.randn(2, 2, 1280, 2, 3), torch.zeros(2, 2, 0, 1280))
     with torch.inference_mode():
-        tokens = net.mixed(encoded)
+        tokens = net.mix_tokens(encoded)
         tokens = tokens.mean(1, keepdim=True) if head == "pooled" else tokens
         raw = torch.cat([part(net.head.norm(tokens)) for part in net.head.parts], -1)
         torch.testing.assert_close(net(encoded), torch.nn.functional.softplus(raw).mean(1), rtol=1e-5, atol=1e-6)
