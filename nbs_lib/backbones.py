@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         self.has_head_conv = width != info[-1]["num_chs"]  # a convolution after the last stage
         count = len(info) + self.has_head_conv
         if not 1 <= depths <= count:
-            raise InputError(f"backbone '{name}' has {count} depths, {depths} were asked for")
+            raise InputError(f"backbone '{name}': has {count} depths, not {depths}; set at most {count}")
         self.indices = choose_depths(info, depths - self.has_head_conv)
         self.channels = [info[i]["num_chs"] for i in self.indices] + [width] * self.has_head_conv
         self.stride = max(i["reduction"] for i in info)
@@ -417,7 +417,7 @@ def photo_keys(store, index: Sequence[int]) -> list[str | None]:
 
 
 def load_pixels(store, index: Sequence[int], shape: Shape, view: str) -> Tensor:
-    "Load photos `index` of `store` as uint8 (B, 2, H, W, 3), resized to `shape` and seen in `view`."
+    "Load photos `index` of `store` as uint8 (B, 2, H, W, 3), resized to `shape`, in `view`."
     pairs = [tta_views(store[int(i)])[VIEWS.index(view)] if view != "id" else store[int(i)] for i in index]
     return torch.from_numpy(np.stack([[resize_half(half, shape) for half in pair] for pair in pairs]))
 

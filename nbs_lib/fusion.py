@@ -228,7 +228,7 @@ def chunked_scan(
 
 # %% ../notebooks/30_fusion.ipynb #c4ff3043
 def _to_blocks(t: Tensor, steps: int) -> Tensor:
-    "(B, L, X) to (B, K, T, X): K chunks of T steps, the last padded with steps of size zero."
+    "Split (B, L, X) into (B, K, T, X): K chunks of T steps, the last padded with steps of size zero."
     padding = -t.shape[1] % steps
     return (F.pad(t, (0, 0, 0, padding)) if padding else t).unflatten(1, (-1, steps))
 
@@ -384,7 +384,7 @@ def _check_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> No
 
 
 def _steps_first(t: Tensor) -> Tensor:
-    "(B, X, L) to contiguous (B, L, X)."
+    "Transpose (B, X, L) to contiguous (B, L, X)."
     t = t.transpose(1, 2)
     if t.device.type != "cpu" or t.is_contiguous():
         return t.contiguous()

@@ -121,7 +121,7 @@ def test_a_map_is_recognised_in_each_form():
     [
         ("vit_enormous", "has no such model; near: "),
         ("efficientvit_b0", "without pooling"),
-        ("resnet18", "has 5 depths, 6 were asked for"),
+        ("resnet18", "has 5 depths, not 6"),
     ],
 )
 def test_a_network_that_cannot_be_built_raises_one_line(name, message):

@@ -290,7 +290,7 @@ def fill(folder: str, start, keys: str) -> None:
     torch.set_num_threads(1)
     store, warned = Photos(keys), []
     e = extractor(Path(folder), warn=warned.append)
-    start.wait(120)
+    start.wait(300)
     e.extract(store, range(len(store)), SMALL, grid=True)
     assert not warned, warned
 
@@ -303,7 +303,7 @@ def test_two_processes_fill_one_folder_and_a_third_reads_whole_files(tmp_path):
         process.start()
     plain, count = extractor(None).extract(Photos(keys), range(8), SMALL, grid=True), 0
     dtypes = {"pooled": "float32", "prefix": "float16", "grid": "float16"}
-    start.wait(120)
+    start.wait(300)
     while any(p.is_alive() for p in both):
         for path in files(tmp_path):
             if ".tmp-" not in path.name:
