@@ -1,5 +1,7 @@
-"""Measure fusion."""
+"""Measure our selective scan and Mamba block against other implementations, on the same shapes."""
+
 import importlib
+import itertools
 import json
 import math
 import os
@@ -39,6 +41,7 @@ def _load_mambapy_scan(inner: int, state: int) -> Callable:
         decay = torch.exp(delta[..., None] * A)                                   # (B, L, D, N)
         states = pscan(decay, delta[..., None] * B[:, :, None] * u[..., None])
         return (states @ C[..., None]).squeeze(-1).transpose(1, 2)
+
     return scan
 
 
@@ -71,20 +74,21 @@ def _scan_arguments(kind: str, length: int, batch: int, inner: int, state: int) 
     "Draw random tokens for a block, or u, delta, A, B and C for a scan."
     if kind == "block":
         return [torch.randn(batch, length, inner // 2)]
-    r = lambda *s: torch.randn(batch, *s, length)
+    u, delta = torch.randn(2, batch, inner, length)
+    B, C = torch.randn(2, batch, state, length)
     A = -torch.arange(1.0, state + 1).repeat(inner, 1)
-    return [r(inner), F.softplus(r(inner) - 3), A, r(state), r(state)]
+    return [u, F.softplus(delta - 3), A, B, C]
 
 
 def _time_call(scan: Callable, args: list[Tensor], backward: bool) -> float:
     "Measure the seconds of one call, with or without the backward pass."
     args = [t.requires_grad_(backward) for t in args]
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with torch.set_grad_enabled(backward):
         out = scan(*args)
     if backward:
         out.sum().backward()
-    return time.perf_counter() - begin
+    return time.perf_counter() - start
 
 
 def _measure_scan(name: str, length: int, batch: int, inner: int, state: int,
@@ -107,30 +111,30 @@ DIRECTIONS = ("forward", "forward + backward")
 def bench_scan(
     lengths: tuple[int, ...] = (1024, 4096),
     names: tuple[str, ...] = tuple(SCAN_IMPLEMENTATIONS),
-    batch: int = 1, inner: int = 512, state: int = 16,  # B, D, N of the scan; a block has inner / 2 channels
-    repeats: int = 7,        # calls, of which the best counts
-    seconds: float = 30.0,   # after which no further call starts
-    limit: float = 150.0,    # seconds for a row, after which its process is stopped
+    batch: int = 1,
+    inner: int = 512,  # D of the scan; a block has inner / 2 channels
+    state: int = 16,  # N
+    repeats: int = 7,  # calls, of which the best counts
+    seconds: float = 30.0,  # after which no further call starts
+    limit: float = 150.0,  # seconds for a row, after which its process is stopped
     directions: tuple[str, ...] = DIRECTIONS,
-) -> list[dict]:             # kind, name, length, direction, threads, seconds, peak_mb, note
+) -> list[dict]:  # kind, name, length, direction, threads, seconds, peak_mb, note
     "Time each implementation in its own process; without its package a row has None for numbers and a note."
     unknown = [n for n in names if n not in SCAN_IMPLEMENTATIONS]
     if unknown:
         raise ValueError(f"fusion.bench_scan: unknown implementation ({', '.join(unknown)}); "
                          f"choose from {', '.join(SCAN_IMPLEMENTATIONS)}")
     rows = []
-    for length in lengths:
-        for direction in directions:
-            for name in names:
-                args = name, length, batch, inner, state, direction == DIRECTIONS[1], repeats, seconds
-                row = dict(kind=SCAN_IMPLEMENTATIONS[name][0], name=name, length=length, direction=direction)
-                rows.append(row | _measure_in_process(args, limit))
+    for length, direction, name in itertools.product(lengths, directions, names):
+        args = name, length, batch, inner, state, direction == DIRECTIONS[1], repeats, seconds
+        row = dict(kind=SCAN_IMPLEMENTATIONS[name][0], name=name, length=length, direction=direction)
+        rows.append(row | _measure_in_process(args, limit))
     return rows
 
 
 def _measure_in_process(args: tuple, limit: float) -> dict:
     "Run `_measure_scan` in a new interpreter, which keeps its peak memory and stubs to itself."
-    code = f"import json, nbs_lib.fusion as f; print(json.dumps(f._measure_scan(*{args!r})))"
+    code = f"import json, benchmarks.fusion as f; print(json.dumps(f._measure_scan(*{args!r})))"
     root = str(Path(__file__).resolve().parent.parent)
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     failed = {"threads": None, "seconds": None, "peak_mb": None}

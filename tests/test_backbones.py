@@ -1,4 +1,4 @@
-"""31_backbones: maps of many families of networks, at any size; the shared rules of precision and memory."""
+"""31_backbones: maps of many families of networks at any size, precision, memory, compilation."""
 
 import numpy as np
 import pytest
@@ -14,19 +14,19 @@ from nbs_lib.backbones import (
     TINY_DINOV3,
     Backbone,
     BackboneFeatures,
-    chosen_depths,
+    choose_depths,
     compile_encoder,
     concat_features,
-    final_as_map,
     hash_network,
     load_backbone,
     pool_features,
     run_autocast,
+    to_final_map,
 )
 from nbs_lib.runtime import InputError
 
-# Families that give their final map in different forms: behind a head convolution (EfficientNet), as it is (ResNet, ConvNeXt),
-# channels last and normalised (Swin), tokens with and without a class token (ViT).
+# Families whose final maps have different forms: behind a head convolution (EfficientNet), unchanged (ResNet,
+# ConvNeXt), channels last and normalised (Swin), tokens with and without a class token (ViT).
 FAMILIES = (
     "tf_efficientnet_lite0",
     "resnet18",
@@ -51,7 +51,7 @@ def one_thread():
 
 
 def as_map(net: Backbone, features: Tensor, shape: torch.Size) -> Tensor:
-    "What `forward_features` gives, as (B, C, h, w), by another way than the library's."
+    "Reshape the output of `forward_features` to (B, C, h, w), in another way than the library."
     if features.ndim == 3:
         features = features[:, net.prefix_tokens :].transpose(1, 2).unflatten(2, tuple(shape[-2:]))
     return features if features.shape == shape else features.movedim(-1, 1)
@@ -98,11 +98,11 @@ def test_depths_count_back_from_the_final_map(nets, name):
 @given(st.integers(1, 40), st.data())
 def test_depths_of_one_size_are_spread_evenly_and_end_with_the_last(count, data):
     depths = data.draw(st.integers(1, count))
-    chosen = chosen_depths([{"reduction": 16}] * count, depths)
+    chosen = choose_depths([{"reduction": 16}] * count, depths)
     assert len(chosen) == depths and chosen[-1] == count - 1 and chosen == sorted(set(chosen))
     gaps = np.diff([-1, *chosen])
     assert gaps.max() - gaps.min() <= 1
-    assert chosen_depths([{"reduction": 2**i} for i in range(count)], depths) == list(
+    assert choose_depths([{"reduction": 2**i} for i in range(count)], depths) == list(
         range(count - depths, count)
     )
 
@@ -111,26 +111,26 @@ def test_a_map_is_recognised_in_each_form():
     last, final = torch.randn(2, 6, 3, 5), torch.randn(2, 6, 3, 5)
     tokens = final.flatten(2).mT
     for form in (final, final.permute(0, 2, 3, 1), tokens, torch.cat([torch.randn(2, 4, 6), tokens], 1)):
-        assert torch.equal(final_as_map(form, last), final)
+        assert torch.equal(to_final_map(form, last), final)
     for odd in (torch.randn(2, 7, 3, 5), torch.randn(2, 9, 6), torch.randn(2, 15, 7)):
-        assert final_as_map(odd, last) is last
+        assert to_final_map(odd, last) is last
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("vit_enormous", "has no such model; near: "),
         ("efficientvit_b0", "without pooling"),
-        ("resnet18", "has 5 depths, 6 were asked for"),
+        ("resnet18", "has 5 depths, not 6"),
     ],
 )
-def test_a_network_that_cannot_be_used_is_told_in_a_line(name, said):
-    with pytest.raises(InputError, match=said) as told:
+def test_a_network_that_cannot_be_built_raises_one_line(name, message):
+    with pytest.raises(InputError, match=message) as e:
         Backbone(name, 6)
-    assert "\n" not in str(told.value) and f"backbone '{name}'" in str(told.value)
+    assert "\n" not in str(e.value) and f"backbone '{name}'" in str(e.value)
 
 
-def test_a_loaded_backbone_is_frozen_and_stays_in_evaluation():
+def test_a_loaded_backbone_is_frozen_and_stays_in_eval_mode():
     net = load_backbone("resnet18", "random", 2)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     net.train()
@@ -141,7 +141,7 @@ def test_a_loaded_backbone_is_frozen_and_stays_in_evaluation():
     assert hash_network(net) == before, "no batch statistics are learned"
 
 
-def test_a_hash_of_a_network_follows_its_numbers_and_nothing_else():
+def test_a_hash_of_a_network_depends_on_its_numbers_only():
     net = Backbone(TINY_DINOV3)
     before = hash_network(net)
     assert hash_network(net.half()) != before and hash_network(net.float()) != before, (
@@ -167,7 +167,7 @@ def test_rows_halves_and_joins_keep_their_order():
 
 @hypothesis_settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**16), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4))
-def test_pooling_knows_the_photo_not_the_order_of_its_places(seed, photos, rows, columns):
+def test_pooling_ignores_the_order_of_places(seed, photos, rows, columns):
     torch.manual_seed(seed)
     maps, prefix = [torch.randn(2 * photos, 4, rows, columns)], torch.randn(2 * photos, 2, 4)
     pooled = pool_features(maps, prefix, tuple(POOLINGS))
@@ -176,7 +176,7 @@ def test_pooling_knows_the_photo_not_the_order_of_its_places(seed, photos, rows,
     torch.testing.assert_close(pool_features(swapped, prefix, tuple(POOLINGS)), pooled, rtol=1e-5, atol=1e-5)
 
 
-def test_what_overflows_is_computed_again_in_float32(monkeypatch):
+def test_an_overflow_is_computed_again_in_float32(monkeypatch):
     monkeypatch.setattr(backbones, "pick_dtype", lambda device: torch.bfloat16)
     net, calls = torch.nn.Linear(4, 4), []
 
@@ -193,13 +193,13 @@ def test_what_overflows_is_computed_again_in_float32(monkeypatch):
     "error",
     [MemoryError(), torch.OutOfMemoryError("out"), RuntimeError("DefaultCPUAllocator: not enough memory")],
 )
-def test_memory_that_runs_out_names_the_settings(error):
+def test_out_of_memory_names_the_settings(error):
     def work():
         raise error
 
-    with pytest.raises(InputError, match="halve batch") as told:
+    with pytest.raises(InputError, match="halve batch") as e:
         run_autocast(torch.nn.Identity(), CPU, work)
-    assert told.value.__cause__ is error
+    assert e.value.__cause__ is error
     with pytest.raises(RuntimeError, match="^shapes do not fit$"):
         run_autocast(
             torch.nn.Identity(), CPU, lambda: (_ for _ in ()).throw(RuntimeError("shapes do not fit"))
@@ -207,9 +207,9 @@ def test_memory_that_runs_out_names_the_settings(error):
 
 
 @pytest.mark.parametrize(
-    "fault, said", [("raises", "RuntimeError: no compiler"), ("differs", "its maps differ by")]
+    "fault, message", [("raises", "RuntimeError: no compiler"), ("differs", "its maps differ by")]
 )
-def test_a_compiler_that_fails_is_told_and_left_out(nets, fault, said, monkeypatch):
+def test_a_failing_compiler_costs_one_warning(nets, fault, message, monkeypatch):
     def compile(work, **more):
         if fault == "raises":
             raise RuntimeError("no compiler\nfound in PATH")
@@ -221,12 +221,12 @@ def test_a_compiler_that_fails_is_told_and_left_out(nets, fault, said, monkeypat
     assert (
         len(warned) == 1
         and warned[0].startswith("run.compile: the backbone is not compiled")
-        and said in warned[0]
+        and message in warned[0]
         and "\n" not in warned[0]
     )
 
 
-def test_a_network_is_compiled_only_where_the_photos_pay_for_it(nets, monkeypatch):
+def test_a_network_is_compiled_only_for_enough_photos(nets, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda work, **more: (compiled.append(more), work)[1])
     store = np.random.default_rng(0).integers(0, 255, (3, 2, 64, 64, 3), dtype=np.uint8)

@@ -1,6 +1,8 @@
-"""31_backbones: the feature cache. The same numbers with it and without, whatever is broken, full, killed or shared."""
+"""31_backbones: the feature cache gives the same numbers despite broken files, full disks, kills."""
+
 import dataclasses
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -36,11 +38,12 @@ def one_thread():
 
 
 class Photos:
-    "Noise in place of photographs; None as a key stands for one that could not be read."
+    "Hold noise in place of photos; the key None stands for an unreadable one."
 
     def __init__(self, keys, seed: int = 0):
         self.keys = list(keys)
-        self.pairs = np.random.default_rng(seed).integers(0, 255, (len(self.keys), 2, 72, 80, 3), dtype=np.uint8)
+        shape = (len(self.keys), 2, 72, 80, 3)
+        self.pairs = np.random.default_rng(seed).integers(0, 255, shape, dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -57,8 +60,9 @@ def backbone(name: str = TINY_DINOV3, depths: int = 2, seed: int = 0) -> Backbon
     return Backbone(name, depths)
 
 
-class Counted(FeatureExtractor):
-    "Counts the photos that the backbone sees."
+class CountingExtractor(FeatureExtractor):
+    "Count the photos that the backbone encodes."
+
     computed = 0
 
     def _compute(self, store, index, *args):
@@ -66,8 +70,9 @@ class Counted(FeatureExtractor):
         return super()._compute(store, index, *args)
 
 
-def extractor(folder: Path | None, net: Backbone | None = None, mean: float = 0.5, **more) -> Counted:
-    return Counted(net or backbone(), (mean,) * 3, (0.5,) * 3, folder, CPU, **{"warn": pytest.fail, **more})
+def extractor(folder: Path | None, net: Backbone | None = None, mean: float = 0.5, **more):
+    options = {"warn": pytest.fail, **more}
+    return CountingExtractor(net or backbone(), (mean,) * 3, (0.5,) * 3, folder, CPU, **options)
 
 
 def equal(one, other) -> bool:
@@ -88,7 +93,8 @@ def test_the_cache_gives_what_was_computed(name, view, grid, tmp_path):
     first = extractor(tmp_path, net)
     assert equal(first.extract(store, range(3), SMALL, view, grid), plain) and first.computed == 3
     again = extractor(tmp_path, backbone(name))
-    assert equal(again.extract(store, [2, 0], SMALL, view, grid), plain.rows(torch.tensor([2, 0]))) and again.computed == 0
+    assert equal(again.extract(store, [2, 0], SMALL, view, grid), plain.rows(torch.tensor([2, 0])))
+    assert again.computed == 0
     assert plain.pooled.dtype == torch.float32 and plain.prefix.shape[1:3] == (2, net.prefix_tokens)
 
 
@@ -120,42 +126,51 @@ def other_weights() -> Backbone:
 
 
 def same_weights(name: str) -> Backbone:
-    "Networks whose tensors have the same names and numbers, and which pad their pictures in different ways."
+    "Build networks with tensors of the same names and numbers that pad their pictures in different ways."
     net = backbone(name, 1)
     load_weights(net, "wheel:efficientnet_lite0")
     return net
 
 
-VARIATIONS = {
-    "as it is": ({}, {}, {}), "other weights": ({"net": other_weights}, {}, {}), "another depth": ({"net": lambda: backbone(depths=3)}, {}, {}),
-    "another network": ({"net": lambda: same_weights("tf_efficientnet_lite0")}, {}, {}), "its twin": ({"net": lambda: same_weights("efficientnet_lite0")}, {}, {}),
-    "other pixels": ({"mean": 0.4}, {}, {}), "another size": ({}, {"shape": LARGE}, {}), "another view": ({}, {"view": "H"}, {}), "both flips": ({}, {"view": "HV"}, {}),
-    "other photos": ({}, {}, {"keys": "xyz", "seed": 1}), "another precision": ({"precision": "bfloat16"}, {}, {}),
+VARIATIONS = {  # name: (options of the extractor, of `extract`, of the photos)
+    "plain": ({}, {}, {}),
+    "other weights": ({"net": other_weights}, {}, {}),
+    "another depth": ({"net": lambda: backbone(depths=3)}, {}, {}),
+    "another network": ({"net": lambda: same_weights("tf_efficientnet_lite0")}, {}, {}),
+    "another padding": ({"net": lambda: same_weights("efficientnet_lite0")}, {}, {}),
+    "another mean": ({"mean": 0.4}, {}, {}),
+    "another size": ({}, {"shape": LARGE}, {}),
+    "another view": ({}, {"view": "H"}, {}),
+    "both flips": ({}, {"view": "HV"}, {}),
+    "other photos": ({}, {}, {"keys": "xyz", "seed": 1}),
+    "another precision": ({"precision": "bfloat16"}, {}, {}),
 }
 
 
-def test_what_differs_in_anything_never_reads_the_files_of_another(tmp_path, monkeypatch):
-    answers = {}
+def test_every_difference_has_files_of_its_own(tmp_path, monkeypatch):
+    outputs = {}
     for folder, computed in ((None, 3), (tmp_path, 3), (tmp_path, 0)):
-        for name, (made, asked, photos) in VARIATIONS.items():
-            monkeypatch.setenv("NBS_PRECISION", made.get("precision", "auto"))
-            e = extractor(folder, made["net"]() if "net" in made else None, made.get("mean", 0.5))
-            out = e.extract(Photos(**{"keys": "abc", **photos}), range(3), **{"shape": SMALL, **asked})
-            assert e.computed == computed and equal(out, answers.setdefault(name, out)), name
+        for name, (options, call, photos) in VARIATIONS.items():
+            monkeypatch.setenv("NBS_PRECISION", options.get("precision", "auto"))
+            net = options["net"]() if "net" in options else None
+            e = extractor(folder, net, options.get("mean", 0.5))
+            out = e.extract(Photos(**{"keys": "abc", **photos}), range(3), **{"shape": SMALL, **call})
+            assert e.computed == computed and equal(out, outputs.setdefault(name, out)), name
     assert len(files(tmp_path)) == 3 * len(VARIATIONS)
-    names = list(answers)
-    assert not [(a, b) for i, a in enumerate(names) for b in names[:i] if equal(answers[a], answers[b])], "each of them changes the features"
+    same = [pair for pair in itertools.combinations(outputs, 2) if equal(*(outputs[name] for name in pair))]
+    assert not same, "each variation changes the features"
 
 
-def test_a_store_of_its_own_size_and_the_full_one_have_keys_of_their_own(tmp_path):
-    "A patch of 14 pixels fits no store: what is resized twice differs from what is resized once."
+def test_stores_of_two_sizes_have_different_keys(tmp_path):
+    "A patch of 14 pixels fits no store: a photo that is resized twice differs from one resized once."
     run = tiny.run_on(tiny.competition(tmp_path / "in", 4, 0), tmp_path / "out")
     paths = sorted((run.input / "train").iterdir())
     one, full = (build_store(run, "train", paths, [p.stem for p in paths], size) for size in (96, FULL))
     net = backbone("vit_small_patch14_dinov2", 1)
     for store in (one, full):
-        e = extractor(tmp_path / "cache", net)
-        assert equal(e.extract(store, range(4), (96, 96)), extractor(None, net).extract(store, range(4), (96, 96))) and e.computed == 4
+        e, plain = extractor(tmp_path / "cache", net), extractor(None, net)
+        assert equal(e.extract(store, range(4), (96, 96)), plain.extract(store, range(4), (96, 96)))
+        assert e.computed == 4
 
 
 # ---- broken files ----
@@ -169,18 +184,24 @@ def test_a_broken_file_is_computed_again_with_one_warning(fault, tmp_path):
     if fault == "pickle":
         np.savez(path, pooled=np.array([{}], dtype=object), prefix=np.zeros(1), grid=np.zeros(1))
     else:
-        path.write_bytes({"truncated": whole[: len(whole) // 2], "a few bytes": whole[:3], "empty": b"", "text": b"Not Found",
-                          "flipped": whole[:2000] + bytes(255 - b for b in whole[2000:2100]) + whole[2100:]}[fault])
+        flipped = whole[:2000] + bytes(255 - b for b in whole[2000:2100]) + whole[2100:]
+        contents = {"truncated": whole[: len(whole) // 2], "a few bytes": whole[:3], "empty": b"",
+                    "text": b"Not Found", "flipped": flipped}
+        path.write_bytes(contents[fault])
     e = extractor(tmp_path, warn=warned.append)
     assert equal(e.extract(store, range(3), SMALL, grid=True), plain) and e.computed == 1
-    assert len(warned) == 1 and warned[0].startswith("feature cache: b.npz is broken") and warned[0].endswith("its features are computed again")
-    assert equal(e.extract(store, range(3), SMALL, grid=True), plain) and e.computed == 1 and len(warned) == 1, "and kept"
+    (message,) = warned
+    assert message.startswith("feature cache: b.npz is broken")
+    assert message.endswith("its features are computed again")
+    assert equal(e.extract(store, range(3), SMALL, grid=True), plain)
+    assert e.computed == 1 and len(warned) == 1, "the new file is kept"
 
 
 def test_a_photo_that_could_not_be_read_is_never_kept(tmp_path):
     store, e = Photos(["a", None, "", "c"]), extractor(tmp_path)
+    plain = extractor(None).extract(store, range(4), SMALL)
     for times in (4, 6):
-        assert equal(e.extract(store, range(4), SMALL), extractor(None).extract(store, range(4), SMALL)) and e.computed == times
+        assert equal(e.extract(store, range(4), SMALL), plain) and e.computed == times
     assert [p.stem for p in files(tmp_path)] == ["a", "c"]
 
 
@@ -195,8 +216,16 @@ def test_the_grey_picture_in_place_of_an_unreadable_photo_is_never_kept(tmp_path
 
 
 # ---- a disk that fills up, a writer that is killed ----
-@pytest.mark.parametrize("fault, said", [(errno.ENOSPC, "the disk is full"), (errno.EDQUOT, "is over its quota"), (errno.EROFS, "is read-only"), (errno.EACCES, "cannot be written")])
-def test_a_disk_that_fills_up_costs_one_warning(fault, said, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (errno.ENOSPC, "the disk is full"),
+        (errno.EDQUOT, "is over its quota"),
+        (errno.EROFS, "is read-only"),
+        (errno.EACCES, "cannot be written"),
+    ],
+)
+def test_a_full_disk_costs_one_warning(fault, message, tmp_path, monkeypatch):
     store, warned, real = Photos("abcd"), [], np.savez
     plain = extractor(None).extract(store, range(4), SMALL)
 
@@ -209,8 +238,9 @@ def test_a_disk_that_fills_up_costs_one_warning(fault, said, tmp_path, monkeypat
     monkeypatch.setattr(np, "savez", half)
     e = extractor(tmp_path, warn=warned.append)
     assert equal(e.extract(store, range(4), SMALL), plain)
-    assert len(warned) == 1 and said in warned[0] and warned[0].endswith("going on without keeping features")
-    assert [p.name for p in files(tmp_path)] == ["a.npz", "b.npz"], "no half of a file, under no name"
+    assert len(warned) == 1 and message in warned[0]
+    assert warned[0].endswith("going on without keeping features")
+    assert [p.name for p in files(tmp_path)] == ["a.npz", "b.npz"], "no half of a file under any name"
     monkeypatch.undo()
     e = extractor(tmp_path)
     assert equal(e.extract(store, range(4), SMALL), plain) and e.computed == 2
@@ -220,8 +250,9 @@ def test_a_file_in_the_place_of_the_folder_costs_one_warning(tmp_path):
     (tmp_path / "features").write_text("a file")
     store, warned = Photos("a"), []
     e = extractor(tmp_path / "features", warn=warned.append)
+    plain = extractor(None).extract(store, [0], SMALL)
     for _ in range(2):
-        assert equal(e.extract(store, [0], SMALL), extractor(None).extract(store, [0], SMALL))
+        assert equal(e.extract(store, [0], SMALL), plain)
     assert [w for w in warned if "going on without keeping features" in w] == warned[-1:]
 
 
@@ -250,16 +281,16 @@ def test_a_killed_writer_leaves_whole_files_only(tmp_path):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
     left, = (p for p in files(tmp_path) if ".tmp-" in p.name)
     assert [p.name for p in files(tmp_path) if p != left] == ["a.npz", "b.npz"] and left.stat().st_size == 500
-    e = extractor(tmp_path)
-    assert equal(e.extract(Photos("abcd"), range(4), SMALL), extractor(None).extract(Photos("abcd"), range(4), SMALL)) and e.computed == 2
-    assert left.stat().st_size == 500, "nobody reads it, nobody renames it"
+    e, plain = extractor(tmp_path), extractor(None).extract(Photos("abcd"), range(4), SMALL)
+    assert equal(e.extract(Photos("abcd"), range(4), SMALL), plain) and e.computed == 2
+    assert left.stat().st_size == 500, "it is neither read nor renamed"
 
 
 def fill(folder: str, start, keys: str) -> None:
     torch.set_num_threads(1)
     store, warned = Photos(keys), []
     e = extractor(Path(folder), warn=warned.append)
-    start.wait(120)
+    start.wait(300)
     e.extract(store, range(len(store)), SMALL, grid=True)
     assert not warned, warned
 
@@ -270,15 +301,16 @@ def test_two_processes_fill_one_folder_and_a_third_reads_whole_files(tmp_path):
     both = [context.Process(target=fill, args=(str(tmp_path), start, keys)) for _ in range(2)]
     for process in both:
         process.start()
-    plain, seen = extractor(None).extract(Photos(keys), range(8), SMALL, grid=True), 0
-    start.wait(120)
+    plain, count = extractor(None).extract(Photos(keys), range(8), SMALL, grid=True), 0
+    dtypes = {"pooled": "float32", "prefix": "float16", "grid": "float16"}
+    start.wait(300)
     while any(p.is_alive() for p in both):
         for path in files(tmp_path):
             if ".tmp-" not in path.name:
                 with np.load(path) as npz:
-                    assert {n: npz[n].dtype.name for n in npz.files} == {"pooled": "float32", "prefix": "float16", "grid": "float16"}
-                seen += 1
-    assert [p.exitcode for p in both] == [0, 0] and seen > 0
+                    assert {n: npz[n].dtype.name for n in npz.files} == dtypes
+                count += 1
+    assert [p.exitcode for p in both] == [0, 0] and count > 0
     e = extractor(tmp_path)
     assert equal(e.extract(Photos(keys), range(8), SMALL, grid=True), plain) and e.computed == 0
     assert sorted(p.name for p in files(tmp_path)) == [f"{k}.npz" for k in keys]
@@ -298,17 +330,23 @@ def test_two_threads_fill_one_folder(tmp_path):
     for thread in threads:
         thread.join()
     plain = extractor(None).extract(store, range(6), SMALL)
-    assert equal(out[0], plain) and equal(out[1], plain) and sorted(p.name for p in files(tmp_path)) == [f"{k}.npz" for k in "abcdef"]
+    assert equal(out[0], plain) and equal(out[1], plain)
+    assert sorted(p.name for p in files(tmp_path)) == [f"{k}.npz" for k in "abcdef"]
 
 
 # ---- the stages ----
-QUICK = ("run.folds=2", "train_dinov3.inner_folds=2", "train_dinov3.epochs=1", "train_dinov3.schemes=grouped", "train_dinov3.maps=0", "run.draws=0",
-         "siglip.weights=", "boosting.members=ridge", "boosting.inner_folds=2", "ensemble.judge=no", "ensemble.draws=100", "frozen.colour_width=64")
+QUICK = (
+    "run.folds=2", "run.draws=0",
+    "train_dinov3.inner_folds=2", "train_dinov3.epochs=1", "train_dinov3.schemes=grouped",
+    "train_dinov3.maps=0",
+    "siglip.weights=", "frozen.colour_width=64",
+    "boosting.members=ridge", "boosting.inner_folds=2", "ensemble.judge=no", "ensemble.draws=100",
+)
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Path:
-    "A run in the demo's settings up to model 1: size, depths and poolings of both models are the profile's own."
+    "Run the stages up to model 1 with the demo's own size, depths and poolings."
     folder = tmp_path_factory.mktemp("demo")
     run = open_run(tiny.competition(folder / "in", 8, 2), folder / "out", "demo", "", QUICK)
     run_inpaint(run)
@@ -317,8 +355,8 @@ def demo(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def looked(monkeypatch) -> list[int]:
-    "How many halves each call of a backbone was asked for."
+def encoded(monkeypatch) -> list[int]:
+    "Record the number of halves in each call of a backbone."
     calls, real = [], Backbone.encode
     monkeypatch.setattr(Backbone, "encode", lambda self, x: (calls.append(len(x)), real(self, x))[1])
     return calls
@@ -329,34 +367,35 @@ def copied(demo: Path, folder: Path):
     return open_run(folder / "in", folder / "out", "demo", "", QUICK)
 
 
-def test_frozen_after_model_1_asks_the_backbone_for_no_photo(demo, tmp_path, looked):
+def test_frozen_reuses_the_features_of_model_1(demo, tmp_path, encoded):
     run = copied(demo, tmp_path)
     summary = frozen.run_frozen(run)
-    assert summary["photos"] == 8 and not looked
+    assert summary["photos"] == 8 and not encoded
     with np.load(run.artefacts / "features" / "frozen.npz") as npz:
         kept = npz["embedding"]
     shutil.rmtree(run.artefacts / "cache")
     frozen.run_frozen(run, force=True)
-    assert sum(looked) == 2 * 8
+    assert sum(encoded) == 2 * 8
     with np.load(run.artefacts / "features" / "frozen.npz") as npz:
         assert np.array_equal(npz["embedding"], kept) and npz["embedding"].dtype == np.float32
 
 
-def test_training_again_asks_the_backbone_for_no_photo(demo, tmp_path, looked):
+def test_a_second_training_reuses_the_features(demo, tmp_path, encoded):
     run = copied(demo, tmp_path)
     before = (run.artefacts / "oof" / "dinov3.parquet").read_bytes()
     run_train_dinov3(run, force=True)
-    assert not looked and (run.artefacts / "oof" / "dinov3.parquet").read_bytes() == before
+    assert not encoded and (run.artefacts / "oof" / "dinov3.parquet").read_bytes() == before
     for path in (run.artefacts / "dinov3").glob("fold*"):
         path.unlink()
     shutil.rmtree(run.artefacts / "cache")
     run_train_dinov3(run, force=True)
-    assert looked and (run.artefacts / "oof" / "dinov3.parquet").read_bytes() == before, "the same folds, with the cache and without"
+    assert encoded
+    assert (run.artefacts / "oof" / "dinov3.parquet").read_bytes() == before, "same folds without the cache"
 
 
 @pytest.mark.parametrize("stored", [False, True])
-def test_model_2_of_a_submission_asks_the_backbone_for_no_photo_after_model_1(demo, tmp_path, looked, monkeypatch, stored):
-    "Whether inpaint has stored the test photos, or submit reads them itself."
+def test_model_2_of_a_submission_reuses_the_features_of_model_1(demo, tmp_path, encoded, monkeypatch, stored):
+    "The test photos are stored by inpaint, or submit reads them itself."
     from nbs_lib.boosting import run_boosting
     from nbs_lib.ensemble import run_ensemble
 
@@ -366,17 +405,17 @@ def test_model_2_of_a_submission_asks_the_backbone_for_no_photo_after_model_1(de
             shutil.rmtree(path)
     for stage in (frozen.run_frozen, run_boosting, run_ensemble):
         stage(run)
-    assert not looked
+    assert not encoded
     real, during = inference.Model2.describe, []
 
     def describe(model, piece):
-        before = len(looked)
+        before = len(encoded)
         real(model, piece)
-        during.append(len(looked) - before)
+        during.append(len(encoded) - before)
 
-    monkeypatch.setattr(inference.Model2, "describe_inputs", describe)
+    monkeypatch.setattr(inference.Model2, "describe", describe)
     assert submit.run_submit(run)["models"] == {"dinov3": 2, "boosting": 2}
-    assert looked and during and not any(during)
+    assert encoded and during and not any(during)
     first = (run.output / "submission.csv").read_bytes()
     shutil.rmtree(run.artefacts / "cache")
     submit.run_submit(run, force=True)
@@ -387,11 +426,12 @@ def test_the_settings_of_the_demo_let_both_models_read_the_same_features():
     for profile in ("demo", "laptop"):
         s = load_settings(profile)
         m, f = s.train_dinov3, s.frozen
-        assert (m.backbone, m.weights, m.depths, m.squeeze) == (f.backbone, f.weights, f.depths, False) and set(f.widths) <= {*m.probe_sizes, m.size}, profile
+        same = (m.backbone, m.weights, m.depths, m.squeeze) == (f.backbone, f.weights, f.depths, False)
+        assert same and set(f.widths) <= {*m.probe_sizes, m.size}, profile
 
 
-def test_an_input_that_cannot_be_written_to_costs_a_warning_and_no_photo(demo, tmp_path, monkeypatch):
-    "On Kaggle the trained models may lie in a folder that is read-only."
+def test_a_read_only_folder_costs_one_warning(demo, tmp_path, monkeypatch):
+    "On Kaggle the trained models may be in a read-only folder."
     run, real = copied(demo, tmp_path), backbones.atomic
     shutil.rmtree(run.artefacts / "cache")
 
@@ -407,8 +447,8 @@ def test_an_input_that_cannot_be_written_to_costs_a_warning_and_no_photo(demo, t
     assert not (run.artefacts / "cache").exists() and len(open_store(run, "train", FULL)) == 8
 
 
-def test_an_extractor_of_other_settings_keeps_the_columns_apart():
-    "`columns` takes from all poolings those that are wanted, in the order in which they are pooled."
+def test_columns_selects_the_poolings():
+    "`columns` selects some of all poolings, in the order in which they are pooled."
     from nbs_lib.backbones import POOLINGS, feature_names, pool_features
 
     for name in (TINY_DINOV3, CNN):
@@ -416,7 +456,7 @@ def test_an_extractor_of_other_settings_keeps_the_columns_apart():
         e = extractor(None, net)
         pooled = e.extract(store, range(2), SMALL).pooled
         assert pooled.shape[1] == sum(feature_names(net, tuple(POOLINGS)).values())
-        x = torch.from_numpy(np.stack([[backbones.resize_half(half, SMALL) for half in pair] for pair in store.pairs]))
+        x = backbones.load_pixels(store, range(2), SMALL, "id")
         with torch.inference_mode():
             maps, prefix = net.encode(backbones.to_tensor(x, e.mean, e.std).flatten(0, 1))
             for poolings in (("gem",), ("sd", "mean"), tuple(POOLINGS)):
@@ -426,4 +466,5 @@ def test_an_extractor_of_other_settings_keeps_the_columns_apart():
 
 
 def test_the_dataclass_has_the_fields_that_stages_set():
-    assert {f.name for f in dataclasses.fields(FeatureExtractor)} >= {"folder", "device", "warn", "keep_grid", "expected"}
+    wanted = {"folder", "device", "warn", "keep_grid", "expected"}
+    assert {f.name for f in dataclasses.fields(FeatureExtractor)} >= wanted

@@ -41,7 +41,7 @@ ALL_EXTRAS = ("D", "z", "delta_bias", "softplus")
 
 
 def oracle(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
-    """The recurrence number by number in numpy float64; shares no code with the library."""
+    """Compute the recurrence number by number in numpy float64; shares no code with the library."""
     u, delta, A, B, C = (np.asarray(t.detach().double()) for t in (u, delta, A, B, C))
     if delta_bias is not None:
         delta = delta + np.asarray(delta_bias.detach().double())[None, :, None]
@@ -90,7 +90,7 @@ def off(got, want):
 
 
 def with_grads(run, args, **kw):
-    """The output, and the gradient of a fixed random projection of it with respect to every argument."""
+    """Return the output, and the gradient of a random projection of it with respect to every argument."""
     args = {k: v.detach().clone().requires_grad_() for k, v in args.items()}
     y = run(**args, **kw)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(y.dtype)
@@ -98,7 +98,7 @@ def with_grads(run, args, **kw):
 
 
 def beyond(got, want, tolerance):
-    """The entries of `with_grads` that differ by more than `tolerance`."""
+    """Return the entries of `with_grads` that differ by more than `tolerance`."""
     assert got.keys() == want.keys()
     return {k: o for k in want if (o := off(got[k], want[k])) > tolerance}
 
@@ -370,7 +370,7 @@ def test_device_chooses_the_scan(monkeypatch, device, dtype, kernel, want):
 
 @pytest.fixture
 def mamba_ssm(monkeypatch):
-    """A function that installs a fake mamba_ssm with the given kernel; earlier outcomes are forgotten."""
+    """Return a function that installs a fake mamba_ssm with the given kernel; caches are cleared."""
     def install(kernel):
         module = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
         module.selective_scan_fn = kernel
@@ -470,7 +470,7 @@ def test_cuda_equals_the_cpu(length, scan):
 
 @pytest.fixture(scope="module")
 def official():
-    """The modules of mamba-ssm, importable without CUDA when its compiled part has a stub."""
+    """Return the modules of mamba-ssm, importable without CUDA when its compiled part has a stub."""
     compiled, names = "selective_scan_cuda", ("ops.selective_scan_interface", "modules.mamba_simple")
     stub = compiled not in sys.modules and importlib.util.find_spec(compiled) is None
     if stub:
@@ -619,6 +619,27 @@ def test_depth_and_options_reach_the_blocks():
         build_fusion("attention", 8, heads=3)
 
 
+class MeanMixer(torch.nn.Module):
+    """A mixer that a user could add: the mean token is added to every token."""
+
+    def __init__(self, dim, dropout=0.1):
+        super().__init__()
+        self.proj = torch.nn.Linear(dim, dim)
+
+    def forward(self, tokens):
+        return tokens + self.proj(tokens.mean(1, keepdim=True))
+
+
+def test_a_registered_mixer_is_built_by_name(monkeypatch):
+    monkeypatch.setitem(fusion.FUSIONS, "mean", MeanMixer)
+    assert build_fusion("mean", 16, depth=3, dropout=0.0)(torch.randn(2, 10, 16)).shape == (2, 10, 16)
+    net = build_model(ModelConfig("test_convnext", fusion="mean", dim=16, layers=1, probe=False))
+    assert isinstance(net.fusion[0], MeanMixer)
+    assert net(torch.randn(1, 2, 3, 64, 64)).shape == (1, 3)
+    with pytest.raises(ValueError, match="choose one of .*mean, none"):
+        build_fusion("median", 16)
+
+
 def test_mamba_may_be_narrower_than_the_backbone():
     """`dim` projects in the neck: two bidirectional mixers of 24 channels behind a backbone of more."""
     torch.manual_seed(0)
@@ -680,8 +701,8 @@ def test_cpu_forward_is_many_times_faster_than_the_official_reference(official):
     assert speedup(selective_scan, official[0].selective_scan_ref, inputs(1, 512, 2048, 16), 7) > 7
 
 
-def test_a_benchmark_row_says_why_it_is_empty(monkeypatch):
-    monkeypatch.setitem(scan_bench.SCAN_IMPLEMENTATIONS, "absent", ("scan", None))  # here, not in the new process
+def test_an_empty_benchmark_row_has_a_note(monkeypatch):
+    monkeypatch.setitem(scan_bench.SCAN_IMPLEMENTATIONS, "absent", ("scan", None))  # in this process only
     row = scan_bench._measure_in_process(("absent", 8, 1, 4, 2, False, 1, 1.0), 300.0)
     assert row["seconds"] is None and "absent" in row["note"] and "\n" not in row["note"]
     rows = scan_bench.bench_scan(lengths=(8,), names=("chunked",), inner=4, limit=.01)

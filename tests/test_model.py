@@ -1,4 +1,5 @@
-"""Faults and properties of 31_backbones and 32_biomass_net: weights that do not fit, heads that must agree with their maps, adapters, pieces on disk."""
+"""32_biomass_net: weights that do not fit, heads and their density maps, adapters, checkpoints."""
+
 import dataclasses
 from pathlib import Path
 
@@ -37,17 +38,21 @@ def one_thread():
     torch.manual_seed(0)
 
 
-def as_written(state: dict, form: str, path: Path) -> Path:
-    "The same weights in the layouts in which they are passed around."
+def write_weights(state: dict, form: str, path: Path) -> Path:
+    "Write the same weights in one of several forms; return the path."
     if form == "safetensors":
         save_file(state, path.with_suffix(".safetensors"))
         return path.with_suffix(".safetensors")
     if form == "folder":
         save_file(state, path.parent / "model.safetensors")
         return path.parent
-    wrapped = {"bare": state, "wrapped": {"state_dict": state, "epoch": 3}, "prefixed": {f"module.{k}": v for k, v in state.items()},
-               "classifier": {**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}}[form]
-    torch.save(wrapped, path.with_suffix(".pth"))
+    forms = {
+        "bare": state,
+        "wrapped": {"state_dict": state, "epoch": 3},
+        "prefixed": {f"module.{k}": v for k, v in state.items()},
+        "classifier": {**state, "head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)},
+    }
+    torch.save(forms[form], path.with_suffix(".pth"))
     return path.with_suffix(".pth")
 
 
@@ -55,12 +60,23 @@ def as_written(state: dict, form: str, path: Path) -> Path:
 def test_weights_load_from_every_layout(vit, form, tmp_path):
     state = {k: v.clone() for k, v in vit.net.state_dict().items()}
     other = Backbone(VIT)
-    load_weights(other, str(as_written(state, form, tmp_path / "w")))
+    load_weights(other, str(write_weights(state, form, tmp_path / "w")))
     assert all(torch.equal(v, state[k]) for k, v in other.net.state_dict().items())
 
 
-@pytest.mark.parametrize("fault, told", [("missing", "1 missing"), ("unexpected", "1 unexpected"), ("shape", "1 of another shape"), ("text", "not a weight file"), ("half", "not a weight file"), ("absent", "no such weight file"), ("empty", "train_dinov3.weights: is empty")])
-def test_weights_that_do_not_fit_are_named(vit, fault, told, tmp_path):
+FAULTS = {
+    "missing": "1 missing",
+    "unexpected": "1 unexpected",
+    "shape": "1 of another shape",
+    "text": "not a weight file",
+    "half": "not a weight file",
+    "absent": "no such weight file",
+    "empty": "train_dinov3.weights: is empty",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_weights_that_do_not_fit_are_described(vit, fault, tmp_path):
     state = {k: v.clone() for k, v in vit.net.state_dict().items()}
     key = "blocks.3.attn.qkv.weight"
     if fault == "missing":
@@ -78,7 +94,7 @@ def test_weights_that_do_not_fit_are_named(vit, fault, told, tmp_path):
     if fault == "absent":
         path.unlink()
     before = {k: v.clone() for k, v in vit.net.state_dict().items()}
-    with pytest.raises(InputError, match=told) as e:
+    with pytest.raises(InputError, match=FAULTS[fault]) as e:
         load_weights(vit, "" if fault == "empty" else str(path))
     assert "\n" not in str(e.value)
     assert all(torch.equal(v, before[k]) for k, v in vit.net.state_dict().items())
@@ -87,8 +103,9 @@ def test_weights_that_do_not_fit_are_named(vit, fault, told, tmp_path):
 @pytest.mark.parametrize("backbone", [VIT, CNN])
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("order", ["panorama", "left_right"])
-def test_density_map_adds_up_to_the_answer(backbone, halves, order):
-    net = build_model(ModelConfig(backbone, probe=False, head="density", dim=16, halves=halves, order=order, prefix=True)).eval()
+def test_the_mean_of_a_density_map_is_the_prediction(backbone, halves, order):
+    config = ModelConfig(backbone, probe=False, dim=16, halves=halves, order=order, prefix=True)
+    net = build_model(config).eval()
     net.init_output_from_labels(np.abs(np.random.default_rng(0).normal(20, 9, (9, 3))) @ SUMS.T)
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
@@ -100,8 +117,8 @@ def test_density_map_adds_up_to_the_answer(backbone, halves, order):
     assert np.abs(imbalance(parts_to_targets(grams.double()).numpy())).max() < 1e-9
 
 
-def solved(backbone: str):
-    "A network that is nothing but a probe of two sizes; the photographs it was solved on, at each size; and their features."
+def solve_probe(backbone: str):
+    "Return a network that is a probe of two sizes, its training photos at each size, and their features."
     net = build_model(ModelConfig(backbone, probe_sizes=(96, 64), depths=3, head="none")).eval()
     large = torch.randn(12, 2, 3, 96, 160)
     small = torch.nn.functional.interpolate(large.flatten(0, 1), (64, 96), mode="area").unflatten(0, (12, 2))
@@ -113,11 +130,12 @@ def solved(backbone: str):
 
 
 @pytest.mark.parametrize("backbone, grid", [(CNN, (3, 10)), (VIT, (6, 20))])
-def test_a_probes_map_adds_up_to_its_answer_and_follows_its_slopes(backbone, grid):
-    net, photos, pooled = solved(backbone)
+def test_the_mean_of_a_probe_map_is_the_prediction_and_slopes_are_derivatives(backbone, grid):
+    net, photos, pooled = solve_probe(backbone)
     with torch.inference_mode():
         grams, picture = net.probe(pooled), net.density(photos)
-        assert picture.shape == (12, 3, *grid) and (picture >= 0).all() and (picture.std((2, 3)) > 1e-3 * picture.mean((2, 3))).any()
+        assert picture.shape == (12, 3, *grid) and (picture >= 0).all()
+        assert (picture.std((2, 3)) > 1e-3 * picture.mean((2, 3))).any()
         torch.testing.assert_close(picture.mean((2, 3)) * QUADRAT_M2, grams, rtol=1e-3, atol=1e-3)
         slopes = net.probe.slopes(pooled)
     inside = ((pooled.clone() - net.probe.mean) * net.probe.inv_sd) @ net.probe.weight + net.probe.bias
@@ -131,24 +149,25 @@ def test_a_probes_map_adds_up_to_its_answer_and_follows_its_slopes(backbone, gri
 
 def test_a_pooled_head_makes_no_map():
     net = build_model(ModelConfig(CNN, probe=False, head="pooled", dim=8)).eval()
-    with torch.inference_mode(), pytest.raises(InputError, match=r"train_dinov3.head: makes no map \(pooled\)"):
+    message = r"train_dinov3.head: makes no map \(pooled\)"
+    with torch.inference_mode(), pytest.raises(InputError, match=message):
         net.density(net.encode(torch.randn(1, 2, 3, 64, 64)))
 
 
-def test_shares_of_places_are_what_more_of_a_place_would_change():
-    "The influence function against its definition: a picture in which one place counts a little more."
-    x, few = torch.rand(1, 3, 4, 5, dtype=torch.float64) + 0.1, 400
-    shares = pooling_influence_map(x)[..., 2, 3]
-    once, more = pool_map(x), pool_map(torch.cat([x.flatten(2).repeat(1, 1, few), x[..., 2, 3][..., None]], 2)[..., None])
-    change = (more - once) * (few * 20 + 1)
-    keep = torch.arange(12) // 3 != 2  # a maximum has no such share
-    torch.testing.assert_close((once + change)[:, keep], shares[:, keep], rtol=0.02, atol=0.02)
+def test_influence_of_a_place_is_the_change_if_it_counts_a_little_more():
+    x, copies = torch.rand(1, 3, 4, 5, dtype=torch.float64) + 0.1, 400
+    place = x[..., 2, 3][..., None]
+    once, more = pool_map(x), pool_map(torch.cat([x.flatten(2).repeat(1, 1, copies), place], 2)[..., None])
+    change = (more - once) * (copies * 20 + 1)
+    keep = torch.arange(12) // 3 != 2  # a maximum has no influence function
+    influence = pooling_influence_map(x)[..., 2, 3]
+    torch.testing.assert_close((once + change)[:, keep], influence[:, keep], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("order", ["panorama", "left_right"])
 def test_the_seam_is_where_the_halves_meet(order):
-    "What lies at the right edge of the left half and the left edge of the right half is in neighbouring columns of the map."
-    net = build_model(ModelConfig(CNN, probe=False, head="density", dim=8, fusion="none", order=order)).eval()
+    "The right edge of the left half and the left edge of the right half are neighbouring columns of the map."
+    net = build_model(ModelConfig(CNN, probe=False, dim=8, fusion="none", order=order)).eval()
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
     dark = BackboneFeatures(torch.zeros(1, 0), torch.zeros(1, 2, 1280, 4, 8), torch.zeros(1, 2, 0, 1280))
@@ -193,7 +212,7 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(grads[0][n], grads[1][n], rtol=1e-4, atol=1e-5)
 
 
-def test_pieces_on_disk_come_together_and_a_gap_is_told(tmp_path):
+def test_pieces_of_a_checkpoint_are_joined_and_a_missing_one_is_named(tmp_path):
     net = build_model(ModelConfig(VIT, probe=False, head="pooled", dim=8)).eval()
     for name, p in net.backbone.named_parameters():
         p.requires_grad_("blocks.11." in name)
@@ -215,19 +234,19 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         load_model(tmp_path / "fold0.safetensors")
 
 
-def test_the_probe_never_sees_the_group_it_answers_for():
-    "Features that name the photo: a probe that looked would be right, one that did not is no better than a constant."
+def test_held_out_predictions_of_the_probe_do_not_leak():
+    "Features identify the photo: a probe that leaks would be right, else it is no better than a constant."
     rng = np.random.default_rng(0)
     y = np.abs(rng.normal(20, 10, (40, 3))) @ SUMS.T
     groups = np.arange(40) // 4
     _, held, _ = fit_probe(np.eye(40), y, groups)
-    answers = held @ SUMS.T
-    assert ((y - answers) ** 2).sum() > 0.9 * ((y - y.mean(0)) ** 2).sum()
+    predicted = held @ SUMS.T
+    assert ((y - predicted) ** 2).sum() > 0.9 * ((y - y.mean(0)) ** 2).sum()
     for train, out in split_groups(groups, 5, 0):
         assert not set(groups[train]) & set(groups[out])
 
 
-def test_projection_is_orthogonal_and_exact_on_what_obeys():
+def test_projection_is_orthogonal_and_exact_on_balanced_targets():
     parts = np.abs(np.random.default_rng(0).normal(size=(6, 3)))
     np.testing.assert_allclose(parts @ SUMS.T @ TARGETS_TO_PARTS.T, parts, atol=1e-12)
     both = SUMS @ TARGETS_TO_PARTS
@@ -235,19 +254,23 @@ def test_projection_is_orthogonal_and_exact_on_what_obeys():
 
 
 def test_encoded_rows_and_halves_keep_their_order():
-    e = BackboneFeatures(torch.arange(3.0)[:, None], torch.arange(6.0).view(3, 2, 1, 1, 1), torch.zeros(3, 2, 0, 1))
-    assert e.rows(torch.tensor([2, 0])).pooled.flatten().tolist() == [2, 0]
-    assert e.halves_as_batch().grid.flatten().tolist() == [0, 1, 2, 3, 4, 5] and e.halves_as_batch().pooled.flatten().tolist() == [0, 0, 1, 1, 2, 2]
+    grid = torch.arange(6.0).view(3, 2, 1, 1, 1)
+    features = BackboneFeatures(torch.arange(3.0)[:, None], grid, torch.zeros(3, 2, 0, 1))
+    assert features.rows(torch.tensor([2, 0])).pooled.flatten().tolist() == [2, 0]
+    halves = features.halves_as_batch()
+    assert halves.grid.flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert halves.pooled.flatten().tolist() == [0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("head", ["pooled", "density"])
-def test_a_bare_head_is_softplus_of_its_raw_answer(head):
+def test_a_plain_head_is_softplus_of_its_raw_output(head):
     net = build_model(ModelConfig(CNN, probe=False, head=head, dim=8, fusion="none")).eval()
     net.init_output_plain()
     encoded = BackboneFeatures(torch.zeros(2, 0), torch.randn(2, 2, 1280, 2, 3), torch.zeros(2, 2, 0, 1280))
     with torch.inference_mode():
-        tokens = net.mixed(encoded)
+        tokens = net.mix_tokens(encoded)
         tokens = tokens.mean(1, keepdim=True) if head == "pooled" else tokens
         raw = torch.cat([part(net.head.norm(tokens)) for part in net.head.parts], -1)
-        torch.testing.assert_close(net(encoded), torch.nn.functional.softplus(raw).mean(1), rtol=1e-5, atol=1e-6)
+        wanted = torch.nn.functional.softplus(raw).mean(1)
+        torch.testing.assert_close(net(encoded), wanted, rtol=1e-5, atol=1e-6)
     assert raw.abs().max() > 0.01

@@ -549,7 +549,7 @@ def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkey
     x = torch.rand(1, 2, 3, 64, 64)
     with torch.inference_mode():
         encoded = net.encode(x)
-        tokens, parts = net.mixed(encoded), net(x)
+        tokens, parts = net.mix_tokens(encoded), net(x)
         raw = torch.cat([part(net.head.norm(tokens.mean(1))) for part in net.head.parts], -1)
     assert tokens.shape == (1, 2 * (5 + 4 * 4), 192) and [type(b).__name__ for b in net.fusion] == ["BiMambaMixer"] * 2
     torch.testing.assert_close(parts, torch.nn.functional.softplus(raw), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""One DINOv3 in every layout it is published in: each loads, or is refused for a reason that helps."""
+"""29_weights: one DINOv3 in every published layout loads, or is refused with a helpful message."""
 
 import copy
 import json
@@ -31,7 +31,7 @@ MLPS = ("", "_plus")  # plain, SwiGLU
 
 
 def register(kind: str, biases: str) -> None:
-    "vit_nano…: timm's DINOv3 S of this kind, narrower and with two blocks."
+    "Register vit_nano…: timm's DINOv3 S of this kind, narrower and with two blocks."
 
     def make(pretrained: bool = False, **kwargs):
         return timm.create_model(f"vit_small{kind}_patch16_dinov3{biases}", **{**SMALL, **kwargs})
@@ -46,7 +46,7 @@ for kind in MLPS:
 
 
 def make_reference(kind: str, biases: bool = False):
-    "A random DINOv3 of transformers, whose own forward pass every layout is compared with."
+    "Build a random DINOv3 of transformers, the reference for every layout."
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     config = DINOv3ViTConfig(
@@ -67,7 +67,7 @@ def make_reference(kind: str, biases: bool = False):
 
 @pytest.fixture(scope="module", params=MLPS, ids=["plain", "swiglu"])
 def reference(request, tmp_path_factory):
-    "Kind of MLP, transformers' model, its state dict as in its files, and timm's of the same numbers."
+    "Return kind of MLP, model of transformers, its state dict as in files, and the same under timm's names."
     net, folder = make_reference(request.param), tmp_path_factory.mktemp("transformers")
     net.save_pretrained(folder)
     theirs = load_file(folder / "model.safetensors")
@@ -78,7 +78,7 @@ def reference(request, tmp_path_factory):
 
 
 def to_timm(theirs: dict) -> dict:
-    "transformers' names to timm's, by hand, biases of q, k and v only where they are not zero."
+    "Rename transformers' tensors to timm's by hand, with biases of q, k and v only if they are not zero."
     swiglu, out = any("gate_proj" in key for key in theirs), {}
     for old, new in (
         ("cls_token", "cls_token"),
@@ -122,7 +122,7 @@ def to_timm(theirs: dict) -> dict:
 
 
 def to_meta(state: dict, mask: float = 0.0) -> dict:
-    "timm's names to Meta's; q, k and v have one bias, with a mask (0 throughout in the published files)."
+    "Rename timm's tensors to Meta's; q, k and v have one bias and its mask (all 0 in published files)."
     swiglu = any("fc1_g" in key for key in state)
     out = {"mask_token": torch.zeros(1, WIDTH), "rope_embed.periods": torch.ones(16)}
     for key, value in state.items():
@@ -151,7 +151,7 @@ def to_qkvb(state: dict) -> dict:
 
 
 def write(folder: Path, layout: str, net, theirs: dict, ours: dict) -> Path:
-    "The file or folder of one layout."
+    "Write one layout; return its file or folder."
     head = {"head.weight": torch.zeros(10, WIDTH), "head.bias": torch.zeros(10)}
     states = {
         "timm.pth": ours,
@@ -227,7 +227,7 @@ LAYOUTS = (
 
 @torch.inference_mode()
 def difference(net: Backbone, reference, shape=(1, 3, 64, 96)) -> float:
-    "Largest difference from transformers' last map and prefix tokens."
+    "Return the largest difference from the last map and prefix tokens of transformers."
     photo = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     maps, prefix = net.eval().encode(photo)
     tokens = torch.cat([prefix, maps[-1].flatten(2).transpose(1, 2)], 1)
@@ -296,7 +296,7 @@ def test_a_masked_bias_counts_as_zero_and_a_bias_of_the_keys_fits_nothing(refere
 
 
 @pytest.mark.parametrize("layout", ["timm.pth", "meta.pth", "folder"])
-def test_a_misfit_is_named_by_layout_architecture_and_timm_name(reference, layout, tmp_path, capsys):
+def test_a_misfit_is_described_by_layout_architecture_and_timm_name(reference, layout, tmp_path, capsys):
     kind, net, theirs, ours = reference
     path = write(tmp_path, layout, net, theirs, ours)
     capsys.readouterr()
@@ -314,7 +314,7 @@ def test_a_misfit_is_named_by_layout_architecture_and_timm_name(reference, layou
 
 
 def test_the_real_huge_plus_is_recognised_by_its_header(tmp_path):
-    "3.4 GB that are read by nobody: the file is a hole."
+    "The 3.4 GB file is sparse and must not be read."
     sizes, offset = {}, 0
     for key, value in build_header("vit_huge_plus_patch16_dinov3").state_dict().items():
         sizes[key] = {
@@ -433,7 +433,7 @@ def test_code_in_an_archive_is_not_run(tmp_path):
     ids=["empty", "pickle", "page", "pointer", "bytes", "zip"],
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.bin", "w.safetensors"])
-def test_what_is_no_weight_file_is_refused_in_one_line(name, content, tmp_path):
+def test_other_files_are_refused_in_one_line(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=f"^frozen.weights: .*{name}: not a weight file") as e:
         load_weights(Backbone("vit_nano_patch16_dinov3"), str(tmp_path / name), "frozen.weights")
@@ -441,7 +441,7 @@ def test_what_is_no_weight_file_is_refused_in_one_line(name, content, tmp_path):
 
 
 def trained(form: str, folder: Path) -> Path:
-    "A whole biomass model, as the recipe saves it in several wrappers, or as this suite does."
+    "Save a whole biomass model as the recipe does, in several wrappers, or as this suite does."
     if form == "ours":
         save_model(
             build_model(ModelConfig("vit_nano_patch16_dinov3", probe=False, dim=16)),
@@ -577,7 +577,7 @@ def test_a_folder_of_transformers_is_found(tmp_path):
         )
 
 
-def test_what_is_named_comes_first_then_the_own_dataset(tmp_path, capsys):
+def test_the_named_path_comes_first_then_the_own_dataset(tmp_path, capsys):
     own, other = put(tmp_path, OWN), put(tmp_path, "datasets/someone/dino", name="vit.safetensors")
     assert find("x.pth", "vit_nano_patch16_dinov3", root=tmp_path) == str(own)
     capsys.readouterr()
@@ -592,7 +592,7 @@ def test_what_is_named_comes_first_then_the_own_dataset(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert find("vit.safetensors", "vit_twin_patch16_dinov3", root=tmp_path) == str(
         other
-    )  # and load_weights says what it is
+    )  # and load_weights describes it
     put(tmp_path, "datasets/other/dino", "_plus", name="vit.safetensors")
     assert find("vit.safetensors", "vit_nano_plus_patch16_dinov3", root=tmp_path) == str(
         tmp_path / "datasets/other/dino/vit.safetensors"
@@ -618,7 +618,7 @@ def test_several_that_fit_or_none_are_listed(tmp_path):
 
 
 def test_trained_folds_and_other_models_are_passed_over(tmp_path):
-    "The outputs of the training kernel are attached too, and so may be SigLIP and anything else."
+    "Outputs of the training kernel are attached too, and SigLIP or anything else may be."
     folds = tmp_path / "notebooks/someone/train/artefacts/dinov3"
     folds.mkdir(parents=True)
     net = build_model(ModelConfig("vit_nano_patch16_dinov3", probe=False, dim=16))
@@ -632,7 +632,7 @@ def test_trained_folds_and_other_models_are_passed_over(tmp_path):
     assert find("x.pth", "vit_nano_patch16_dinov3", root=tmp_path) == str(path)
 
 
-def test_a_folder_at_home_with_several_models_gives_the_one_that_fits(tmp_path):
+def test_a_folder_with_several_models_gives_the_one_that_fits(tmp_path):
     plain, plus = (
         put(tmp_path, "zoo", name="a.safetensors"),
         put(tmp_path, "zoo/sub", "_plus", to_meta, "b.pth"),

@@ -1,4 +1,5 @@
-"""Pretrained weights lie outside a run: a stage that reads them is done again when they are others."""
+"""29_weights: a stage that reads pretrained weights runs again when the weights change."""
+
 import os
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ def run(tmp_path):
     return tiny.run_on(tiny.competition(tmp_path / "in", 4, 1), tmp_path / "out")
 
 
-def test_a_stage_is_done_again_when_its_weights_are_others(run, tmp_path, capsys):
+def test_a_stage_runs_again_when_its_weights_change(run, tmp_path):
     file, done = tmp_path / "weights.bin", []
 
     @stage("reads weights", weights=lambda run: [file])
@@ -31,7 +32,7 @@ def test_a_stage_is_done_again_when_its_weights_are_others(run, tmp_path, capsys
         return {}
 
     def again() -> bool:
-        "Whether the stage is done again; fresh it is behind, if its weights are there."
+        "Run the stage; return whether it did its work. It is fresh afterwards if its weights exist."
         before, stale = len(done), not is_fresh(run, "reads weights")
         reads(run)
         assert stale == (len(done) > before) and is_fresh(run, "reads weights") == file.exists()
@@ -42,11 +43,11 @@ def test_a_stage_is_done_again_when_its_weights_are_others(run, tmp_path, capsys
     shutil.copy(file, tmp_path / "copy")
     os.utime(tmp_path / "copy", (1e9, 1e9))
     (tmp_path / "copy").replace(file)
-    assert not again()  # a copy
+    assert not again()  # a copy with another time stamp
     file.write_bytes(b"two network")
-    assert again() and not again()  # of the same size
+    assert again() and not again()  # other content of the same size
     file.unlink()
-    assert again() and again()  # as long as they are missing
+    assert again() and again()  # while they are missing
     file.write_bytes(b"two network")
     assert again() and not again()
 
@@ -64,37 +65,49 @@ def test_a_manifest_without_weights_is_of_another_version(run):
     assert not is_fresh(run, "reads none")
 
 
-class Told(Exception):
+class StageStoppedError(Exception):
     pass
 
 
-def files_told(run, function, monkeypatch) -> set[str]:
-    "The names of the files that go into the manifest of the stage `function`."
-    def tell(run, name, room, reads, sections, weights):
-        raise Told({os.path.basename(p) for p in weights})
+def manifest_weights(run, function, monkeypatch) -> set[str]:
+    "Return the names of the weight files in the manifest of the stage `function`."
 
-    monkeypatch.setattr(stages, "describe_inputs", tell)
+    def stop(run, name, module, reads, sections, weights):
+        raise StageStoppedError({os.path.basename(p) for p in weights})
+
+    monkeypatch.setattr(stages, "describe_inputs", stop)
     monkeypatch.setattr(stages, "check_reads", lambda *args: None)
-    with pytest.raises(Told) as told:
+    with pytest.raises(StageStoppedError) as stopped:
         function(run)
-    return told.value.args[0]
+    return stopped.value.args[0]
 
 
-@pytest.mark.parametrize(("function", "names"), [(run_train_dinov3, {"model1.safetensors"}), (run_siglip, {"preprocessor_config.json", "model.safetensors"}),
-                                                 (run_frozen, {"frozen.safetensors"}), (submit.predict_test, {"frozen.safetensors", "preprocessor_config.json", "model.safetensors"})])
-@pytest.mark.parametrize("there", [True, False])
-def test_every_stage_names_the_weights_it_reads(function, names, there, tmp_path, monkeypatch):
-    monkeypatch.setattr(submit.siglip, "check_folder", Path)
-    if there:
+SIGLIP_FILES = {"preprocessor_config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [
+        (run_train_dinov3, {"model1.safetensors"}),
+        (run_siglip, SIGLIP_FILES),
+        (run_frozen, {"frozen.safetensors"}),
+        (submit.predict_test, {"frozen.safetensors", *SIGLIP_FILES}),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_every_stage_names_the_weights_it_reads(function, names, exists, tmp_path, monkeypatch):
+    monkeypatch.setattr(submit.siglip, "check_folder", Path if exists else refuse)
+    if exists:
         (tmp_path / "siglip").mkdir()
-        for name in ("model1.safetensors", "frozen.safetensors", "siglip/model.safetensors", "siglip/preprocessor_config.json"):
+        siglip = [f"siglip/{name}" for name in SIGLIP_FILES]
+        for name in ("model1.safetensors", "frozen.safetensors", *siglip):
             (tmp_path / name).touch()
-    else:
-        monkeypatch.setattr(submit.siglip, "check_folder", refuse)
-    run = tiny.run_on(tiny.competition(tmp_path / "in", 4, 1), tmp_path / "out", f"train_dinov3.weights={tmp_path}/model1.safetensors", f"siglip.weights={tmp_path}/siglip",
-                      f"frozen.weights={tmp_path}/frozen.safetensors")
-    siglip = {"preprocessor_config.json", "model.safetensors"}
-    assert files_told(run, function, monkeypatch) == (names if there or not names & siglip else names - siglip | {"siglip"})
+    files = {"train_dinov3": "model1.safetensors", "siglip": "siglip", "frozen": "frozen.safetensors"}
+    settings = [f"{section}.weights={tmp_path}/{name}" for section, name in files.items()]
+    run = tiny.run_on(tiny.competition(tmp_path / "in", 4, 1), tmp_path / "out", *settings)
+    if not exists and names & SIGLIP_FILES:
+        names = names - SIGLIP_FILES | {"siglip"}
+    assert manifest_weights(run, function, monkeypatch) == names
 
 
 def refuse(folder):
@@ -102,8 +115,8 @@ def refuse(folder):
 
 
 @pytest.mark.parametrize("function", [run_train_dinov3, run_siglip, run_frozen, submit.predict_test])
-def test_words_that_stand_for_weights_name_no_file(function, run, monkeypatch):
-    assert files_told(run, function, monkeypatch) == set()
+def test_keywords_for_weights_name_no_file(function, run, monkeypatch):
+    assert manifest_weights(run, function, monkeypatch) == set()
 
 
 def test_a_folder_means_its_only_file(run, tmp_path):
@@ -111,16 +124,17 @@ def test_a_folder_means_its_only_file(run, tmp_path):
         return files_of(str(weights), "vit_twin_patch16_dinov3", run.settings.kaggle)
 
     (tmp_path / "model").mkdir()
-    assert files(tmp_path / "model") == [tmp_path / "model"]  # nothing in it: not there
+    assert files(tmp_path / "model") == [tmp_path / "model"]  # empty, as if it did not exist
     save_file({"a": torch.zeros(1)}, tmp_path / "model/weights.safetensors")
     assert files(tmp_path / "model") == [tmp_path / "model/weights.safetensors"]
     save_file({"b": torch.zeros(1)}, tmp_path / "model/more.safetensors")
-    assert files(tmp_path / "model") == [tmp_path / "model"]  # neither fits, and the stage itself says so
+    assert files(tmp_path / "model") == [tmp_path / "model"]  # neither fits, which the stage itself reports
     assert files("random") == files("wheel:efficientnet_lite0") == []
 
 
-def test_weights_that_cannot_be_read_stop_no_submission(run, tmp_path, monkeypatch):
-    "The file is there and the disk refuses it: what reads it says so, the manifest only notes that it is not known."
+def test_unreadable_weights_do_not_stop_a_submission(run, tmp_path, monkeypatch):
+    "The file exists but the disk fails: its reader reports that, the manifest only leaves the hash unknown."
+
     @stage("reads weights", weights=lambda run: [tmp_path / "weights.bin"])
     def reads(run):
         return {}
@@ -128,10 +142,11 @@ def test_weights_that_cannot_be_read_stop_no_submission(run, tmp_path, monkeypat
     (tmp_path / "weights.bin").write_bytes(b"one network")
     real = runtime.hash_file
 
-    def refuse(path):
+    def fail(path):
         if Path(path).name == "weights.bin":
             raise OSError(5, "Input/output error", str(path))
         return real(path)
 
-    monkeypatch.setattr(runtime, "hash_file", refuse)
+    for module in (runtime, stages):
+        monkeypatch.setattr(module, "hash_file", fail)
     assert reads(run) == {} and not is_fresh(run, "reads weights")
