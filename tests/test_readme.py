@@ -1,9 +1,10 @@
 """What the README tells people to type works, and what it points at is there.
 
-Commands that take minutes (`make demo`, `make test`, `make run`) are run whole by other tests and by CI; here make says what it
-would do, and each inner command is parsed by the program that would get it. The README is free to change: commands are found
-where they stand, in fenced blocks and between backticks.
+Commands that take minutes (`make demo`, `make test`, `make run`) are run whole by other tests and by CI; here
+make prints what it would do, and each inner command is parsed by the program that would get it. The pages are
+free to change: commands are found in fenced blocks and between backticks.
 """
+
 import ast
 import functools
 import json
@@ -31,12 +32,34 @@ from nbs_lib.targets import TARGETS
 
 README, CONTRIBUTING = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
 PAGES = [README, CONTRIBUTING, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
-PROGRAMS = ("make", "python", "python3", "papermill", "pip", "nbdev-export", "nbdev-clean", "git", "cd", "kaggle", "jupyter", "pytest")
-VALUES = {"DIR": "some/folder", "OUT": "runs/x", "STAGE": "eda", "H": "1", "N": "1", "P": "demo", "PROFILE": "demo", "recipe": "recipe"}
+PROGRAMS = (
+    "make",
+    "python",
+    "python3",
+    "papermill",
+    "pip",
+    "nbdev-export",
+    "nbdev-clean",
+    "git",
+    "cd",
+    "kaggle",
+    "jupyter",
+    "pytest",
+)
+VALUES = {
+    "DIR": "some/folder",
+    "OUT": "runs/x",
+    "STAGE": "eda",
+    "H": "1",
+    "N": "1",
+    "P": "demo",
+    "PROFILE": "demo",
+    "recipe": "recipe",
+}
 
 
 def commands(text: str) -> list[str]:
-    "Command lines of a README, in order: of its fenced blocks, continued lines joined and comments cut, and between backticks in its prose."
+    "Return the command lines of a page: of its fenced blocks, continued lines joined, and between backticks."
     found, outside = [], []
     for k, part in enumerate(re.split(r"^```", text, flags=re.M)):
         if k % 2 == 0:
@@ -47,17 +70,33 @@ def commands(text: str) -> list[str]:
             body = re.sub(r"\s*\\\n\s*|\n\s+(?=\[?-)", " ", body)
             found += [line.removeprefix("$ ").split(" #")[0].strip() for line in body.splitlines()]
     found += re.findall(r"`([^`\n]+)`", "".join(outside))
-    return [line for line in found if line.split()[:1] and line.split()[0] in PROGRAMS and len(line.split()) > 1 or line in ("nbdev-export", "nbdev-clean")]
+    return [
+        line
+        for line in found
+        if line.split()[:1]
+        and line.split()[0] in PROGRAMS
+        and len(line.split()) > 1
+        or line in ("nbdev-export", "nbdev-clean")
+    ]
 
 
 def plain(line: str) -> list[str]:
     "The words of a command: `[--only STAGE]...` and `{a,b}` as one would type them, placeholders filled in."
-    line = re.sub(r"--(\w[\w-]*)/--no-\1", r"--\1", re.sub(r"\{(\w+)[,|][^}]*\}", r"\1", line.replace("...", "").replace("…", "")))
-    line = re.sub(r"[\[\]]", " ", line).replace("stage.key=value", "run.seed=1").replace("STAGE.KEY=VALUE", "run.seed=1")
+    line = re.sub(
+        r"--(\w[\w-]*)/--no-\1",
+        r"--\1",
+        re.sub(r"\{(\w+)[,|][^}]*\}", r"\1", line.replace("...", "").replace("…", "")),
+    )
+    line = (
+        re.sub(r"[\[\]]", " ", line)
+        .replace("stage.key=value", "run.seed=1")
+        .replace("STAGE.KEY=VALUE", "run.seed=1")
+    )
     return [VALUES.get(word, word) for word in shlex.split(line)]
 
 
 # ---- each kind of command, checked by what would receive it
+
 
 def check_make(words: list[str]) -> None:
     done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
@@ -78,9 +117,13 @@ def check_python(words: list[str]) -> None:
     elif words[1] == "-m" and words[2] in ("papermill", "pip", "pytest", "venv", "build"):
         {"papermill": check_papermill, "pip": check_pip}.get(words[2], lambda w: None)(words[2:])
     elif words[1] == "-m":
-        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith(("nbs_lib.", "benchmarks.")), f"there is no module {words[2]}"
+        assert (ROOT / f"{words[2].replace('.', '/')}.py").is_file() and words[2].startswith(
+            ("nbs_lib.", "benchmarks.")
+        ), f"there is no module {words[2]}"
         commands = re.findall(r"[\w-]+", (re.search(r"\{([\w,-]+)\}", help_of(words[2])) or [""])[0])
-        part = next(([w] for w in words[3:] if w in commands), [])  # a command of the module, with flags of its own
+        part = next(
+            ([w] for w in words[3:] if w in commands), []
+        )  # a command of the module, with flags of its own
         check_flags(words[3:], help_of(words[2]) + help_of(words[2], *part))
     elif not words[1].startswith("-"):
         assert (ROOT / words[1]).is_file(), f"there is no {words[1]}"
@@ -89,7 +132,9 @@ def check_python(words: list[str]) -> None:
 
 @functools.cache
 def help_of(module: str, *part: str) -> str:
-    done = subprocess.run([sys.executable, "-m", module, *part, "--help"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", module, *part, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -97,14 +142,20 @@ def help_of(module: str, *part: str) -> str:
 def check_flags(words: list[str], known: str) -> None:
     for word in words:
         flag = word.partition("=")[0]
-        assert not flag.startswith("--") or re.search(rf"{re.escape(flag)}\b(?!-)", known), f"{flag} is not understood"
+        assert not flag.startswith("--") or re.search(rf"{re.escape(flag)}\b(?!-)", known), (
+            f"{flag} is not understood"
+        )
 
 
 def check_papermill(words: list[str]) -> None:
     path = ROOT / words[1]
     assert path.is_file(), f"there is no notebook {words[1]}"
-    cell = next(c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", []))
-    known = {t.id for node in ast.parse(cell.source).body if isinstance(node, ast.Assign) for t in node.targets}
+    cell = next(
+        c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])
+    )
+    known = {
+        t.id for node in ast.parse(cell.source).body if isinstance(node, ast.Assign) for t in node.targets
+    }
     given = {words[k + 1] for k, word in enumerate(words) if word in ("-p", "-r")}
     assert given <= known, f"{words[1]} has no parameter {', '.join(sorted(given - known))}"
 
@@ -112,19 +163,35 @@ def check_papermill(words: list[str]) -> None:
 def check_pip(words: list[str]) -> None:
     for extras in re.findall(r"\[([\w,]+)\]", " ".join(words)):
         for extra in extras.split(","):
-            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), f"there is no extra {extra}"
+            assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M), (
+                f"there is no extra {extra}"
+            )
 
 
 def check_nbdev(words: list[str]) -> None:
-    assert shutil.which(words[0], path=f"{Path(sys.executable).parent}") or shutil.which(words[0]), f"{words[0]} is not installed"
+    assert shutil.which(words[0], path=f"{Path(sys.executable).parent}") or shutil.which(words[0]), (
+        f"{words[0]} is not installed"
+    )
 
 
 def elsewhere(words: list[str]) -> None:
     "git, cd, kaggle, jupyter: other people's programs, with what they need out of the network."
 
 
-CHECKS = {"make": check_make, "python": check_python, "python3": check_python, "papermill": check_papermill, "pip": check_pip, "pytest": lambda words: None,
-          "nbdev-export": check_nbdev, "nbdev-clean": check_nbdev, "git": elsewhere, "cd": elsewhere, "kaggle": elsewhere, "jupyter": elsewhere}
+CHECKS = {
+    "make": check_make,
+    "python": check_python,
+    "python3": check_python,
+    "papermill": check_papermill,
+    "pip": check_pip,
+    "pytest": lambda words: None,
+    "nbdev-export": check_nbdev,
+    "nbdev-clean": check_nbdev,
+    "git": elsewhere,
+    "cd": elsewhere,
+    "kaggle": elsewhere,
+    "jupyter": elsewhere,
+}
 
 
 def check(line: str) -> None:
@@ -145,33 +212,46 @@ def test_command_can_be_typed(line):
 
 
 def test_the_two_commands_are_there():
-    assert {"make demo", "make test"} <= set(LINES) and any(line.startswith("make run DATA=") for line in LINES)
+    assert {"make demo", "make test"} <= set(LINES) and any(
+        line.startswith("make run DATA=") for line in LINES
+    )
 
 
 # ---- settings, links, files
 
+
 def check_settings(text: str) -> None:
     for setting in re.findall(r"--set[ =]([\w.]+=[^\s`\]]+)", text):
         if setting.lower() != "stage.key=value":
-            assert setting.partition(".")[0] in SECTIONS, f"no section of settings.ini is called {setting.partition('.')[0]}"
+            assert setting.partition(".")[0] in SECTIONS, (
+                f"no section of settings.ini is called {setting.partition('.')[0]}"
+            )
             load_settings("demo", overrides=[setting])
 
 
 def anchors(text: str) -> set[str]:
     "The anchors GitHub gives the headings of `text`."
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+    return {
+        re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", text, re.M)
+    }
 
 
 def check_links(text: str, folder: Path = ROOT) -> None:
-    "What `text` of a page in `folder` leads to is there: files, and headings of this page and of other Markdown."
+    "Fail where a link in `text`, a page in `folder`, leads to no file or heading."
     prose = re.sub(r"^```(?!mermaid).*?^```", "", text, flags=re.M | re.S)
     for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", prose):
         target, _, anchor = "".join(link).partition("#")
         if not re.match(r"\w+:", target):
             assert (folder / target).exists(), f"there is no {target}"
             if anchor and (not target or target.endswith(".md")):
-                assert anchor in anchors((folder / target).read_text() if target else text), f"there is no heading #{anchor} in {target or 'this page'}"
-    for name in re.findall(r"\b(?:notebooks/\d\d_\w+\.ipynb|tests/\w+\.\w+|tools/\w+\.py|benchmarks/\w+\.\w+|docs/\w+\.md|nbs_lib/\w+\.py|datasets-metadata/[\w./-]*\w)", prose):
+                assert anchor in anchors((folder / target).read_text() if target else text), (
+                    f"there is no heading #{anchor} in {target or 'this page'}"
+                )
+    for name in re.findall(
+        r"\b(?:notebooks/\d\d_\w+\.ipynb|tests/\w+\.\w+|tools/\w+\.py|benchmarks/\w+\.\w+|docs/\w+\.md|nbs_lib/\w+\.py|datasets-metadata/[\w./-]*\w)",
+        prose,
+    ):
         assert (ROOT / name).exists(), f"there is no {name}"
 
 
@@ -191,16 +271,26 @@ def test_readme_is_short():
 
 def test_every_environment_variable_is_explained():
     internal = {"NBS_LESSON"}  # set by tools/notebooks.py alone
-    used = {name for path in (ROOT / "nbs_lib").glob("*.py") for name in re.findall(r"NBS_[A-Z_]+", path.read_text())}
+    used = {
+        name
+        for path in (ROOT / "nbs_lib").glob("*.py")
+        for name in re.findall(r"NBS_[A-Z_]+", path.read_text())
+    }
     assert used - internal <= set(re.findall(r"NBS_[A-Z_]+", README.read_text()))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
 def test_links_of_a_notebook_lead_somewhere(path):
-    check_links("\n\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"), path.parent)
+    check_links(
+        "\n\n".join(
+            cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"
+        ),
+        path.parent,
+    )
 
 
 # ---- tables and pictures
+
 
 def test_tables_are_those_of_the_files():
     stale = [name for page in tables.PAGES for name in tables.fill((ROOT / page).read_text())[1]]
@@ -208,7 +298,10 @@ def test_tables_are_those_of_the_files():
 
 
 def test_every_table_has_its_place():
-    assert {m[1] for page in tables.PAGES for m in tables.MARKS.findall((ROOT / page).read_text())} == {*tables.BLOCKS, "faults"}
+    assert {m[1] for page in tables.PAGES for m in tables.MARKS.findall((ROOT / page).read_text())} == {
+        *tables.BLOCKS,
+        "faults",
+    }
 
 
 def test_every_benchmark_is_described():
@@ -219,11 +312,43 @@ def test_every_benchmark_is_described():
 
 def test_synthetic_and_real_scores_never_share_a_table(tmp_path, monkeypatch):
     for kind, r2 in (("synthetic", 0.9), ("real", 0.6)):
-        pd.DataFrame([{"model": "ensemble", "judged_on": "grouped", "r2": r2, "low": None, "high": None, "photos": 9, **dict.fromkeys(TARGETS, -0.001)}]).to_csv(tmp_path / f"{kind}_x.csv", index=False)
-        (tmp_path / f"{kind}_x.json").write_text(json.dumps({"photographs": kind, "profile": "x", "preset": "", "overrides": [], "seed": 1, "photos": 9, "sites": 3, "date": "", "seconds": {"eda": 60}, "peak_gb": 1, "machine": {}}))
+        pd.DataFrame(
+            [
+                {
+                    "model": "ensemble",
+                    "judged_on": "grouped",
+                    "r2": r2,
+                    "low": None,
+                    "high": None,
+                    "photos": 9,
+                    **dict.fromkeys(TARGETS, -0.001),
+                }
+            ]
+        ).to_csv(tmp_path / f"{kind}_x.csv", index=False)
+        (tmp_path / f"{kind}_x.json").write_text(
+            json.dumps(
+                {
+                    "photographs": kind,
+                    "profile": "x",
+                    "preset": "",
+                    "overrides": [],
+                    "seed": 1,
+                    "photos": 9,
+                    "sites": 3,
+                    "date": "",
+                    "seconds": {"eda": 60},
+                    "peak_gb": 1,
+                    "machine": {},
+                }
+            )
+        )
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for view in (tables.format_scores, tables.format_summary):
-        assert "0.900" in view("synthetic") and "0.600" not in view("synthetic") and "9 real photos" in view("real")
+        assert (
+            "0.900" in view("synthetic")
+            and "0.600" not in view("synthetic")
+            and "9 real photos" in view("real")
+        )
     assert "−0.00" not in tables.format_scores("real")
     assert "Nothing is kept here yet" in tables.format_bench()
     assert tables.fill("<!-- real:begin -->\nold\n<!-- real:end -->")[1] == ["real"]
@@ -236,9 +361,13 @@ def test_picture_is_small_and_described():
 
 # ---- what the page says one may add
 
+
 def test_another_backbone():
     """The first sentence of that list, with a smaller twin of the same family."""
-    assert "`--set train_dinov3.backbone=convnext_tiny --set train_dinov3.weights=FILE`" in CONTRIBUTING.read_text()
+    assert (
+        "`--set train_dinov3.backbone=convnext_tiny --set train_dinov3.weights=FILE`"
+        in CONTRIBUTING.read_text()
+    )
     net = build_model(ModelConfig("test_convnext", dim=16, layers=1, probe=False), "random").eval()
     assert net(torch.rand(2, 2, 3, 64, 64)).shape == (2, 3)
 
@@ -252,7 +381,9 @@ def test_another_mixer(monkeypatch):
             return tokens.flip(1)
 
     monkeypatch.setitem(fusion.FUSIONS, "swap", Swap)
-    net = build_model(ModelConfig("test_convnext", fusion="swap", dim=16, layers=1, probe=False), "random").eval()
+    net = build_model(
+        ModelConfig("test_convnext", fusion="swap", dim=16, layers=1, probe=False), "random"
+    ).eval()
     assert net(torch.rand(2, 2, 3, 64, 64)).shape == (2, 3)
 
 
@@ -260,12 +391,24 @@ def test_another_mixer(monkeypatch):
 def clone(tmp_path_factory):
     "A copy of the suite to change."
     root = tmp_path_factory.mktemp("clone") / "suite"
-    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(".venv*", ".git", "runs", "build", "dist", "wheelhouse", "*.egg-info", "__pycache__"))
+    shutil.copytree(
+        ROOT,
+        root,
+        ignore=shutil.ignore_patterns(
+            ".venv*", ".git", "runs", "build", "dist", "wheelhouse", "*.egg-info", "__pycache__"
+        ),
+    )
     return root
 
 
 def in_clone(clone, *command: str) -> str:
-    done = subprocess.run([sys.executable, *command], cwd=clone, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(clone)})
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(clone)},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -277,44 +420,118 @@ def change(path: Path, old: str, new: str) -> None:
     nbformat.write(nb, path)
 
 
+COUNT = """#| export
+from nbs_lib.runtime import write_json
+from nbs_lib.stages import Run, stage
+
+
+@stage('count', reads=('input/train/*',))
+def run_count(run: Run) -> dict:
+    'Count the photos.'
+    found = {'photos': len(list((run.input / 'train').iterdir()))}
+    write_json(run.artefact_path('count.json'), found)
+    return found"""
+RUN_COUNT = """#| run
+from nbs_lib.count import run_count
+from nbs_lib.run import open_here
+
+run_count(open_here('count', input, output, profile, preset, overrides))"""
+EXPORT = """
+from pathlib import Path
+from nbdev.export import nb_export
+for path in sorted(Path('notebooks').glob('[0-9]*.ipynb')):
+    nb_export(path, 'nbs_lib')
+"""
+BRIGHTEST = """
+import torch
+from nbs_lib.biomass_net import ModelConfig, build_model
+config = ModelConfig('test_convnext', head='brightest', dim=16, layers=1, probe=False)
+print(build_model(config, 'random').eval()(torch.rand(2, 2, 3, 64, 64)).shape)
+"""
+
+
 def test_another_stage_and_another_head(clone, paddock, tmp_path):
     """As the page says: notebook and a line in STAGES; a branch and a name. Exported, and run."""
     stage = nbformat.read(clone / "notebooks/40_siglip.ipynb", as_version=4)
-    cells = [nbformat.v4.new_code_cell("#| default_exp count"), next(c for c in stage.cells if "parameters" in c.metadata.get("tags", []))]
-    cells.append(nbformat.v4.new_code_cell("#| export\nfrom nbs_lib.runtime import write_json\nfrom nbs_lib.stages import Run, stage\n\n\n@stage('count', reads=('input/train/*',))\n"
-                                           "def run_count(run: Run) -> dict:\n    'How many photos there are.'\n    found = {'photos': len(list((run.input / 'train').iterdir()))}\n"
-                                           "    write_json(run.artefact_path('count.json'), found)\n    return found"))
-    cells.append(nbformat.v4.new_code_cell("#| run\nfrom nbs_lib.run import open_here\nfrom nbs_lib.count import run_count\nrun_count(open_here('count', input, output, profile, preset, overrides))"))
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=stage.metadata), clone / "notebooks/45_count.ipynb")
-    change(clone / "notebooks/90_run.ipynb", '"submit": "60_submit"}', '"submit": "60_submit", "count": "45_count"}')
-    change(clone / "notebooks/32_biomass_net.ipynb", '"head": ("pooled", "recipe", "density", "none")', '"head": ("pooled", "recipe", "density", "none", "brightest")')
-    change(clone / "notebooks/32_biomass_net.ipynb", '        if self.kind != "density":\n', '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n        if self.kind != "density":\n')
-    in_clone(clone, "-c", "from nbdev.export import nb_export; from pathlib import Path; [nb_export(p, 'nbs_lib') for p in sorted(Path('notebooks').glob('[0-9]*.ipynb'))]")
+    parameters = next(c for c in stage.cells if "parameters" in c.metadata.get("tags", []))
+    sources = "#| default_exp count", COUNT, RUN_COUNT
+    cells = [nbformat.v4.new_code_cell(source) for source in sources]
+    notebook = nbformat.v4.new_notebook(cells=[cells[0], parameters, *cells[1:]], metadata=stage.metadata)
+    nbformat.write(notebook, clone / "notebooks/45_count.ipynb")
+    submit = '"submit": "60_submit"'
+    change(clone / "notebooks/90_run.ipynb", submit, f'{submit}, "count": "45_count"')
+    net = clone / "notebooks/32_biomass_net.ipynb"
+    change(net, '"density", "none")', '"density", "none", "brightest")')
+    branch = '        if self.kind == "brightest":\n            tokens = tokens.amax(1, keepdim=True)\n'
+    old = '        if self.kind != "density":\n'
+    change(net, old, branch + old)
+    in_clone(clone, "-c", EXPORT)
     out = tmp_path / "out"
-    in_clone(clone, "-m", "nbs_lib.run", "--profile", "demo", "--input", str(paddock), "--output", str(out), "--only", "count", "--no-report")
+    words = "-m nbs_lib.run --profile demo --only count --no-report".split()
+    in_clone(clone, *words, "--input", str(paddock), "--output", str(out))
     assert json.loads((out / "artefacts/count.json").read_text()) == {"photos": 24}
-    shape = in_clone(clone, "-c", "import torch; from nbs_lib.biomass_net import *; print(build_model(ModelConfig('test_convnext', head='brightest', dim=16, layers=1, probe=False), 'random').eval()(torch.rand(2, 2, 3, 64, 64)).shape)")
-    assert "[2, 3]" in shape
+    assert "[2, 3]" in in_clone(clone, "-c", BRIGHTEST)
 
 
 # ---- the checks themselves can fail
 
+
 def test_commands_are_found():
-    text = "Run `papermill a.ipynb b.ipynb` or `nbdev-clean`, not `make`.\n```\nmake demo   # minutes\nruns/demo/x.csv  the file\npython -m nbs_lib.run --profile P \\\n  --input DIR\n          [--only STAGE]...\n```\n```mermaid\nmake --> test\n```\n"
-    assert commands(text) == ["make demo", "python -m nbs_lib.run --profile P --input DIR [--only STAGE]...", "papermill a.ipynb b.ipynb", "nbdev-clean"]
-    assert plain("python -m nbs_lib.run [--sandbox {auto,none}] [--report/--no-report] [--set stage.key=value]...")[3:] == ["--sandbox", "auto", "--report", "--set", "run.seed=1"]
+    text = """Run `papermill a.ipynb b.ipynb` or `nbdev-clean`, not `make`.
+```
+make demo   # minutes
+runs/demo/x.csv  the file
+python -m nbs_lib.run --profile P \\
+  --input DIR
+          [--only STAGE]...
+```
+```mermaid
+make --> test
+```
+"""
+    assert commands(text) == [
+        "make demo",
+        "python -m nbs_lib.run --profile P --input DIR [--only STAGE]...",
+        "papermill a.ipynb b.ipynb",
+        "nbdev-clean",
+    ]
+    assert plain(
+        "python -m nbs_lib.run [--sandbox {auto,none}] [--report/--no-report] [--set stage.key=value]..."
+    )[3:] == ["--sandbox", "auto", "--report", "--set", "run.seed=1"]
 
 
-@pytest.mark.parametrize("line", ["make harvest", "make run PROFILE=moon DATA=x", "python -m nbs_lib.run --moon demo", "python -m nbs_lib.run --set demo.n_trian=3", "python -m nbs_lib.run --only mow",
-                                  "python -m nbs_lib.moon", "python -m benchmarks.bench --onyl fusion", "papermill notebooks/99_moon.ipynb out.ipynb", "papermill notebooks/41_frozen.ipynb out.ipynb -p inptu x",
-                                  "pip install '.[moon]'", "python tools/moon.py"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "make harvest",
+        "make run PROFILE=moon DATA=x",
+        "python -m nbs_lib.run --moon demo",
+        "python -m nbs_lib.run --set demo.n_trian=3",
+        "python -m nbs_lib.run --only mow",
+        "python -m nbs_lib.moon",
+        "python -m benchmarks.bench --onyl fusion",
+        "papermill notebooks/99_moon.ipynb out.ipynb",
+        "papermill notebooks/41_frozen.ipynb out.ipynb -p inptu x",
+        "pip install '.[moon]'",
+        "python tools/moon.py",
+    ],
+)
 def test_wrong_command_is_found(line):
     with pytest.raises(AssertionError):
         check(line)
 
 
-@pytest.mark.parametrize(("find", "text"), [(check_links, "[x](notebooks/99_moon.ipynb)"), (check_links, "[x](#no-such-heading)"), (check_links, "as tests/moon.py says"), (check_links, '<img src="moon.png">'),
-                                            (check_settings, "`--set moon.key=1`"), (check_settings, "--set demo.n_train=many")])
+@pytest.mark.parametrize(
+    ("find", "text"),
+    [
+        (check_links, "[x](notebooks/99_moon.ipynb)"),
+        (check_links, "[x](#no-such-heading)"),
+        (check_links, "as tests/moon.py says"),
+        (check_links, '<img src="moon.png">'),
+        (check_settings, "`--set moon.key=1`"),
+        (check_settings, "--set demo.n_train=many"),
+    ],
+)
 def test_wrong_pointer_is_found(find, text):
     with pytest.raises((AssertionError, InputError)):
         find(text)
