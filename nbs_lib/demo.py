@@ -148,7 +148,7 @@ def _tint(rng, colour: tuple, n: int, spread: float = 0.10) -> np.ndarray:
     light, yellow = np.clip(rng.normal((1, 0), spread, (n, 2)), (0.6, -0.15), (1.4, 0.15)).T
     return np.array(colour) * light[:, None] * (1 + yellow[:, None] * np.array([0.9, 0.1, -0.7]))
 
-
+# %% ../notebooks/09_demo.ipynb #4fa82085
 def sow_grass(rng, n: int, site: Site, height_cm: float, size: tuple, dead: bool = False) -> Plants:
     "Sow n blades of grass, green or senesced; senesced ones lie lower, are rolled thin and wind more."
     px = PX_PER_MM * size[0] / WIDTH
@@ -177,7 +177,7 @@ def sow_grass(rng, n: int, site: Site, height_cm: float, size: tuple, dead: bool
     grams = area / (px * near) ** 2 / seen * g_mm2 * site.heavy * inside
     return Plants(outline, parts, top, grams, area)
 
-# %% ../notebooks/09_demo.ipynb #ed2565e6
+# %% ../notebooks/09_demo.ipynb #dff15886
 def sow_clover(rng, n: int, site: Site, height_cm: float, size: tuple, kind: str = "clover") -> Plants:
     "Sow n trifoliate leaves: clover with pale chevrons, or lucerne (kind 'green'), slim and plain."
     px = PX_PER_MM * size[0] / WIDTH
@@ -301,7 +301,7 @@ def paint(canvas: np.ndarray, kinds: list[Plants], site: Site) -> np.ndarray:
                 cv2.fillPoly(canvas, points, colour, PLAIN if deep else edge, 3)
     return canvas
 
-
+# %% ../notebooks/09_demo.ipynb #0fbcd72e
 def cast_shadow(canvas: np.ndarray, shadows: list[np.ndarray], hard: float) -> np.ndarray:
     "Darken `canvas` under `shadows`, polygons (1, V, 2) on a grid of half the size, by the share `hard`."
     height, width = canvas.shape[:2]
@@ -385,7 +385,7 @@ def add_rod(rng, photo: np.ndarray, edge: str = "bottom") -> np.ndarray:
     _bar(photo, ends(along[0], depth[0]), ends(along[1], depth[1]), thick, colour, rounded=not is_card)
     return photo
 
-
+# %% ../notebooks/09_demo.ipynb #accbda76
 def add_frame(rng, photo: np.ndarray) -> np.ndarray:
     "Return a copy with the dark frame of the quadrat along two to four borders."
     height, width = photo.shape[:2]
@@ -397,7 +397,7 @@ def add_frame(rng, photo: np.ndarray) -> np.ndarray:
         _bar(photo, corners[k], corners[(k + 1) % 4], thick, colour)
     return photo
 
-# %% ../notebooks/09_demo.ipynb #0db91807
+# %% ../notebooks/09_demo.ipynb #30c3c319
 def add_toe(rng, photo: np.ndarray, kind: str) -> np.ndarray:
     "Return a copy with a blurred 'thumb' in a corner or the tip of a 'shoe' at the lower edge."
     height, width = photo.shape[:2]
@@ -502,7 +502,7 @@ def grow_sward(rng, grams: dict[str, float], site: Site, height_cm: float, size:
 
     return {kind: grow(partial(sow, kind), grams[kind]) for kind in ("dead", "green", "clover")}
 
-# %% ../notebooks/09_demo.ipynb #43d13dd7
+# %% ../notebooks/09_demo.ipynb #e9c36e76
 def render_photo(
     seed: int | np.random.Generator,
     green_g: float = 26.6,  # dry matter asked for, a quadrat
@@ -516,7 +516,7 @@ def render_photo(
 ) -> tuple[np.ndarray, dict]:
     """Render a photo (width / 2, width, 3) uint8 RGB; return it with its truth.
 
-    The truth holds the five targets in grams as drawn, `leaf_area_index` (of green and clover seen from above),
+    The truth holds the five targets in grams as drawn, `leaf_area_index` (green and clover from above),
     `disturbances`, and `stamp` (H, W) bool or None. Raises InputError for values out of range.
     """
     rng, site = np.random.default_rng(seed), site or Site()
@@ -556,7 +556,7 @@ def spread_gamma(rng, n: int, shape: float, mean: float) -> np.ndarray:
     many = np.sort(rng.gamma(shape, mean / shape, 4000))
     return rng.permutation(many[((np.arange(n) + rng.random(n)) / n * 4000).astype(int)])
 
-
+# %% ../notebooks/09_demo.ipynb #c833057b
 def draw_sites(rng, n: int) -> list[Site]:
     "Draw n sites, each on its own date."
     shares = np.array(list(STATES.values())) / sum(STATES.values()) * n
@@ -579,7 +579,7 @@ def draw_sites(rng, n: int) -> list[Site]:
         sites.append(_vary_site(rng, Site(str(state), day, species, *map(float, grams), blade_mm=blade)))
     return sites
 
-
+# %% ../notebooks/09_demo.ipynb #3b118123
 def _vary_site(rng, site: Site) -> Site:
     "Return the site with a height that fits its biomass, and its own soil, light and habits."
     mass = site.green_g + site.dead_g + site.clover_g
@@ -614,7 +614,7 @@ class Shot:
     height_cm: float
     stamped: bool
 
-
+# %% ../notebooks/09_demo.ipynb #45cf5a29
 def plan_shots(n_train: int, n_test: int, seed: int, n_sites: int | None = None) -> list[Shot]:
     "Plan all photos: `n_sites` training sites (None: 14 for 80 photos), and others for the test alone."
     rng = np.random.default_rng([seed, 2015])
@@ -646,7 +646,7 @@ def _plan_shot(rng, image_id: str, split: str, seed: int, site: Site) -> Shot:
     grams = np.clip((green, dead, clover), 0, (158, 84, 72)).tolist()
     return Shot(image_id, split, seed, site, *grams, float(np.clip(height, 1, 70)), bool(rng.random() < 0.12))
 
-
+# %% ../notebooks/09_demo.ipynb #0c4b94d1
 def render_shot(shot: Shot, folder: Path, width: int = WIDTH) -> dict:
     "Render one photo into `folder`/train or /test as JPEG; return its row of the table."
     cv2.setNumThreads(1)
@@ -683,7 +683,7 @@ def _sidecar_paths(folder: Path) -> tuple[Path, Path]:
     "Return the paths of a demo's marker and truth: next to the folder, never in it."
     return folder.with_name(f"{folder.name}-demo.json"), folder.with_name(f"{folder.name}-truth.csv")
 
-# %% ../notebooks/09_demo.ipynb #508818c0
+# %% ../notebooks/09_demo.ipynb #15cd0771
 def write_demo(
     folder: str | Path,
     n_train: int = 80,
@@ -717,7 +717,7 @@ def write_demo(
         raise InputError(f"demo: {folder} {reason}; free disk space or give another folder") from e
     return folder
 
-
+# %% ../notebooks/09_demo.ipynb #a87c9515
 def _write(folder: Path, shots: list[Shot], wanted: dict, workers: int, width: int) -> None:
     "Render into a temporary folder, then move everything to its place; the marker comes last."
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ class StampSegmenter(nn.Module):
         "Return the logits of a line alone, in two thirds of the time."
         return self.line(self.encode(x)[1])[:, 0]
 
-# %% ../notebooks/20_inpaint.ipynb #654b512c
+# %% ../notebooks/20_inpaint.ipynb #2dee6af1
 def networks_path() -> Path:
     "Return the file of both networks' weights; it ships with the library."
     return package_folder() / "stamp_nets.safetensors"
@@ -179,7 +179,7 @@ def detect_cells(small: np.ndarray, net: StampDetector | None = None) -> np.ndar
     cells[0, round(FRAME * h) : h - round(FRAME * h), round(SIDE * w) : w - round(SIDE * w)] = -99
     return cells
 
-# %% ../notebooks/20_inpaint.ipynb #a6ab7626
+# %% ../notebooks/20_inpaint.ipynb #0c2a7cfc
 def find_places(
     photo: np.ndarray,  # (H, W, 3) uint8
     net: StampDetector | None = None,
@@ -245,7 +245,7 @@ class Window:
         dx, dy = x - self.middle[0], y - self.middle[1]
         return dx * self.scale + self.ink.shape[1] / 2, dy * self.scale + WINDOW / 2
 
-# %% ../notebooks/20_inpaint.ipynb #d1c88814
+# %% ../notebooks/20_inpaint.ipynb #cec55dc5
 def cut_window(photo: np.ndarray, middle: tuple[float, float], height: float, width: int) -> np.ndarray:
     "Cut (48, width, …) around `middle`, glyphs of `height` scaled to 20 pixels; mirror beyond an edge."
     scale, (x, y), size = GLYPH / height, middle, photo.shape[1::-1]
@@ -269,7 +269,7 @@ def box_anchor(box: Box) -> tuple[tuple[float, float], float]:
     x0, y0, x1, y1 = box
     return ((x0 + x1) / 2, (y0 + y1) / 2), max(4.0, y1 - y0)
 
-
+# %% ../notebooks/20_inpaint.ipynb #37209fff
 def segment_box(photo: np.ndarray, box: Box, net: StampSegmenter | None = None, reach: float = 3) -> Window:
     "Segment `box` and `reach` heights on both of its sides, at most 80 heights."
     middle, height = box_anchor(box)
@@ -297,7 +297,7 @@ def score_candidates(
     with torch.inference_mode():
         return (net or load_networks()[1]).line_logits(normalise_pixels(windows)).amax((1, 2)).numpy()
 
-# %% ../notebooks/20_inpaint.ipynb #74d492a6
+# %% ../notebooks/20_inpaint.ipynb #e6e18f25
 def ink_box(window: Window, least: float = 0.3, gap: float = 3.3) -> Box | None:
     "Return the box of the line with the most ink, or None; glyphs `gap` heights apart are another line."
     h, w = window.ink.shape
@@ -396,7 +396,7 @@ def overlap(one: Box, other: Box) -> float:
     w, h = (min(one[k + 2], other[k + 2]) - max(one[k], other[k]) for k in (0, 1))
     return max(0, w) * max(0, h) / min((b[2] - b[0]) * (b[3] - b[1]) for b in (one, other))
 
-# %% ../notebooks/20_inpaint.ipynb #c1aca8ef
+# %% ../notebooks/20_inpaint.ipynb #ac33bc1f
 SCALES = (0.8, 1.25)  # a glyph that is missed at one scale is seen at another
 
 
@@ -432,7 +432,7 @@ def line_mask(photo: np.ndarray, line: Line, least: float = 0.12) -> tuple[tuple
     ink = cv2.dilate(ink, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grown, grown)))
     return np.s_[top:bottom, left:right], ink.view(bool)
 
-# %% ../notebooks/20_inpaint.ipynb #9d34f8ca
+# %% ../notebooks/20_inpaint.ipynb #0f5ff764
 MAX_SHARE = 0.05  # of a photo; a long line of glyphs 60 pixels high covers half of that
 
 
@@ -466,7 +466,7 @@ def inpaint_stamp(
         out[y0:y1, x0:x1][part] = cv2.inpaint(near, part.astype(np.uint8), 3, cv2.INPAINT_TELEA)[part]
     return out
 
-
+# %% ../notebooks/20_inpaint.ipynb #937d290b
 def paint_mask(photo: np.ndarray, rule: str) -> np.ndarray | None:
     "Return what `rule` (stamp, orange, none) masks, (H, W) bool, or None; raise InputError for another rule."
     rules = {"stamp": stamp_mask, "orange": orange_rule, "none": lambda photo: np.zeros((1, 1), bool)}
@@ -572,7 +572,7 @@ def build_store(run: Run, split: str, paths: Sequence, ids: Sequence, size, **op
     "Build the store of one size; `options` are those of `build_stores`."
     return build_stores(run, split, paths, ids, [size], **options)[0]
 
-# %% ../notebooks/20_inpaint.ipynb #c539aa4e
+# %% ../notebooks/20_inpaint.ipynb #e28676d6
 def _build_one(i: int, path: str | Path, writers: list[StoreWriter], settings: Settings, strict: bool) -> str:
     "Clean photo i and write it to every store that lacks it; return a warning or ''."
     content, warning = b"", ""
@@ -636,7 +636,7 @@ def readable_photos(run: Run) -> dict[str, Path]:
             run.warn(f"{e} (left out of the store)")
     return found
 
-# %% ../notebooks/20_inpaint.ipynb #a0c1caf0
+# %% ../notebooks/20_inpaint.ipynb #d3a9ca85
 @stage("inpaint", sections=("photos", "train_dinov3", "frozen"), reads=(
     "input/train.csv", "input/test.csv", "input/sample_submission*.csv", "input/train/*", "input/test/*"))
 def run_inpaint(run: Run) -> dict:

@@ -58,7 +58,7 @@ def draw_ground(rng: np.random.Generator, kind: str) -> np.ndarray:
         photo = draw_frame(photo, rng)
     return draw_grain(photo, rng) if rng.random() < 0.6 else photo
 
-# %% ../notebooks/21_stamp_training.ipynb #cae6600d
+# %% ../notebooks/21_stamp_training.ipynb #abdfdafa
 def rod_corners(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     "Draw the corners (4, 2) of a rod along an edge, mostly the bottom."
     edge = str(rng.choice(["bottom", "top", "side"], p=[0.6, 0.2, 0.2]))
@@ -80,7 +80,7 @@ def card_corners(rng: np.random.Generator, height: int, width: int) -> np.ndarra
     left = (width - across if rng.random() < 0.5 else across) + lean * along
     return np.stack([left, (height - along if rng.random() < 0.7 else along) + lean * across], 1)
 
-
+# %% ../notebooks/21_stamp_training.ipynb #08759b4f
 def draw_pale(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Return a copy with a pale rod along an edge or a card in a corner, shaded and with a shadow."
     h, w = photo.shape[:2]
@@ -111,7 +111,7 @@ def draw_grain(photo: np.ndarray, rng: np.random.Generator, most: float = 18) ->
     grain = grain + colour * rng.standard_normal((h, w, 3), np.float32)
     return (photo + grain).clip(0, 255).astype(np.uint8)
 
-# %% ../notebooks/21_stamp_training.ipynb #f526713e
+# %% ../notebooks/21_stamp_training.ipynb #a1a3eb5a
 def draw_texture(rng: np.random.Generator, name: str, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     "Draw (1000, 2000, 3) uint8: a texture of scikit-image between the colours `low` and `high`."
     from skimage import data
@@ -139,7 +139,7 @@ def draw_picture(rng: np.random.Generator) -> np.ndarray:
     light = rng.uniform((1, 0.9, 0.5), (1.4, 1.1, 1)) * rng.uniform(0.6, 1.15)
     return (picture[y : y + 1000, x : x + 2000] * light).clip(0, 255).astype(np.uint8)
 
-
+# %% ../notebooks/21_stamp_training.ipynb #15b523c5
 def draw_litter(rng: np.random.Generator, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     "Draw (1000, 2000, 3) uint8: thousands of stalks over soil of colour `low`; dry ones are `high`."
     photo = np.full((1000, 2000, 3), low, np.uint8)
@@ -231,7 +231,7 @@ def draw_pieces(kind: str, seed: list[int], count: int = 24) -> tuple[np.ndarray
     pictures, boxes = zip(*(draw_piece(ground, rng) for _ in range(count)))
     return np.stack(pictures), np.stack(boxes)
 
-# %% ../notebooks/21_stamp_training.ipynb #74415884
+# %% ../notebooks/21_stamp_training.ipynb #1dd2efdc
 def detector_targets(boxes: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Return the targets (n, 24, 40) for pieces with `boxes` (n, 4).
 
@@ -307,7 +307,7 @@ def draw_windows(kind: str, seed: list[int], detector: StampDetector, width: int
     pictures, ink = zip(*windows)
     return np.stack(pictures), np.stack(ink)
 
-# %% ../notebooks/21_stamp_training.ipynb #5ea5ca07
+# %% ../notebooks/21_stamp_training.ipynb #315827de
 def segmenter_targets(ink: np.ndarray) -> tuple[Tensor, Tensor]:
     "Return ink at half size (n, 24, w/2), and cells (n, 12, w/4): 1 in the line, 0 outside, -1 at its rim."
     cells = np.zeros((len(ink), WINDOW // 4, ink.shape[2] // 4), np.float32)
@@ -329,7 +329,7 @@ def segmenter_loss(net: StampSegmenter, x: Tensor, ink: Tensor, cells: Tensor) -
     dice = 1 - (2 * (share * ink).sum(where) + 1) / (share.sum(where) + ink.sum(where) + 1)
     return 6 * F.binary_cross_entropy_with_logits(logits, ink) + dice.mean() + line_loss(line, cells)
 
-# %% ../notebooks/21_stamp_training.ipynb #e6f13314
+# %% ../notebooks/21_stamp_training.ipynb #9417f9be
 def fit_network(
     net: nn.Module,
     loss: Callable,  # (net, x, *targets) → scalar
@@ -362,7 +362,7 @@ def fit_network(
             print(f"{type(net).__name__}: {state}", flush=True)
     return net.eval()
 
-# %% ../notebooks/21_stamp_training.ipynb #58e3637c
+# %% ../notebooks/21_stamp_training.ipynb #590859d1
 def fit_detector(minutes: float = 50, seed: int = 1, grounds: int = 700) -> None:
     "Fit the detector further (a new one if there is none) on pieces of `grounds` grounds, and save it."
     torch.manual_seed(seed)
@@ -404,7 +404,7 @@ def box_of(truth: np.ndarray) -> np.ndarray:
 
 RULES = {"writing (stamp_mask)": stamp_mask, "the orange rule": orange_rule}
 
-
+# %% ../notebooks/21_stamp_training.ipynb #2db65080
 def score_detectors(
     rules: dict[str, Callable[[np.ndarray], np.ndarray]],  # name: photo → mask
     count: int = 20,  # composites with a stamp, and as many without
@@ -461,7 +461,7 @@ def print_detector_scores(count: int, seed: int = 0, keep: str = "") -> None:
         with atomic(Path(keep)) as temporary:
             table.round(4).to_csv(temporary)
 
-
+# %% ../notebooks/21_stamp_training.ipynb #c764e314
 def make_parser() -> argparse.ArgumentParser:
     "Return the parser of `python -m nbs_lib.stamp_training`."
     p = argparse.ArgumentParser(prog="python -m nbs_lib.stamp_training",

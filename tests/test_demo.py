@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    return write_demo(tmp_path_factory.mktemp("demo") / "paddock", 42, 8, seed=5, sites=9, width=400, workers=2)
+    folder = tmp_path_factory.mktemp("demo") / "paddock"
+    return write_demo(folder, 42, 8, seed=5, sites=9, width=400, workers=2)
 
 
 def contents(folder):
@@ -48,7 +49,8 @@ def test_form_is_kaggles(small):
     train, test, sample = (pd.read_csv(small / f"{n}.csv") for n in ("train", "test", "sample_submission"))
     assert list(train) == ["sample_id", "image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_NDVI",
                            "Height_Ave_cm", "target_name", "target"]
-    assert list(test) == ["sample_id", "image_path", "target_name"] and list(sample) == ["sample_id", "target"]
+    assert list(test) == ["sample_id", "image_path", "target_name"]
+    assert list(sample) == ["sample_id", "target"]
     assert len(train) == 42 * 5 and (test["sample_id"] == sample["sample_id"]).all() and len(test) == 8 * 5
     assert train["Sampling_Date"].str.fullmatch(r"2015/[1-9]\d?/[1-9]\d?").all()
     assert train["image_path"].str.fullmatch(r"train/ID\d{7,10}\.jpg").all()
@@ -99,7 +101,10 @@ def test_foreign_folder_is_refused_untouched(tmp_path):
     assert contents(tmp_path) == {"thesis/a.txt": b"mine", "file": b"mine"}
 
 
-@pytest.mark.parametrize("wrong", [{"n_train": 1}, {"n_test": 0}, {"n_train": 6.5}, {"sites": 1}, {"width": 10}])
+COUNTS = [{"n_train": 1}, {"n_test": 0}, {"n_train": 6.5}, {"sites": 1}, {"width": 10}]
+
+
+@pytest.mark.parametrize("wrong", COUNTS)
 def test_bad_counts(tmp_path, wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         write_demo(tmp_path / "d", **{"n_train": 6, "n_test": 2, "width": 240, "workers": 1, **wrong})

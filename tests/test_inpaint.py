@@ -1,4 +1,4 @@
-"""Find and paint over date stamps: sizes, colours, edges, turned photos, rules, and the fit of the two networks."""
+"""Date stamps: sizes, colours, edges, turned photos, rules, and the fit of the two networks."""
 import shutil
 
 import cv2
@@ -64,9 +64,10 @@ def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the StampDetector"):
         inpaint.load_network(inpaint.StampDetector)  # not random ones, which would paint anything
     stamp_training.fit_detector(minutes=0.01, grounds=2)
-    finder = inpaint.load_network(inpaint.StampDetector).state_dict()
+    detector = inpaint.load_network(inpaint.StampDetector).state_dict()
     stamp_training.fit_segmenter(minutes=0.01, grounds=2)
-    assert all(torch.equal(v, finder[key]) for key, v in inpaint.load_network(inpaint.StampDetector).state_dict().items())
+    after = inpaint.load_network(inpaint.StampDetector).state_dict()
+    assert all(torch.equal(v, detector[key]) for key, v in after.items())
     before = inpaint.load_network(inpaint.StampSegmenter).state_dict()["line.weight"]
     stamp_training.fit_segmenter(minutes=0.01, grounds=2, seed=2)  # goes on
     after = inpaint.load_network(inpaint.StampSegmenter).state_dict()["line.weight"]
@@ -76,7 +77,8 @@ def test_fitting_keeps_each_network_beside_the_other(monkeypatch, tmp_path):
 def test_the_search_is_judged_from_the_command_line(tmp_path, capsys):
     assert stamp_training.main(["judge", "2", "--keep", str(tmp_path / "new" / "stamps.csv")]) == 0
     header, first, *_ = (tmp_path / "new" / "stamps.csv").read_text().splitlines()
-    assert header == "rule,stamps,recall,precision,clean,coverage,area" and first.startswith("writing (stamp_mask),2.0,")
+    assert header == "rule,stamps,recall,precision,clean,coverage,area"
+    assert first.startswith("writing (stamp_mask),2.0,")
     assert stamp_training.main(["judge", "0"]) == 2
     assert capsys.readouterr().err == "error: judge 0: at least one composite is needed\n"
 
@@ -86,7 +88,8 @@ def test_rules_and_crop():
     photo = grass(3)
     photo[400:500, 400:900] = (230, 150, 40)
     clean, mask = clean_photo(photo, settings, with_mask=True)
-    assert clean.shape == photo.shape and mask[450, 600] and orange_rule(photo)[450, 600] and not stamp_mask(photo).any()
+    assert clean.shape == photo.shape and mask[450, 600]
+    assert orange_rule(photo)[450, 600] and not stamp_mask(photo).any()
     for bad in ("inpaint.rule=blue", "inpaint.crop_bottom=0.7"):
         with pytest.raises(InputError, match=r"settings \[inpaint\]"):
             clean_photo(photo, load_settings("demo", overrides=[bad]).inpaint)
