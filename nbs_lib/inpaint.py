@@ -41,7 +41,7 @@ from .runtime import InputError, atomic, keep_memory, progress
 from .settings import InpaintSettings, Settings, package_folder
 from .stages import Run, code_behaviour, stage
 from nbs_lib.store import (
-    FULL, ROW, PhotoStore, StoreWriter, check_augmentation, check_room, half_shape, photo_weights,
+    FULL, ROW, PhotoStore, StoreWriter, check_augmentation, check_disk_space, half_shape, photo_weights,
     store_folder, wanted_shapes,
 )
 from .tables import read_test, read_train
@@ -493,7 +493,7 @@ def build_stores(
     if len(paths) != len(ids) or len(set(ids)) != len(ids):
         raise InputError(f"{split} photos: {len(paths)} files and {len(set(ids))} image_ids; each photo needs one of its own")
     folders = {store_folder(run, split, shape, folder): half_shape(shape) if isinstance(shape, int) else tuple(shape) for shape in shapes}
-    check_room(folders, len(paths))
+    check_disk_space(folders, len(paths))
     code_key()  # without the networks no photo can be cleaned: that is no fault of a photo
     keep_memory()
     writers = [StoreWriter(place, ids, shape) for place, shape in folders.items()]

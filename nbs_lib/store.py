@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'NUMBER', 'RULE', 'ROW', 'BOUNDS', 'half_shape', 'wanted_shapes', 'store_bytes', 'photo_weights', 'PhotoStore',
-           'store_folder', 'open_store', 'store_forms', 'StoreWriter', 'has_shape', 'check_room', 'to_panorama',
+           'store_folder', 'open_store', 'store_forms', 'StoreWriter', 'has_shape', 'check_disk_space', 'to_panorama',
            'to_halves', 'tta_views', 'augment', 'check_augmentation', 'quarter_turns', 'move_camera', 'overlay_stamp',
            'to_tensor']
 
@@ -206,7 +206,7 @@ def has_shape(path: Path, shape: tuple, dtype: np.dtype) -> bool:
     return there.shape == shape and there.dtype == dtype
 
 
-def check_room(folders: dict[Path, Shape], photos: int) -> None:
+def check_disk_space(folders: dict[Path, Shape], photos: int) -> None:
     "Raise `InputError` when the disk has no room for what the stores of `photos` photos in `folders` still lack."
     files = {folder / "halves.npy": store_bytes(photos, shape) for folder, shape in folders.items()}
     need = sum(max(0, size - (path.stat().st_blocks * 512 if path.is_file() else 0)) for path, size in files.items())
@@ -234,7 +234,7 @@ _IMPORTING = threading.Lock()  # the filters of warnings are those of all thread
 _OWN = threading.local()  # a Compose holds its generator of random numbers: each thread has its own
 
 
-def _colour(jitter: float, hue: float):
+def _color_jitter(jitter: float, hue: float):
     "Return this thread's colour jitter of Albumentations, of strengths `jitter` (brightness, contrast, saturation) and `hue`."
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for a newer version
     if getattr(_OWN, "strengths", None) != (jitter, hue):
@@ -261,7 +261,7 @@ def augment(pair: np.ndarray, rng: np.random.Generator, settings: PhotosSettings
     if settings.lamps > 0 and rng.random() < settings.lamps:
         panorama = draw_lamps(panorama, rng)
     if settings.jitter > 0 or settings.hue > 0:
-        change = _colour(settings.jitter, settings.hue)
+        change = _color_jitter(settings.jitter, settings.hue)
         change.set_random_seed(int(rng.integers(2**31)))
         panorama = change(image=np.ascontiguousarray(panorama))["image"]
     if settings.stamps > 0 and rng.random() < settings.stamps:

@@ -318,7 +318,7 @@ def test_a_disk_that_fills_up_in_the_middle(folder, monkeypatch):
     try:
         paths = write_photos(folder, 20)
         ids = [p.stem for p in paths]
-        monkeypatch.setattr(inpaint, "check_room", lambda *_: None)  # another program took the room after it was checked
+        monkeypatch.setattr(inpaint, "check_disk_space", lambda *_: None)  # another program took the room after it was checked
         with pytest.raises(OSError) as told:
             build_store(run_in(folder), "train", paths, ids, 64, folder=small)
         assert told.value.errno == errno.ENOSPC and not (small / "train_64x64/store.json").exists()
