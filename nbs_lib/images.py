@@ -10,8 +10,8 @@ __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'END', 'RETRY', 'SIGNATURES', 'BRANDS', 'EX
            'read_orientation', 'turn_upright', 'xyz_matrix', 'srgb_to_linear', 'pack_fixed', 'rgb_profile',
            'srgb_transform', 'coded_colours', 'has_adobe_note', 'find_profile', 'open_image', 'is_raw', 'open_heic',
            'to_rgb', 'decode_photo', 'quiet_pillow', 'decode_format', 'to_landscape', 'crop_bottom', 'split_halves',
-           'resize_half', 'luminance', 'chromaticity', 'excess_green', 'photo_quality', 'red_lamps', 'pale_grey',
-           'pale_at_edge', 'dark_edge', 'sharpness']
+           'resize_half', 'luminance', 'chromaticity', 'excess_green', 'orange_mask', 'photo_quality', 'red_lamps',
+           'pale_grey', 'pale_at_edge', 'dark_edge', 'sharpness']
 
 # %% ../notebooks/07_images.ipynb #7d1e02ab
 import contextlib
@@ -110,7 +110,7 @@ def container_size(content: bytes, form: str) -> int:
 
 
 def check_complete(content: bytes, form: str, name: str | Path, tail: int = 512) -> None:
-    "Raise `InputError` for a WebP, HEIC or AVIF file that is too short or ends in `tail` zero bytes."
+    "Raise `InputError` for a WebP, HEIC or AVIF file that is too short or ends in zero bytes."
     size = container_size(content, form)
     if size > len(content):
         raise InputError(f"{name}: is a truncated {form} ({len(content)} of {size} bytes); {RETRY}")
@@ -431,6 +431,12 @@ def chromaticity(red: np.ndarray, green: np.ndarray, blue: np.ndarray, epsilon: 
 def excess_green(red, green, blue):
     "Return 2 green - red - blue."
     return 2 * green - red - blue
+
+
+def orange_mask(photo: np.ndarray, least: int = 150) -> np.ndarray:
+    "Return the mask (H, W), 255 or 0, of hue 5 to 25 and saturation and value >= `least`, in OpenCV's units."
+    hsv = cv2.cvtColor(photo, cv2.COLOR_RGB2HSV)
+    return cv2.inRange(hsv, (5, least, least), (25, 255, 255))
 
 # %% ../notebooks/07_images.ipynb #3f871161
 QUALITY = {
