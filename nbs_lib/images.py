@@ -170,7 +170,8 @@ def has_missing_rows(content: bytes, photo: np.ndarray) -> bool:
     return bool((decode_without(spare)[: h - flat] != whole[: h - flat]).any())
 
 # %% ../notebooks/07_images.ipynb #effdd60e
-EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, struct.error)  # of Pillow
+# what Pillow raises for a damaged EXIF
+EXIF_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, RuntimeError, struct.error)
 TURNS: dict[int, Callable] = {  # by EXIF orientation (EXIF 2.3, tag 274)
     2: lambda photo: cv2.flip(photo, 1),
     3: lambda photo: cv2.rotate(photo, cv2.ROTATE_180),
