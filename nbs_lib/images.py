@@ -7,14 +7,13 @@ __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'END', 'RETRY', 'SIGNATURES', 'BRANDS', 'EX
            'ADOBE_RGB', 'BT2020', 'D50', 'D65', 'BRADFORD', 'PRIMARIES', 'HDR', 'NOT_READ', 'DNG_VERSION', 'AS_STORED',
            'Shape', 'QUALITY', 'read_photo', 'read_bytes', 'check_size', 'file_format', 'container_format',
            'container_size', 'check_complete', 'find_scan_end', 'edge_strips', 'has_flat_edge', 'has_missing_rows',
-           'read_orientation', 'turn_upright', 'xyz_matrix', 'srgb_to_linear', 'pack_fixed', 'rgb_profile',
-           'srgb_transform', 'coded_colours', 'has_adobe_note', 'find_profile', 'open_image', 'is_raw', 'open_heic',
-           'to_rgb', 'decode_photo', 'quiet_pillow', 'decode_format', 'to_landscape', 'crop_bottom', 'split_halves',
-           'resize_half', 'luminance', 'chromaticity', 'excess_green', 'orange_mask', 'photo_quality', 'red_lamps',
-           'pale_grey', 'pale_at_edge', 'dark_edge', 'sharpness']
+           'read_orientation', 'turn_upright', 'xyz_matrix', 'pack_fixed', 'rgb_profile', 'srgb_transform',
+           'coded_colours', 'has_adobe_note', 'find_profile', 'open_image', 'is_raw', 'open_heic', 'to_rgb',
+           'decode_photo', 'decode_format', 'to_landscape', 'crop_bottom', 'split_halves', 'resize_half', 'luminance',
+           'chromaticity', 'excess_green', 'orange_mask', 'photo_quality', 'red_lamps', 'pale_grey', 'pale_at_edge',
+           'dark_edge', 'sharpness']
 
 # %% ../notebooks/07_images.ipynb #7d1e02ab
-import contextlib
 import functools
 import io
 import re
@@ -210,11 +209,6 @@ def xyz_matrix(primaries: tuple) -> np.ndarray:
     cones = np.linalg.inv(BRADFORD) @ np.diag((BRADFORD @ D50) / (BRADFORD @ D65)) @ BRADFORD
     return cones @ (columns * np.linalg.solve(columns, D65))
 
-
-def srgb_to_linear(v: np.ndarray) -> np.ndarray:
-    "Decode sRGB values from 0 to 1 to linear light (IEC 61966-2-1)."
-    return np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)
-
 # %% ../notebooks/07_images.ipynb #1ad9af1c
 def pack_fixed(values) -> bytes:
     "Pack numbers as ICC's s15Fixed16, big-endian."
@@ -225,7 +219,8 @@ def pack_fixed(values) -> bytes:
 def rgb_profile(primaries: tuple, gamma: float = 0.0) -> bytes:
     "Build the ICC profile (ICC.1:2001-04) of an RGB space with white D65; gamma 0: the tone curve of sRGB."
     v = np.linspace(0, 1, 1024)
-    linear = np.round(65535 * (v**gamma if gamma else srgb_to_linear(v))).astype(">u2").tobytes()
+    srgb = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
+    linear = np.round(65535 * (v**gamma if gamma else srgb)).astype(">u2").tobytes()
     curve = b"curv" + bytes(4) + struct.pack(">I", len(v)) + linear
     xyz = [b"XYZ " + bytes(4) + pack_fixed(v) for v in (*xyz_matrix(primaries).T, D50)]
     text = b"desc" + bytes(4) + struct.pack(">I", 4) + b"RGB\0" + bytes(78)
@@ -345,7 +340,8 @@ def decode_photo(content: bytes, name: str | Path = "photo") -> np.ndarray:
     "Decode the bytes of a photo file to (H, W, 3) uint8 sRGB, upright; raise `InputError` naming it `name`."
     form = file_format(content)
     try:
-        with quiet_pillow():
+        with warnings.catch_warnings():  # they name no file, and faults that matter are raised
+            warnings.filterwarnings("ignore", module=r"PIL\.")
             return decode_format(content, form, name)
     except Image.DecompressionBombError as e:
         raise InputError(f"{name}: more than {MAX_PIXELS / 1e6:.0f} million pixels; scale it down") from e
@@ -360,14 +356,6 @@ def decode_photo(content: bytes, name: str | Path = "photo") -> np.ndarray:
 
 # %% ../notebooks/07_images.ipynb #e8953bc3
 AS_STORED = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-
-
-@contextlib.contextmanager
-def quiet_pillow():
-    "Silence Pillow's warnings, which name no file; faults that matter are raised."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        yield
 
 
 def decode_format(content: bytes, form: str, name: str | Path) -> np.ndarray:

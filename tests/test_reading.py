@@ -1,4 +1,4 @@
-"""Photo files of every kind: how they are decoded, and which are refused by the first stage that reads them."""
+"""Photo files of every kind: how they are decoded, and which the first stage that reads them refuses."""
 
 import functools
 import io
