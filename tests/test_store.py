@@ -1,4 +1,4 @@
-"""Faults and properties of 20_inpaint and 19_store that are no lesson: kills, full disks, torn stores, flips."""
+"""The store of cleaned photos, its faults (kills, full disks, damaged files), augmentation, quality, weights."""
 import errno
 import os
 import shutil
