@@ -1,4 +1,4 @@
-"""The store of cleaned photos, its faults (kills, full disks, damaged files), augmentation, quality, weights."""
+"""The store of cleaned photos and its faults: kills, full disks, damaged files; augmentation and quality."""
 import errno
 import os
 import shutil
