@@ -42,7 +42,7 @@ from .runtime import InputError, atomic, keep_memory, progress
 from .settings import InpaintSettings, Settings, package_folder
 from .stages import Run, code_behaviour, stage
 from nbs_lib.store import (
-    FULL, ROW, PhotoStore, StoreWriter, check_augmentation, check_room, half_shape, photo_weights,
+    FULL, ROW, PhotoStore, StoreWriter, check_augmentation, check_disk_space, half_shape, photo_weights,
     store_folder, wanted_shapes,
 )
 from .tables import read_test, read_train
@@ -548,7 +548,7 @@ def build_stores(
     for shape in shapes:
         size = half_shape(shape) if isinstance(shape, int) else tuple(shape)
         folders[store_folder(run, split, shape, folder)] = size
-    check_room(folders, len(paths))
+    check_disk_space(folders, len(paths))
     code_key()  # missing networks are no fault of a photo
     keep_memory()
     writers = [StoreWriter(place, ids, shape) for place, shape in folders.items()]

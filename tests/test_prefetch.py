@@ -16,7 +16,7 @@ from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.prediction import ImageBatches, Prefetcher
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
-from nbs_lib.store import _colour, augment, to_tensor
+from nbs_lib.store import _color_jitter, augment, to_tensor
 from nbs_lib.trainer import TrainConfig, read_checkpoint, train
 
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_each_thread_has_a_compose_of_its_own():
     store, made, results = pairs(8), {}, {}
 
     def work(name):
-        made[name] = _colour(JITTER.jitter, JITTER.hue)
+        made[name] = _color_jitter(JITTER.jitter, JITTER.hue)
         results[name] = [augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)]
 
     running = [threading.Thread(target=work, args=(k,)) for k in range(4)]
@@ -95,8 +95,8 @@ def test_each_thread_has_a_compose_of_its_own():
     work("alone")
     assert len({id(m) for m in made.values()}) == 5
     assert all(np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True))
-    assert _colour(0.5, 0.1) is _colour(0.5, 0.1)
-    assert len({id(_colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
+    assert _color_jitter(0.5, 0.1) is _color_jitter(0.5, 0.1)
+    assert len({id(_color_jitter(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
 
 
 def test_bytes_travel_and_are_normalised_on_the_device():

@@ -1,4 +1,4 @@
-"""Photo files of every kind: how they are decoded, and what is refused, by the first stage that reads it."""
+"""Photo files of every kind: how they are decoded, and which the first stage that reads them refuses."""
 
 import functools
 import io
@@ -31,6 +31,7 @@ from nbs_lib.images import (
 from nbs_lib.inpaint import run_inpaint
 from nbs_lib.runtime import InputError, peak_memory
 from nbs_lib.stages import open_run
+from nbs_lib.tables import read_competition
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF", "HEIF")
 
@@ -42,7 +43,7 @@ def heif_writer():
 
 
 def encode(image: Image.Image, form: str, **how) -> bytes:
-    "The bytes of the picture in a format of Pillow, as close to its pixels as the format allows."
+    "Encode the picture in a format of Pillow, as close to its pixels as the format allows."
     file = io.BytesIO()
     best = {
         "JPEG": {"subsampling": 0},
@@ -52,6 +53,11 @@ def encode(image: Image.Image, form: str, **how) -> bytes:
     }
     image.save(file, form, **{"quality": 95, **best.get(form, {}), **how})
     return file.getvalue()
+
+
+def three_channels(grey) -> np.ndarray:
+    "Repeat a grey picture (H, W) to (H, W, 3)."
+    return np.repeat(np.asarray(grey)[..., None], 3, 2)
 
 
 # --- pixels and orientation
@@ -65,24 +71,16 @@ def test_modes_become_rgb(tmp_path, mode):
         image = image if mode == "I;16" else image.convert("I")
     else:
         image = Image.fromarray(picture).convert(mode)
-    path = (
-        tmp_path / f"a.{'jpg' if mode in ('RGB', 'L', 'CMYK', 'YCbCr') else 'tif' if mode == 'I' else 'png'}"
-    )
-    image.save(path)
-    photo = read_photo(path)
+    suffix = {"RGB": "jpg", "L": "jpg", "CMYK": "jpg", "YCbCr": "jpg", "I": "tif"}.get(mode, "png")
+    image.save(tmp_path / f"a.{suffix}")
+    photo = read_photo(tmp_path / f"a.{suffix}")
     assert photo.shape == (120, 240, 3) and photo.dtype == np.uint8
+    wanted = picture
+    if mode in ("L", "LA"):
+        wanted = three_channels(image.convert("L"))
+    if mode in ("I;16", "I"):
+        wanted = three_channels(picture[..., 1])
     if mode not in ("1", "P"):
-        wanted = (
-            picture
-            if mode in ("RGB", "RGBA", "CMYK", "YCbCr")
-            else np.repeat(
-                np.asarray(image.convert("L") if mode in ("L", "LA") else Image.fromarray(picture[..., 1]))[
-                    ..., None
-                ],
-                3,
-                2,
-            )
-        )
         assert np.abs(photo.astype(int) - wanted).mean() < 12
 
 
@@ -157,18 +155,15 @@ def test_both_decoders_of_jpeg_turn_alike(blocks):
 )
 def test_alpha_and_grey_of_phone_formats(form, mode):
     picture = grass(0, (120, 240))
-    image = (
-        Image.fromarray(picture[..., 1].astype(np.uint16) * 257)
-        if mode == "I;16"
-        else Image.fromarray(picture).convert(mode)
-    )
     if mode == "RGBA":
+        image, wanted = Image.fromarray(picture).convert(mode), picture
         image.putalpha(Image.fromarray(np.full(picture.shape[:2], 90, np.uint8)))
-    wanted = (
-        picture
-        if mode == "RGBA"
-        else np.repeat(np.asarray(image.convert("L") if mode == "L" else picture[..., 1])[..., None], 3, 2)
-    )
+    elif mode == "L":
+        image = Image.fromarray(picture).convert(mode)
+        wanted = three_channels(image)
+    else:
+        image = Image.fromarray(picture[..., 1].astype(np.uint16) * 257)
+        wanted = three_channels(picture[..., 1])
     assert np.abs(decode_photo(encode(image, form)).astype(int) - wanted).mean() < 6
 
 
@@ -197,7 +192,7 @@ FILM = b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom\0\0\0\x10mdat" + b"12345678"
         ("JPEG", "photo.heic"),
     ],
 )
-def test_a_format_is_told_from_its_bytes(tmp_path, form, name):
+def test_the_bytes_give_the_format(tmp_path, form, name):
     picture = grass(0, (120, 240))
     (tmp_path / name).write_bytes(encode(Image.fromarray(picture), form))
     assert np.abs(read_photo(tmp_path / name).astype(int) - picture).mean() < 4
@@ -223,9 +218,9 @@ def test_brands(brands, form):
 def test_without_its_package_a_heic_names_it(tmp_path, monkeypatch):
     (tmp_path / "IMG_1234.jpg").write_bytes(encode(Image.fromarray(grass(0, (120, 240))), "HEIF"))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    with pytest.raises(InputError, match=r"IMG_1234.jpg: is a HEIC photo .*pip install pillow-heif") as told:
+    with pytest.raises(InputError, match=r"IMG_1234.jpg: is a HEIC photo .*pip install pillow-heif") as error:
         read_photo(tmp_path / "IMG_1234.jpg")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_pillow_without_avif_is_named(monkeypatch):
@@ -399,7 +394,7 @@ def patch_colours(content: bytes) -> np.ndarray:
 
 
 def stored(form: str) -> np.ndarray:
-    "The numbers of the patches as the format keeps them: a lossy one moves them by a step or two."
+    "Return the patches as a format stores them: a lossy one moves them by a step or two."
     kept = patch_colours(encode(chart(), form, quality=100))
     assert np.abs(kept - PATCHES).max() <= 3
     return kept
@@ -540,9 +535,9 @@ def test_refusals_name_the_file(tmp_path):
     Image.new("F", (100, 100)).save(tmp_path / "float.tif")
     (tmp_path / "dir.jpg").mkdir()
     for name in [*bad, "dot.jpg", "float.tif", "dir.jpg", "absent.jpg"]:
-        with pytest.raises(InputError) as told:
+        with pytest.raises(InputError) as error:
             read_photo(tmp_path / name)
-        assert name in str(told.value) and "\n" not in str(told.value) and len(str(told.value)) < 400
+        assert name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("size", [(20000, 10000), (9000, 8000)])
@@ -602,12 +597,11 @@ def test_a_margin_of_one_colour_is_no_hole(rows, colour, how, capfd):
 def turned(content: bytes, orientation: int) -> bytes:
     exif = Image.Exif()
     exif[274] = orientation
-    told = exif.tobytes()
-    return content[:2] + b"\xff\xe1" + (len(told) + 2).to_bytes(2, "big") + told + content[2:]
+    return content[:2] + segment(0xE1, exif.tobytes()) + content[2:]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_hole_is_told_from_a_margin_however_the_camera_was_held(orientation):
+def test_a_hole_is_no_margin_in_any_orientation(orientation):
     content, picture = jpeg(grass(1, (400, 800))), grass(2, (400, 800))
     with pytest.raises(InputError, match="its lower part is missing"):
         decode_photo(turned(content[: len(content) // 3] + content[len(content) // 2 :], orientation))
@@ -618,7 +612,7 @@ def test_a_hole_is_told_from_a_margin_however_the_camera_was_held(orientation):
 
 
 def of_kind(kind: str, picture: np.ndarray, gap: slice = slice(0, 0)) -> bytes:
-    "The picture as a camera or a phone may write it, the bytes of `gap` (shares of the file) missing."
+    "Write the picture as a camera or a phone may, without the bytes of `gap` (shares of the file)."
     image = Image.fromarray(picture)
     content = encode(image.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB")), "JPEG")
     content = content[: int(gap.start * len(content))] + content[int(gap.stop * len(content)) :]
@@ -645,11 +639,7 @@ def test_a_hole_is_seen_in_files_of_every_kind(kind, capfd):
         content = of_kind(kind, framed)
         assert (Image.open(io.BytesIO(content)).format == "MPO") == (kind == "mpo")
         seen = decode_photo(content)
-        wanted = (
-            framed
-            if kind != "grey"
-            else np.repeat(np.asarray(Image.fromarray(framed).convert("L"))[..., None], 3, 2)
-        )
+        wanted = three_channels(Image.fromarray(framed).convert("L")) if kind == "grey" else framed
         assert np.abs(seen.astype(int) - wanted).mean() < 12
     assert capfd.readouterr().err == ""
 
@@ -727,9 +717,9 @@ def test_the_first_stage_refuses_what_the_second_would(tmp_path, fault):
     if fault == "folder":
         photo.unlink()
         photo.mkdir()
-    with pytest.raises(InputError, match=photo.name) as told:
+    with pytest.raises(InputError, match=photo.name) as error:
         run_eda(open_run(folder, tmp_path / "out", "demo"))
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     assert not (tmp_path / "out/artefacts/eda").exists()
 
 
@@ -738,12 +728,11 @@ def test_a_portrait_photo_is_used_in_landscape(tmp_path):
     picture[:, :100] = (250, 20, 20)
     Image.fromarray(np.rot90(picture, -1)).save(tmp_path / "stands.png")
     assert (to_landscape(read_photo(tmp_path / "stands.png")) == picture).all()
-    assert describe_photo(tmp_path / "stands.png")[1][:, :28].mean((0, 1)) == pytest.approx((250, 20, 20), abs=3)
+    thumbnail = describe_photo(tmp_path / "stands.png")[1]
+    assert thumbnail[:, :28].mean((0, 1)) == pytest.approx((250, 20, 20), abs=3)
 
 
 def test_facts_do_not_depend_on_how_a_photo_is_turned(tmp_path):
-    from nbs_lib.tables import read_competition
-
     folder = write_paddock(tmp_path)
     before, _ = describe_photos(read_competition(folder))
     for photo in (folder / "train").glob("*.jpg"):
@@ -755,33 +744,24 @@ def test_facts_do_not_depend_on_how_a_photo_is_turned(tmp_path):
 def test_heic_photos_are_used_by_the_stages(tmp_path):
     "train.csv and test.csv name IMG_1000.HEIC; another HEIC is called .jpg."
     folder = tiny.competition(tmp_path / "csiro-biomass", n_train=12, n_test=2)
-    before, photos = (
-        describe_photos(open_competition(folder))[0],
-        sorted((folder / "train").iterdir()) + sorted((folder / "test").iterdir()),
-    )
+    before = describe_photos(read_competition(folder))[0]
+    photos = sorted((folder / "train").iterdir()) + sorted((folder / "test").iterdir())
     for k, path in enumerate(photos):
         content = encode(Image.fromarray(read_photo(path)), "HEIF", quality=100)
         path.unlink()
-        path.with_name(path.name if k == 3 else path.stem.replace("ID", "IMG_") + ".HEIC").write_bytes(
-            content
-        )
+        name = path.name if k == 3 else path.stem.replace("ID", "IMG_") + ".HEIC"
+        path.with_name(name).write_bytes(content)
     for name in ("train.csv", "test.csv"):
         table = pd.read_csv(folder / name)
         names = table["image_path"].str.replace(r"ID(\d+).jpg", r"IMG_\1.HEIC", regex=True)
         table["image_path"] = table["image_path"].where(table["image_path"].str.contains("ID1003.jpg"), names)
         table.to_csv(folder / name, index=False)
-    after = describe_photos(open_competition(folder))[0]
+    after = describe_photos(read_competition(folder))[0]
     assert len(after) == 12 and np.abs(before - after).max().max() < 0.02 * before.abs().max().max()
     run = tiny.run_on(folder, tmp_path / "out")
     run_eda(run)
     run_inpaint(run)
     assert len(pd.read_csv(run.artefacts / "photos" / "photos.csv")) == 14
-
-
-def open_competition(folder):
-    from nbs_lib.tables import read_competition
-
-    return read_competition(folder)
 
 
 def test_a_sidecar_is_not_taken_for_the_photo(tmp_path):
