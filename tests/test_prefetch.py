@@ -1,4 +1,5 @@
 """Photographs are loaded while the device computes: the same numbers, no waiting, no thread left behind."""
+
 import dataclasses
 import os
 import signal
@@ -44,16 +45,41 @@ def training(threads, monkeypatch, data=None, epochs=3, **more):
     parts = rng.gamma(2, 10, (len(store), 3))
     y = np.stack([*parts.T, parts[:, 0] + parts[:, 2], parts.sum(1)], 1)
     torch.manual_seed(0)
-    config = ModelConfig("tf_efficientnet_lite0", size=64, squeeze=True, probe=False, head="pooled", fusion="none", dim=16, dropout=0.2)
+    config = ModelConfig(
+        "tf_efficientnet_lite0",
+        size=64,
+        squeeze=True,
+        probe=False,
+        head="pooled",
+        fusion="none",
+        dim=16,
+        dropout=0.2,
+    )
     net = build_model(config)
     net.init_output_from_labels(y)
-    s = dataclasses.replace(load_settings("demo").train_dinov3, unfreeze=1, batch=2, accumulate=2, epochs=epochs, warmup=1, freeze_epochs=0,
-                            patience=99, budget_minutes=0, save_minutes=0.0)
+    s = dataclasses.replace(
+        load_settings("demo").train_dinov3,
+        unfreeze=1,
+        batch=2,
+        accumulate=2,
+        epochs=epochs,
+        warmup=1,
+        freeze_epochs=0,
+        patience=99,
+        budget_minutes=0,
+        save_minutes=0.0,
+    )
     real = Prefetcher.__init__
-    monkeypatch.setattr(Prefetcher, "__init__", lambda self, data, plan, pin=False: real(self, data, plan, pin, threads))
-    fit = TrainConfig((data or ImageBatches)(store, config, JITTER), y, np.arange(len(store)), s, 3, epochs, **more)
+    monkeypatch.setattr(
+        Prefetcher, "__init__", lambda self, data, plan, pin=False: real(self, data, plan, pin, threads)
+    )
+    fit = TrainConfig(
+        (data or ImageBatches)(store, config, JITTER), y, np.arange(len(store)), s, 3, epochs, **more
+    )
     history = train(net, fit)
-    return {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}, [h["loss"] for h in history]
+    return {n: p.detach().clone() for n, p in net.named_parameters() if p.requires_grad}, [
+        h["loss"] for h in history
+    ]
 
 
 def test_any_number_of_threads_trains_the_same_network(monkeypatch):
@@ -85,7 +111,9 @@ def test_each_thread_has_a_compose_of_its_own():
 
     def work(name):
         made[name] = _colour(JITTER.jitter, JITTER.hue)
-        results[name] = [augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)]
+        results[name] = [
+            augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)
+        ]
 
     running = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in running:
@@ -94,7 +122,9 @@ def test_each_thread_has_a_compose_of_its_own():
         t.join()
     work("alone")
     assert len({id(m) for m in made.values()}) == 5
-    assert all(np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True))
+    assert all(
+        np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True)
+    )
     assert _colour(0.5, 0.1) is _colour(0.5, 0.1)
     assert len({id(_colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
 
@@ -113,7 +143,9 @@ def test_pixels_for_a_gpu_are_pinned(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(self.dtype), self)[1])
     plan = [(np.array([i]), (0, 0)) for i in range(3)]
     for pin in (False, True):
-        with Prefetcher(ImageBatches(pairs(), ModelConfig("tf_efficientnet_lite0")), plan, pin=pin, threads=1) as data:
+        with Prefetcher(
+            ImageBatches(pairs(), ModelConfig("tf_efficientnet_lite0")), plan, pin=pin, threads=1
+        ) as data:
             for index, draw in plan:
                 data.batch(index, draw)
     assert pinned == [torch.uint8] * 3
@@ -175,7 +207,9 @@ def test_photographs_out_of_turn_are_refused():
             data.batch(np.array([1]), (0,))
 
 
-@pytest.mark.parametrize("error", [InputError("photo 7: broken"), MemoryError(), KeyboardInterrupt(), ValueError("odd")])
+@pytest.mark.parametrize(
+    "error", [InputError("photo 7: broken"), MemoryError(), KeyboardInterrupt(), ValueError("odd")]
+)
 def test_errors_of_loading_are_raised_where_the_batch_is_asked_for(error):
     slow, plan, done = Slow(0.01, 7, error), [(np.array([i]), (0,)) for i in range(30)], []
     with pytest.raises(type(error)), Prefetcher(slow, plan, threads=3) as data:
@@ -246,7 +280,9 @@ with Prefetcher(Slow(), plan, threads=3) as data:
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_killed_process_ends_with_its_threads(sent):
-    process = subprocess.Popen([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         assert process.stdout.readline() == "step\n"
         os.kill(process.pid, sent)
@@ -264,12 +300,22 @@ def test_a_forecast_counts_the_seconds_of_loading():
     one = budget.estimate_loading_hours(settings, 1000)
     assert one == pytest.approx(1000 * budget.LOAD_SECONDS / 4 / 3600)
     larger = load_settings("kaggle", overrides=["train_dinov3.size=1536", "limits.cpus=1"])
-    assert budget.estimate_loading_hours(larger, 1000) == pytest.approx(16 * one, rel=0.05)  # four times the pixels, a quarter of the cores
+    assert budget.estimate_loading_hours(larger, 1000) == pytest.approx(
+        16 * one, rel=0.05
+    )  # four times the pixels, a quarter of the cores
 
 
 def test_a_training_takes_as_long_as_the_slower_of_gpu_and_loading(monkeypatch):
-    settings = load_settings("kaggle", overrides=["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random",
-                                                  "train_dinov3.size=256", "frozen.backbone=vit_twin_patch16_dinov3", "frozen.widths=256"])
+    settings = load_settings(
+        "kaggle",
+        overrides=[
+            "train_dinov3.backbone=vit_twin_patch16_dinov3",
+            "train_dinov3.weights=random",
+            "train_dinov3.size=256",
+            "frozen.backbone=vit_twin_patch16_dinov3",
+            "frozen.widths=256",
+        ],
+    )
     simulations = budget.simulate(settings)
 
     def row():
