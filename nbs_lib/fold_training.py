@@ -46,7 +46,7 @@ def check_train_settings(s: TrainDinov3Settings) -> None:
         (s.probe and s.unfreeze != 0 and bool(set(s.probe_sizes) - {s.size}),
          "probe_sizes: a trained backbone is probed at its own size; leave probe_sizes empty"),
         ("grouped" not in s.schemes or not set(s.schemes) <= {"grouped", "stratified"},
-         f"schemes: unknown ({', '.join(s.schemes) or 'nothing'}); set grouped, or grouped, stratified"),
+         f"schemes: not valid ({', '.join(s.schemes) or 'nothing'}); set grouped, or grouped, stratified"),
         (not s.views or not set(s.views) <= set(VIEWS),
          f"views: unknown ({', '.join(s.views) or 'nothing'}); choose from {', '.join(VIEWS)}"),
         (s.lora and s.unfreeze == 0, "lora: needs a trained backbone; set unfreeze = -1, or lora = 0"),

@@ -365,8 +365,8 @@ def check_loss_scale(p: TrainerState) -> None:
     p.small_scale = p.small_scale + 1 if scale < 1 else 0
     if p.small_scale >= SMALL_SCALE_STEPS:
         raise InputError("run.precision: float16 overflows too often: loss scale below 1 for "
-                         f"{p.small_scale} steps (now {scale:.1e}, epoch {p.epoch}), small gradients are lost; "
-                         "set run.precision = float32, or bfloat16, or lower lr and lr_backbone")
+                         f"{p.small_scale} steps (now {scale:.1e}, epoch {p.epoch}), small gradients are "
+                         "lost; set run.precision = float32, or bfloat16, or lower lr and lr_backbone")
 
 # %% ../notebooks/33_trainer.ipynb #de970c52
 MIXED = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}

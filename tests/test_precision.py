@@ -1,4 +1,4 @@
-"""Half precision that cannot fail unnoticed: gated MLPs, repeated forward passes, the scaler, run.precision, GPUs that cannot run."""
+"""Half precision: gated MLPs, repeated forward passes, the scaler, run.precision, unusable GPUs."""
 
 import copy
 import dataclasses
@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -131,7 +132,7 @@ def photos(n=16, size=32):
     return pairs, np.stack([green, dead, clover, green + clover, green + clover + dead], 1)
 
 
-def loud(mlp, args, on):
+def make_large_activations(mlp, args, on):
     "Biases of the first layer for activations of some 300 in the steps where `on`; as a hook before `mlp`."
     with torch.no_grad():
         for layer in (mlp.fc1_g, mlp.fc1_x):
@@ -139,7 +140,7 @@ def loud(mlp, args, on):
 
 
 def small_training(epochs=10, every=20, guard=True, seed=0):
-    "A network, and its training step by step, in which the middle MLP overflows float16 in each `every`-th step."
+    "Return a network and its training, in which the middle MLP overflows float16 in each `every`-th step."
     pairs, y = photos()
     torch.manual_seed(1)
     config = ModelConfig(
@@ -184,7 +185,7 @@ def small_training(epochs=10, every=20, guard=True, seed=0):
             return super().to_input(x, device)
 
     mlp.register_forward_pre_hook(
-        lambda m, args: loud(m, args, lambda: every and step[0] % every == every - 1)
+        lambda m, args: make_large_activations(m, args, lambda: every and step[0] % every == every - 1)
     )
     return net, TrainConfig(
         Data(pairs, config),
@@ -198,7 +199,7 @@ def small_training(epochs=10, every=20, guard=True, seed=0):
 
 
 def train_in(precision, monkeypatch, scales=None, warn=print, **more):
-    "The losses by epoch of `small_training` in `precision`; the loss scale after it goes to `scales`."
+    "Run `small_training` in `precision`; return its losses by epoch, put the final loss scale into `scales`."
     monkeypatch.setenv("NBS_PRECISION", precision)
     real = trainer.make_accelerator
 
@@ -227,26 +228,26 @@ def without_overflow():
 
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "repeated in float32"])
 def test_overflow_in_one_step_of_twenty_costs_nothing(guard, without_overflow, monkeypatch):
-    "Each of the two is enough: the loss is that of float32 within the spread of seeds, and the scaler skips no step for it."
-    (quiet, exact), scales, told = without_overflow, [], []
-    losses = train_in("float16", monkeypatch, scales, told.append, guard=guard)
+    "Either is enough: the loss equals that of float32 within the spread of seeds; no step is skipped."
+    (without, exact), scales, warnings = without_overflow, [], []
+    losses = train_in("float16", monkeypatch, scales, warnings.append, guard=guard)
     loss = np.mean(losses[-3:])
     assert np.isfinite(losses).all() and loss < 0.4 * losses[1]
-    assert abs(loss / quiet - 1) < 0.02 and abs(loss - np.mean(exact)) < max(
+    assert abs(loss / without - 1) < 0.02 and abs(loss - np.mean(exact)) < max(
         np.ptp(exact), 0.1 * np.mean(exact)
     )
     assert scales[0] >= 256  # from 65536 down to where the gradients fit
     if guard:
-        assert not told
+        assert not warnings
     else:
         assert (
-            len(told) == 1
-            and "of 16 photos overflowed fp16; 8 forward passes were repeated in float32: ID0" in told[0]
+            len(warnings) == 1
+            and "of 16 photos overflowed fp16; 8 forward passes were repeated in float32: ID0" in warnings[0]
         )
 
 
 def test_without_either_the_scale_falls_below_one(monkeypatch):
-    "What both are for: the scaler takes an overflow of the network for one of its own making. That does not stay unsaid."
+    "Without them the scaler takes an overflow of the network for too large a scale; the training stops."
     scales, real = [], trainer.forward_loss
     blind = lambda *args, **kwargs: (real(*args, **kwargs)[0], torch.ones(1, dtype=torch.bool))  # noqa: E731
     monkeypatch.setattr(trainer, "forward_loss", blind)
@@ -259,7 +260,7 @@ def test_without_either_the_scale_falls_below_one(monkeypatch):
 
 
 def test_a_repeat_counts_frozen_half_precision_layers_in_float32(half, monkeypatch):
-    "Gradients of a repeated forward pass are those of float32, and the frozen layers are back in half precision after it."
+    "Gradients of a repeated pass are those of float32; frozen layers are in half precision again afterwards."
     net, fit = small_training(every=1, guard=False)
     trainer.unfreeze(net, 1)
     for layer in net.backbone.net.blocks[2].mlp.children():
@@ -386,7 +387,7 @@ def test_a_stage_exports_the_precision_of_its_own_run(tmp_path):
     assert seen == ["bfloat16"]
 
 
-def test_words_and_cards_that_do_not_fit_are_one_line(tmp_path, monkeypatch):
+def test_an_impossible_precision_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     with pytest.raises(
         InputError, match="^run.precision: 'half' is unknown; take one of auto, float16, bfloat16, float32$"
@@ -414,7 +415,7 @@ def test_precision_may_change_between_two_trainings_of_a_process(monkeypatch):
 
 @pytest.fixture
 def cards(monkeypatch):
-    "Makes as many GPUs as there are words, which say why each cannot run; a list of those that were tried."
+    "Simulate one GPU per argument, the reason why it cannot run; return the list of those tried."
 
     def make(*words):
         tried = []
@@ -441,7 +442,7 @@ def test_a_card_without_kernels_gives_way_to_another(cards, capsys, monkeypatch)
     assert train_dinov3.assign_gpus(s) == ["GPU-abc", "7"]
 
 
-def test_where_no_card_runs_the_cpu_does(cards, capsys):
+def test_without_a_usable_gpu_the_cpu_is_used(cards, capsys):
     cards(NO_KERNEL)
     assert pick_device() == CPU and [d.device for d in deadline.find_devices(4)] == [CPU]
     assert train_dinov3.assign_gpus(
@@ -450,7 +451,7 @@ def test_where_no_card_runs_the_cpu_does(cards, capsys):
     assert capsys.readouterr().out.count("going on with the CPU") == 1
 
 
-def test_cards_that_run_are_used_without_a_word(cards, capsys):
+def test_usable_gpus_cause_no_warning(cards, capsys):
     cards("", "")
     assert (
         pick_device() == torch.device("cuda")
@@ -486,9 +487,9 @@ import test_precision as t
 torch.set_num_threads(1)
 net, fit = t.small_training(epochs=2, every=int(os.environ["EVERY"]), guard=False)
 fit.settings = t.dataclasses.replace(fit.settings, batch=2)
-said = []
-losses = [h["loss"] for h in t.train(net, fit, said.append)]
-json.dump([losses, said], open(os.environ["OUT"], "w"))
+warnings = []
+losses = [h["loss"] for h in t.train(net, fit, warnings.append)]
+json.dump([losses, warnings], open(os.environ["OUT"], "w"))
 """
 
 
@@ -520,7 +521,6 @@ def test_one_process_of_two_repeats_its_forward_pass_alone(tmp_path):
     finally:
         for p in both:
             p.kill()
-    (first, quiet), (second, told) = (json.loads((tmp_path / f"{r}.json").read_text()) for r in range(2))
-    assert (
-        first == second and np.isfinite(first).all() and not quiet and "were repeated in float32" in told[0]
-    )
+    (first, no_warnings), (second, warnings) = (json.loads(Path(own["OUT"]).read_text()) for own in each)
+    assert first == second and np.isfinite(first).all()
+    assert not no_warnings and "were repeated in float32" in warnings[0]

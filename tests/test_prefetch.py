@@ -40,7 +40,7 @@ def pairs(n=12, size=64):
 
 
 def training(threads, monkeypatch, data=None, epochs=3, **more):
-    "A small network trained on augmented photographs with so many loading threads; its trained numbers and history."
+    "Train a small network with `threads` loading threads; return its trained parameters and losses."
     store, rng = pairs(), np.random.default_rng(1)
     parts = rng.gamma(2, 10, (len(store), 3))
     y = np.stack([*parts.T, parts[:, 0] + parts[:, 2], parts.sum(1)], 1)
@@ -94,7 +94,7 @@ def test_any_number_of_threads_trains_the_same_network(monkeypatch):
 
 
 class Direct:
-    "In place of a Prefetcher: each batch is loaded when it is asked for."
+    "Replace a Prefetcher: load each batch on request."
 
     def __init__(self, data):
         self.batch, self.to_input = data.batch, data.to_input
@@ -129,7 +129,7 @@ def test_each_thread_has_a_compose_of_its_own():
     assert len({id(_colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
 
 
-def test_bytes_travel_and_are_normalised_on_the_device():
+def test_pixels_stay_bytes_until_they_are_on_the_device():
     store, config = pairs(), ModelConfig("tf_efficientnet_lite0", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.1))
     data = ImageBatches(store, config)
     x = data.batch(np.array([2, 0]), (0, 0))
@@ -169,23 +169,23 @@ class Slow:
 
 
 def idle_share(step: float, load: float, threads: int, steps: int) -> float:
-    "Share of an epoch in which a device waits that computes `step` seconds on each micro-batch; `load`: seconds to load one."
+    "Return the share of an epoch that a device waits; it computes `step` seconds per batch, loading takes `load`."
     plan, waited, start = [(np.array([i]), (0,)) for i in range(steps)], 0.0, time.monotonic()
     with Prefetcher(Slow(load), plan, threads=threads) as data:
         for index, draw in plan:
-            asked = time.monotonic()
+            requested = time.monotonic()
             assert data.batch(index, draw).tolist() == [index[0]]
-            waited += time.monotonic() - asked
+            waited += time.monotonic() - requested
             time.sleep(step)
     return waited / (time.monotonic() - start)
 
 
 def test_a_device_is_idle_three_percent_of_the_time_at_most():
-    "Seconds of a T4 in a twentieth: a micro-batch of two photos computes 1.2 s and loads 2 x 0.068 s on one core."
+    "A T4, 20 times faster: a micro-batch of two photos computes 1.2 s and loads 2 x 0.068 s on one core."
     assert idle_share(1.2 / 20, 2 * 0.068 / 20, 1, 40) < 0.03
 
 
-def test_threads_make_up_for_photos_that_load_slower_than_the_device_computes():
+def test_threads_hide_slow_loading():
     assert idle_share(0.03, 0.06, 1, 30) > 0.3  # one thread is not enough: the measure can fail
     assert idle_share(0.03, 0.06, 6, 100) < 0.1
 
@@ -201,7 +201,7 @@ def test_memory_holds_a_few_batches():
     assert len(slow.loaded) == 5
 
 
-def test_photographs_out_of_turn_are_refused():
+def test_photographs_out_of_order_are_refused():
     with Prefetcher(Slow(0.0), [(np.array([0]), (0,)), (np.array([1]), (0,))], threads=1) as data:
         with pytest.raises(RuntimeError, match="are next in the plan"):
             data.batch(np.array([1]), (0,))
@@ -210,7 +210,7 @@ def test_photographs_out_of_turn_are_refused():
 @pytest.mark.parametrize(
     "error", [InputError("photo 7: broken"), MemoryError(), KeyboardInterrupt(), ValueError("odd")]
 )
-def test_errors_of_loading_are_raised_where_the_batch_is_asked_for(error):
+def test_loading_errors_are_raised_where_the_batch_is_used(error):
     slow, plan, done = Slow(0.01, 7, error), [(np.array([i]), (0,)) for i in range(30)], []
     with pytest.raises(type(error)), Prefetcher(slow, plan, threads=3) as data:
         for index, draw in plan:
@@ -240,7 +240,7 @@ def test_memory_that_runs_out_while_loading_names_the_setting(monkeypatch):
         training(2, monkeypatch, Full)
 
 
-def test_a_training_goes_on_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+def test_a_training_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
     "Killed by an error in a loading thread, then resumed: the same network, bit for bit."
     with monkeypatch.context() as m:
         whole, _ = training(2, m)

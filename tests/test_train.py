@@ -51,7 +51,7 @@ def settings(**changes):
 
 
 def eight(backbone: str, channels: int = 24, seed: int = 0):
-    "Eight photographs' maps as a frozen backbone would give them, and labels that have nothing to do with them."
+    "Return random features of eight photographs, as of a frozen backbone, and unrelated labels."
     rng = np.random.default_rng(seed)
     prefix = 5 if backbone == VIT else 0
     grid = torch.tensor(rng.normal(size=(8, 2, channels, 2, 2)), dtype=torch.float32)
@@ -84,7 +84,7 @@ def net_on(backbone: str, **changes):
 @pytest.mark.parametrize("backbone, channels", [(VIT, 192), (CNN, 1280)])
 @pytest.mark.parametrize("head", ["pooled", "density"])
 @pytest.mark.parametrize("fusion", ["gated_conv", "mamba", "film", "attention", "none"])
-def test_every_network_can_learn_eight_photos_by_heart(fusion, head, backbone, channels):
+def test_every_network_can_memorise_eight_photos(fusion, head, backbone, channels):
     encoded, y = eight(backbone, channels)
     net = net_on(backbone, fusion=fusion, head=head, prefix=True)
     net.init_output_from_labels(y)
@@ -126,7 +126,7 @@ def test_accumulation_changes_nothing_but_rounding():
             torch.testing.assert_close(other[n], ends[0][n], rtol=1e-3, atol=1e-4)
 
 
-def test_the_backbone_learns_only_where_it_should():
+def test_only_unfrozen_blocks_and_adapters_change():
     pairs = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64, 3), dtype=np.uint8)
     _, y = eight(VIT)
     for blocks, lora, changed in (
@@ -147,7 +147,7 @@ def test_the_backbone_learns_only_where_it_should():
         assert all("lora_" in n for n in moved) or not lora
 
 
-def test_the_first_epochs_leave_the_backbone_alone():
+def test_freeze_epochs_leave_the_backbone_unchanged():
     pairs = np.random.default_rng(0).integers(0, 255, (2, 2, 64, 64, 3), dtype=np.uint8)
     _, y = eight(VIT)
     net = net_on(VIT, head="pooled")
@@ -178,7 +178,8 @@ encoded, y = t.eight(t.CNN, 1280)
 net = t.net_on(t.CNN, dropout=0.2)
 net.init_output_from_labels(y)
 s = t.settings(save_minutes=0.0, dropout=0.2, batch=1, accumulate=2)
-t.train(net, t.TrainConfig(t.CachedFeatures(encoded), y, np.arange(8), s, 0, epochs=30, state=Path({state!r}), key="k"))
+data, state = t.CachedFeatures(encoded), Path({state!r})
+t.train(net, t.TrainConfig(data, y, np.arange(8), s, 0, epochs=30, state=state, key="k"))
 torch.save(t.trained(net), {out!r})
 """
 
@@ -222,14 +223,15 @@ torch.set_num_threads(1)
 encoded, y = t.eight(t.CNN, 1280)
 net = t.net_on(t.CNN)
 net.init_output_from_labels(y)
-history = t.train(net, t.TrainConfig(t.CachedFeatures(encoded), y, np.arange(7), t.settings(batch=3, accumulate=2, lr=1e-2), 0, epochs=8))
+data, s = t.CachedFeatures(encoded), t.settings(batch=3, accumulate=2, lr=1e-2)
+history = t.train(net, t.TrainConfig(data, y, np.arange(7), s, 0, epochs=8))
 import os
 if os.environ.get("RANK", "0") == "0":
     json.dump([h["loss"] for h in history], open({out!r}, "w"))
 """
 
 
-def test_two_gloo_processes_learn_as_one(tmp_path):
+def test_two_gloo_processes_train_as_one(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
@@ -263,25 +265,26 @@ def test_two_gloo_processes_learn_as_one(tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-4)
 
 
-def test_half_a_state_falls_back_to_the_one_before(tmp_path):
-    path, said = tmp_path / "s.pt", []
+def test_a_broken_checkpoint_falls_back_to_the_previous_one(tmp_path):
+    path, warnings = tmp_path / "s.pt", []
     for step in (1, 2):
         write_checkpoint(path, key="k", step=step)
     path.write_bytes(path.read_bytes()[:-40])
-    assert read_checkpoint(path, "k", said.append)["step"] == 1 and "broken" in said[0]
+    assert read_checkpoint(path, "k", warnings.append)["step"] == 1 and "broken" in warnings[0]
     path.write_text("not a state")
-    assert read_checkpoint(path, "k", said.append)["step"] == 1
+    assert read_checkpoint(path, "k", warnings.append)["step"] == 1
     path.with_suffix(".before.pt").write_bytes(b"")
-    assert read_checkpoint(path, "k", said.append) is None
+    assert read_checkpoint(path, "k", warnings.append) is None
 
 
-def test_a_state_of_other_settings_is_not_used(tmp_path):
+def test_a_checkpoint_of_other_settings_is_ignored(tmp_path):
     write_checkpoint(tmp_path / "s.pt", key="old", step=7)
-    said = []
-    assert read_checkpoint(tmp_path / "s.pt", "new", said.append) is None and "other settings" in said[0]
+    warnings = []
+    assert read_checkpoint(tmp_path / "s.pt", "new", warnings.append) is None
+    assert "other settings" in warnings[0]
 
 
-def test_one_bad_batch_is_passed_over():
+def test_one_batch_with_a_nan_label_is_skipped():
     encoded, y = eight(CNN, 1280)
     y[3] = np.nan
     net = net_on(CNN, head="pooled")
@@ -302,7 +305,7 @@ def test_one_bad_batch_is_passed_over():
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )
-def test_out_of_memory_says_what_to_turn(error):
+def test_out_of_memory_names_the_settings_to_change(error):
     class Full(CachedFeatures):
         def batch(self, index, draw):
             raise error
@@ -314,7 +317,7 @@ def test_out_of_memory_says_what_to_turn(error):
 
 def test_a_time_budget_ends_a_training_cleanly():
     encoded, y = eight(CNN, 1280)
-    net, said = net_on(CNN, head="pooled"), []
+    net, warnings = net_on(CNN, head="pooled"), []
     net.init_output_from_labels(y)
     scores = iter([0.5, 0.1])
     fit = TrainConfig(
@@ -326,7 +329,7 @@ def test_a_time_budget_ends_a_training_cleanly():
         epochs=50,
         evaluate=lambda epoch, net: next(scores),
     )
-    assert len(train(net, fit, said.append)) == 1 and "time budget" in said[0]
+    assert len(train(net, fit, warnings.append)) == 1 and "time budget" in warnings[0]
     assert np.isfinite(predict(net, range(8), features={"id": encoded})).all()
 
 
@@ -361,7 +364,7 @@ def test_views_are_averaged_and_an_index_is_a_subset():
         predict(net, pairs, ("sideways",))
 
 
-def test_a_photo_is_augmented_alike_in_every_company():
+def test_augmentation_does_not_depend_on_the_batch():
     pairs = np.random.default_rng(0).integers(0, 255, (4, 2, 64, 64, 3), dtype=np.uint8)
     pixels = prediction.ImageBatches(pairs, net_on(CNN).config, load_settings("demo").photos)
     together, alone = pixels.batch(np.array([3, 1, 2]), (0, 5)), pixels.batch(np.array([1]), (0, 5))
@@ -398,18 +401,18 @@ def test_what_asks_for_no_decay_gets_none_in_every_copy():
     groups = trainer.parameter_groups(net, settings(weight_decay=0.1))
     decay = {id(p): g["weight_decay"] for g in groups for p in g["params"]}
     assert len(decay) == sum(p.requires_grad for p in net.parameters())
-    told = {n: decay[id(p)] for n, p in net.fusion.named_parameters()}
-    assert {n.rsplit(".", 1)[1] for n, d in told.items() if d == 0} >= {"A_log", "D", "bias"}
+    decays = {n: decay[id(p)] for n, p in net.fusion.named_parameters()}
+    assert {n.rsplit(".", 1)[1] for n, d in decays.items() if d == 0} >= {"A_log", "D", "bias"}
     assert (
-        all(d == 0.1 for n, d in told.items() if n.endswith("in_proj.weight"))
-        and sum(n.endswith("A_log") for n in told) == 4
+        all(d == 0.1 for n, d in decays.items() if n.endswith("in_proj.weight"))
+        and sum(n.endswith("A_log") for n in decays) == 4
     )
 
 
 def test_weights_of_one_change_nothing_and_a_weight_of_zero_leaves_a_photo_out():
     encoded, y = eight(CNN, 1280)
-    strange = y.copy()
-    strange[7] = 500
+    changed_label = y.copy()
+    changed_label[7] = 500
 
     def end(y, weights):
         net = net_on(CNN, head="density")
@@ -431,11 +434,11 @@ def test_weights_of_one_change_nothing_and_a_weight_of_zero_leaves_a_photo_out()
     plain, ones = end(y, None), end(y, np.ones(8))
     assert all(torch.equal(plain[n], ones[n]) for n in plain)
     without = np.r_[np.ones(7), 0]
-    a, b = end(y, without), end(strange, without)
+    a, b = end(y, without), end(changed_label, without)
     assert all(torch.equal(a[n], b[n]) for n in a) and any(not torch.equal(a[n], plain[n]) for n in a)
 
 
-def test_luck_is_refused_and_a_true_gain_is_kept():
+def test_the_epoch_of_a_part_is_selected_on_the_other_parts():
     rng = np.random.default_rng(0)
     y = rng.gamma(2, 10, (60, 5))
     parts = np.array_split(np.arange(60), 3)
@@ -443,7 +446,7 @@ def test_luck_is_refused_and_a_true_gain_is_kept():
         [y + rng.normal(0, 9, y.shape), y + rng.normal(0, 5, y.shape), y + rng.normal(0, 7, y.shape)]
     )
     np.testing.assert_array_equal(fold_training.cross_selected_predictions(better, y, parts), better[1])
-    spoilt = better.copy()  # an epoch that is right only where it is asked: the others must not hear of it
+    spoilt = better.copy()  # an epoch that is perfect on one part only must not be selected for it
     spoilt[2][parts[0]] = y[parts[0]]
     np.testing.assert_array_equal(
         fold_training.cross_selected_predictions(spoilt, y, parts)[parts[0]], better[1][parts[0]]
@@ -451,13 +454,13 @@ def test_luck_is_refused_and_a_true_gain_is_kept():
 
 
 @pytest.mark.parametrize("blocks, lora", [(2, 0), (-1, 2)])
-def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, lora):
+def test_half_precision_frozen_layers_give_the_same_outputs_under_autocast(blocks, lora):
     net = net_on(VIT, head="pooled", lora=lora).eval()
     trainer.unfreeze(net, blocks)
     for part in net.head.parts:
         torch.nn.init.normal_(part[-1].weight)
     x = torch.randn(1, 2, 3, 64, 64)
-    answers = []
+    outputs = []
     for halved in (False, True):
         if halved:
             trainer.cast_frozen_layers(net, torch.bfloat16)
@@ -465,15 +468,15 @@ def test_frozen_layers_in_half_precision_answer_the_same_under_autocast(blocks, 
         with torch.autocast("cpu", torch.bfloat16):
             out = net(x)
         out.sum().backward()
-        answers.append(
+        outputs.append(
             (out.detach(), {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
         )
     kinds = {p.dtype for n, p in net.backbone.named_parameters() if not p.requires_grad}
     assert torch.bfloat16 in kinds and all(
         p.dtype == torch.float32 for p in net.parameters() if p.requires_grad
     )
-    assert torch.equal(answers[0][0], answers[1][0])
-    assert all(torch.equal(g, answers[1][1][n]) for n, g in answers[0][1].items())
+    assert torch.equal(outputs[0][0], outputs[1][0])
+    assert all(torch.equal(g, outputs[1][1][n]) for n, g in outputs[0][1].items())
 
 
 def test_only_what_is_trained_has_a_mean_and_moments():
@@ -494,7 +497,7 @@ def test_only_what_is_trained_has_a_mean_and_moments():
     )
 
 
-def test_a_missing_fold_is_told(tmp_path):
+def test_a_missing_fold_is_named(tmp_path):
     with pytest.raises(InputError, match="fold3.json"):
         load_fold(tmp_path, 3)
 
@@ -510,7 +513,7 @@ SMALL = [
 
 
 def opened(tmp_path, *more, preset=""):
-    "A run on a competition in miniature whose photographs are in the store."
+    "Open a run on a tiny competition whose store of photographs is filled."
     import tiny
 
     from nbs_lib.inpaint import run_inpaint
@@ -535,14 +538,14 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
     folder = run.artefacts / "dinov3"
     store = train_dinov3.open_stores(run)["train"]
-    for k in (0, 1):  # what was written is what the saved weights say of the photos
+    for k in (0, 1):  # the OOF file holds the predictions of the saved weights
         out = np.flatnonzero(numbers == k)
         np.testing.assert_allclose(
             predict(load_fold(run.artefacts, k), store, index=out), oof[out], rtol=1e-5, atol=1e-5
         )
     both = load_fold_group(run.artefacts, (0, 1)).predict_view(
         store, range(len(ids)), "id", torch.device("cpu")
-    )  # as submit asks them
+    )  # as submit predicts
     np.testing.assert_allclose(
         both, [predict(load_fold(run.artefacts, k), store) for k in (0, 1)], rtol=1e-5, atol=1e-5
     )
@@ -557,7 +560,7 @@ def test_a_finished_fold_is_kept_and_a_missing_one_is_trained_again(tmp_path):
 @pytest.mark.parametrize(
     "more", [(), ("train_dinov3.select=last", "train_dinov3.head=density", "train_dinov3.views=id, H")]
 )
-def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
+def test_maps_come_from_the_fold_that_has_not_seen_the_photo(tmp_path, more):
     from nbs_lib.tables import read_competition, read_oof
     from nbs_lib.targets import QUADRAT_M2
 
@@ -588,7 +591,7 @@ def test_maps_are_of_the_fold_that_has_not_seen_the_photo(tmp_path, more):
         train_dinov3.density_maps(run, ["ID0"])
 
 
-def test_a_trained_backbone_goes_the_same_way(tmp_path):
+def test_the_stage_runs_with_a_trained_backbone(tmp_path):
     run = opened(
         tmp_path,
         "train_dinov3.unfreeze=2",
@@ -620,7 +623,7 @@ POOL = [
 
 
 def one_fold(run, poison=None, **kw):
-    "The trained numbers of fold 0, and the notes; with `poison` in the labels of the photographs it has not seen."
+    "Train fold 0, with `poison` in its held-out labels; return its trained parameters and notes."
     seed_everything(3)
     m, ids, schemes = train_dinov3.load_fold_data(run)
     numbers = schemes["grouped"]
@@ -634,7 +637,7 @@ def one_fold(run, poison=None, **kw):
     return trained(net), notes
 
 
-def test_pseudo_labels_never_hear_of_the_fold_that_is_left_out(tmp_path):
+def test_pseudo_labels_do_not_leak_the_held_out_fold(tmp_path):
     run = opened(tmp_path, *POOL)
     clean, notes = one_fold(run)
     assert len(notes["rounds"]) == 2
@@ -644,7 +647,7 @@ def test_pseudo_labels_never_hear_of_the_fold_that_is_left_out(tmp_path):
     assert any(not torch.equal(clean[n], less[n]) for n in clean)
 
 
-def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
+def test_a_killed_round_resumes(tmp_path, monkeypatch):
     run = opened(tmp_path, *POOL)
     whole, _ = one_fold(run, state=tmp_path / "whole.pt", key="k")
     steps_taken, real = [], trainer.take_step
@@ -665,7 +668,7 @@ def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "wrong, told",
+    "wrong, message",
     [
         ("pseudo_rounds=1, select=outer", "select = outer would leak"),
         ("pseudo_rounds=1, head=none", "needs a trained head"),
@@ -675,15 +678,15 @@ def test_a_round_that_was_killed_goes_on(tmp_path, monkeypatch):
         ("views=sideways", "choose from id"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(wrong, told):
+def test_contradicting_settings_are_refused(wrong, message):
     s = load_settings(
         "demo", "", [f"train_dinov3.{pair}" for pair in ("probe=no", "select=last", *wrong.split(", "))]
     ).train_dinov3
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         fold_training.check_train_settings(s)
 
 
-def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_path):
+def test_parallel_folds_equal_sequential_folds(tmp_path):
     import shutil
 
     from nbs_lib.biomass_net import load_file
@@ -710,16 +713,16 @@ def test_a_fold_each_for_two_processes_is_the_same_as_one_after_the_other(tmp_pa
         two.artefacts / "oof/dinov3.parquet"
     ).read_bytes()
     assert not list((two.artefacts / "dinov3/state").glob("*"))
-    kept, gone = (two.artefacts / f"dinov3/fold{k}.safetensors" for k in (0, 1))
-    before = kept.stat().st_mtime_ns
-    gone.unlink()
+    first, second = (two.artefacts / f"dinov3/fold{k}.safetensors" for k in (0, 1))
+    before = first.stat().st_mtime_ns
+    second.unlink()
     train_dinov3.run_train_dinov3(two)
-    assert kept.stat().st_mtime_ns == before and torch.equal(
-        load_file(gone)["head.unit"], one["fold1.safetensors"]["head.unit"]
+    assert first.stat().st_mtime_ns == before and torch.equal(
+        load_file(second)["head.unit"], one["fold1.safetensors"]["head.unit"]
     )
 
 
-def test_a_photograph_without_weight_teaches_nothing(tmp_path):
+def test_a_photograph_of_weight_zero_has_no_effect(tmp_path):
     run = opened(tmp_path, "photos.weights=exposure>0.44:0", "train_dinov3.select=last")
     m, ids, schemes = train_dinov3.load_fold_data(run)
     out_of_it, numbers = np.flatnonzero(m.sample_weights == 0), schemes["grouped"]
@@ -730,7 +733,7 @@ def test_a_photograph_without_weight_teaches_nothing(tmp_path):
     )
     assert 0 < len(out_of_it) < len(ids) and out_of_it[0] in index
 
-    def answers(grams: float) -> np.ndarray:
+    def predict_with(grams: float) -> np.ndarray:
         y = m.y.copy()
         y[out_of_it] = grams
         net, _ = fold_training.fit_fold(
@@ -738,21 +741,21 @@ def test_a_photograph_without_weight_teaches_nothing(tmp_path):
         )
         return prediction.predict(net, m.store, ("id",), 4, torch.device("cpu"), out, m.features)
 
-    assert (answers(10.0) == answers(1000.0)).all()
+    assert (predict_with(10.0) == predict_with(1000.0)).all()
     assert not np.isin(
         out_of_it,
         fold_training.choose_unlabelled(m, run.settings.train_dinov3, index[~np.isin(index, out_of_it)], out),
     ).any()
 
 
-def test_an_error_in_a_fold_of_its_own_comes_through(tmp_path):
+def test_an_error_in_a_parallel_fold_is_raised(tmp_path):
     run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.lr=1e38", "train_dinov3.batch=1")
     m, _, _ = train_dinov3.load_fold_data(run)
     with pytest.raises(InputError, match="not finite 5 steps in a row"):
         train_dinov3.train_folds_parallel(run, m, [("grouped", 0)], [""])
 
 
-def test_the_recipe_goes_its_way_on_a_tiny_twin_of_its_backbone(tmp_path, monkeypatch):
+def test_the_recipe_runs_on_a_tiny_version_of_its_backbone(tmp_path, monkeypatch):
     backbone_moved, real = [], trainer.run_epoch
 
     def watched(model, p, fit, rates):
