@@ -35,7 +35,7 @@ from .validation import group_folds
 # %% ../notebooks/34_fold_training.ipynb #c0552586
 SELECT = ("inner", "holdout", "last", "outer")
 
-
+# %% ../notebooks/34_fold_training.ipynb #f66a1e00
 def check_train_settings(s: TrainDinov3Settings) -> None:
     "Raise `InputError` for settings that contradict each other."
     rules = [  # (is broken, message)
@@ -89,7 +89,7 @@ class FoldData:
         "Return the features that replace the pixels: those of a frozen backbone, else None."
         return self.features if s.unfreeze == 0 else None
 
-
+# %% ../notebooks/34_fold_training.ipynb #803964e1
 def clone_model(m: FoldData, frozen: bool) -> BiomassNet:
     "Copy the network for a training; a frozen backbone is shared."
     return copy.deepcopy(m.net, {id(m.net.backbone): m.net.backbone} if frozen else None)
@@ -102,7 +102,7 @@ def init_output(net: BiomassNet, s: TrainDinov3Settings, y: np.ndarray) -> None:
     else:
         net.init_output_plain()
 
-
+# %% ../notebooks/34_fold_training.ipynb #adc5bf0b
 def init_fold_model(
     m: FoldData, s: TrainDinov3Settings, index: np.ndarray, seed: int, device: torch.device
 ) -> tuple[BiomassNet, np.ndarray | None, dict]:
@@ -128,7 +128,7 @@ def split_groups(groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.nda
     fold = group_folds(groups, folds, seed)
     return [(np.flatnonzero(fold != k), np.flatnonzero(fold == k)) for k in np.unique(fold)]
 
-
+# %% ../notebooks/34_fold_training.ipynb #7298f3db
 def gain_by_group(
     y: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray
 ) -> tuple[float, float]:
@@ -144,7 +144,7 @@ def significance_margin(error: float, groups: np.ndarray) -> float:
     "Return the gain that is significant given its standard error over `groups`."
     return float(student_t.ppf(CONFIDENCE, max(1, len(set(groups)) - 1))) * error
 
-
+# %% ../notebooks/34_fold_training.ipynb #ab26021b
 def cross_selected_predictions(curve: np.ndarray, y: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
     "Return predictions (n, 5) out of `curve` (epochs, n, 5), each part's epoch chosen on the other parts."
     selected = np.empty_like(y)
@@ -181,7 +181,7 @@ def predict_inner_folds(
             return None
     return curve
 
-
+# %% ../notebooks/34_fold_training.ipynb #e45aa96f
 def nested_cv_gate(m: FoldData, fit: TrainConfig, warn: Callable = print) -> dict:
     """Test on inner folds whether training on top of the probe helps.
 
@@ -215,7 +215,7 @@ def score_epoch(y: np.ndarray, predicted: np.ndarray, epoch: int, warn: Callable
          "this epoch is not selected")
     return -math.inf
 
-
+# %% ../notebooks/34_fold_training.ipynb #dfc9ba29
 def split_selection(
     m: FoldData, s: TrainDinov3Settings, index: np.ndarray, out: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
@@ -227,7 +227,7 @@ def split_selection(
     inside, held_out = split_groups(m.groups[index], s.inner_folds, seed)[0]
     return index[inside], index[held_out]
 
-
+# %% ../notebooks/34_fold_training.ipynb #69257e17
 def refit_on_all(
     m: FoldData, fit: TrainConfig, net: BiomassNet, index: np.ndarray, history: list[dict],
     warn: Callable = print,
@@ -259,7 +259,7 @@ def make_train_config(
     return TrainConfig(data, m.y, inside, s, epochs=s.epochs, aux=aux, names=m.names,
                        sample_weights=m.sample_weights, **more)
 
-
+# %% ../notebooks/34_fold_training.ipynb #44c043ab
 def fit_fold(
     m: FoldData,
     s: TrainDinov3Settings,
@@ -349,7 +349,7 @@ def choose_unlabelled(m: FoldData, s: TrainDinov3Settings, index: np.ndarray, ou
     pools = {"held_out": out, "test": np.setdiff1d(usable, np.r_[index, out])}
     return np.concatenate([out[:0], *(pool for name, pool in pools.items() if name in s.pseudo_from)])
 
-
+# %% ../notebooks/34_fold_training.ipynb #cd029261
 def mask_aux_targets(aux: dict[str, Tensor] | None, pool: np.ndarray) -> dict[str, Tensor] | None:
     "Return the auxiliary targets with those of photographs `pool` set to unknown."
     if aux is None:
@@ -376,7 +376,7 @@ def pseudo_round(
     fit.aux = mask_aux_targets(fit.aux, pool)
     return student, train(student, fit, warn)
 
-
+# %% ../notebooks/34_fold_training.ipynb #f55883b5
 def pseudo_rounds(
     m: FoldData, fit: TrainConfig, net: BiomassNet, index: np.ndarray, pool: np.ndarray,
     warn: Callable = print,

@@ -35,7 +35,7 @@ class Batches(Protocol):
 
     def to_input(self, x: Tensor | BackboneFeatures, device: torch.device) -> Tensor | BackboneFeatures: ...
 
-
+# %% ../notebooks/32_prediction.ipynb #c66055e0
 class ImageBatches:
     "Load and augment photographs of a store: (B, 2, H, W, 3) uint8; as input normalised (B, 2, 3, H, W)."
 
@@ -54,7 +54,7 @@ class ImageBatches:
     def to_input(self, x, device):
         return to_tensor(x.to(device, non_blocking=True), self.config.mean, self.config.std)
 
-
+# %% ../notebooks/32_prediction.ipynb #bf48bf59
 class CachedFeatures:
     "Serve the features of a frozen backbone, computed once per photograph."
 
@@ -117,7 +117,7 @@ def make_extractor(
     config, device = net.config, device or pick_device()
     return FeatureExtractor(net.backbone, config.mean, config.std, folder, device, warn, **options)
 
-
+# %% ../notebooks/32_prediction.ipynb #124da5d6
 def extract_store(
     net: BiomassNet,
     store,  # (2, H, W, 3) uint8 each
@@ -169,7 +169,7 @@ def predict(
             parts[start : start + len(chunk)] += grams.double().cpu().numpy() / len(views)
     return parts @ SUMS.T
 
-
+# %% ../notebooks/32_prediction.ipynb #b4a1e3e6
 def require_finite(y: np.ndarray, names: Sequence[str], what: str) -> np.ndarray:
     "Return predictions y (n, 5) of photographs `names`; raise `InputError` naming those that are not finite."
     bad = [str(name) for name, row in zip(names, y, strict=True) if not np.isfinite(row).all()]
@@ -190,7 +190,7 @@ def map_inputs(
     pairs = [np.stack([resize_half(half, shape) for half in store[int(i)]])[None] for shape in shapes]
     return [to_tensor(pair, net.config.mean, net.config.std).to(extractor.device) for pair in pairs]
 
-
+# %% ../notebooks/32_prediction.ipynb #f2bed1fb
 def predict_maps(net: BiomassNet, store, index: Sequence[int], device=None) -> np.ndarray:
     "Return maps (n, 3, h, 2·w) float32 of green, clover, dead in g/m² for photographs `index`."
     net.eval()

@@ -63,7 +63,7 @@ def is_probe(s: TrainDinov3Settings) -> bool:
     "Return whether model 1 is a ridge on frozen features, with nothing trained on top."
     return s.unfreeze == 0 and s.probe and (s.head == "none" or s.epochs == 0)
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #71d6d15a
 def describe_model(s: TrainDinov3Settings) -> str:
     "Describe model 1 in words."
     if is_probe(s):
@@ -88,12 +88,12 @@ def known_meta(train: pd.DataFrame) -> dict[str, np.ndarray]:
     numbers = {"ndvi": train["ndvi"], "height": train["height_cm"]}
     return {"state": codes, **{name: column.to_numpy(dtype=float) for name, column in numbers.items()}}
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #8fff545a
 def cache_folder(run: Run) -> Path:
     "Return the folder of the feature cache."
     return run.artefacts / "cache" / "features"
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #1621c180
 def load_fold_data(run: Run) -> tuple[FoldData, np.ndarray, dict[str, np.ndarray]]:
     "Return what the folds share, the image_ids (n,), and the fold numbers (n,) by scheme."
     s, comp = run.settings.train_dinov3, read_competition(run.input)
@@ -126,7 +126,7 @@ def load_fold(artefacts: Path, k: int, scheme: str = "grouped") -> BiomassNet:
     "Load the network of fold `k` on the CPU in eval mode; raise `InputError` for a missing or broken file."
     return load_model(fold_path(artefacts, k, scheme))
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #43999ae5
 def hash_values(*values) -> str:
     "Hash `values` (JSON-able, arrays or dataclasses) to twelve letters."
     def plain(value):
@@ -141,7 +141,7 @@ def weights_key(weights: str) -> str:
     "Hash the files of pretrained weights; return the setting itself where it names no file."
     return "-".join(hash_file(file) for file in shard_files(weights)) or weights
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #f7150b26
 def fold_key(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int) -> str:
     "Hash everything that the result of fold `k` depends on."
     s, photos = run.settings.train_dinov3, dataclasses.replace(run.settings.photos, workers=0)
@@ -154,7 +154,7 @@ def fold_key(run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int
     seed, precision = run.settings.run.seed + k, run.settings.run.precision
     return hash_values(s, photos, seed, precision, ids, numbers == k, m.y, m.photo_keys())
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #ddf0a117
 def backbone_path(run: Run) -> Path | None:
     "Return the file of the backbone's untrained part, which folds share; None where each fold has its own."
     s = run.settings.train_dinov3
@@ -171,7 +171,7 @@ def drop_head(net: BiomassNet) -> BiomassNet:
     probe.drop_head()
     return probe
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #490ecf71
 def predict_held_out(
     m: FoldData, s: TrainDinov3Settings, net: BiomassNet, notes: dict, out: np.ndarray, what: str
 ) -> np.ndarray:
@@ -184,7 +184,7 @@ def predict_held_out(
         notes["probe alone"] = probe.tolist()
     return held_out
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #18bd2da1
 def load_cached_oof(path: Path, key: str) -> dict | None:
     "Return the metadata of a fold that finished under `key`, held-out predictions included, else None."
     meta_path = path.with_suffix(".json")
@@ -209,7 +209,7 @@ def train_fold(
             leftover.unlink(missing_ok=True)  # under accelerate, several processes clean up at once
     return held_out, notes
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #d2a794f6
 def run_fold(
     run: Run, m: FoldData, ids: np.ndarray, numbers: np.ndarray, k: int, scheme: str
 ) -> tuple[np.ndarray, dict]:
@@ -243,7 +243,7 @@ def score_scheme(truth: np.ndarray, y: np.ndarray, numbers: np.ndarray, notes: l
         "folds": len(notes),
     }
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #cc1c5316
 def score_probe_draws(run: Run, m: FoldData, ids: np.ndarray) -> dict:
     "Score the probe on random draws of sites; write draws/dinov3.npz, return mean and sd of R²w."
     s, n = run.settings.run, len(ids)
@@ -280,7 +280,7 @@ def assign_gpus(s: TrainDinov3Settings) -> list[str]:
     visible = [named[i] if named else str(i) for i in usable_gpus()]
     return visible[: s.parallel_folds] if visible else [""] * s.parallel_folds
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #beb8852f
 def list_folds(schemes: dict[str, np.ndarray]) -> list[tuple[str, int]]:
     "Return (scheme, k) of every fold of every scheme."
     return [(scheme, k) for scheme, numbers in schemes.items() for k in np.unique(numbers).tolist()]
@@ -297,7 +297,7 @@ def list_unfinished_folds(
             unfinished.append((scheme, k))
     return unfinished
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #08bd4b15
 @contextlib.contextmanager
 def set_environment(**names: str) -> Iterator[None]:
     "Set environment variables inside the block, for processes started there."
@@ -328,7 +328,7 @@ def train_fold_jobs(run: Run, jobs: list[tuple[str, int]], threads: int) -> tupl
         run_fold(run, m, ids, schemes[scheme], k, scheme)
     return run.warnings, run.written
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #b2c02ead
 def train_folds_parallel(run: Run, m: FoldData, jobs: list[tuple[str, int]], gpus: list[str]) -> None:
     "Train the folds `jobs` in one process per entry of `gpus`; the first failure stops all and is raised."
     m.net.cpu()
@@ -374,7 +374,7 @@ def density_maps(run: Run, ids: Sequence[str]) -> np.ndarray:
             maps[j] = maps[j] + predict_maps(net, stores[split], [i])[0] / share
     return np.stack(maps)
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #e0be34f5
 def write_maps(run: Run, ids: np.ndarray, y: np.ndarray) -> None:
     """Write dinov3/density.npz: image_id (n,) and density (n, 3, h, 2·w) float16 in g/m².
 
@@ -408,7 +408,7 @@ def remove_stale_artefacts(run: Run, schemes: dict[str, np.ndarray]) -> None:
     for path in {*found, *oof, *(path.with_suffix(".json") for path in oof)} - {*folds, *metadata, *shared}:
         path.unlink(missing_ok=True)
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #d55a7e33
 def run_schemes(run: Run, m: FoldData, ids: np.ndarray, schemes: dict[str, np.ndarray]) -> dict:
     "Run every fold of every scheme, write OOF predictions and maps; return the scores by scheme."
     summary, truth = {}, m.y[: len(ids)]
@@ -436,7 +436,7 @@ def dinov3_weight_files(run: Run) -> list:
     s = run.settings.train_dinov3
     return files_of(s.weights, s.backbone, run.settings.kaggle)
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #6b5b7de5
 @stage("train_dinov3", reads=DINOV3_READS, sections=("photos", "inpaint", "run", "kaggle"),
        weights=dinov3_weight_files)
 def run_train_dinov3(run: Run) -> dict:
@@ -494,6 +494,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     return 0
 
-
+# %% ../notebooks/34_train_dinov3.ipynb #4e561962
 if __name__ == "__main__" and "ipykernel" not in sys.modules:
     sys.exit(main())

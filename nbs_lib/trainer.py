@@ -58,7 +58,7 @@ def aux_targets(y: np.ndarray, meta: dict[str, np.ndarray], index: np.ndarray) -
         targets[name] = torch.as_tensor(scaled, dtype=torch.float32)
     return targets
 
-
+# %% ../notebooks/33_trainer.ipynb #a5393a54
 def aux_loss(outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> Tensor:
     "Return the sum (B,) over auxiliary heads: cross-entropy of classes, SmoothL1 of standardised numbers."
     total = 0.0
@@ -93,7 +93,7 @@ def is_decayed(p: nn.Parameter) -> bool:
     "Return whether a parameter outside the backbone gets weight decay."
     return p.ndim > 1 and not getattr(p, "_no_weight_decay", False)
 
-
+# %% ../notebooks/33_trainer.ipynb #494994b4
 def parameter_groups(net: BiomassNet, s: TrainDinov3Settings) -> list[dict]:
     "Return AdamW groups with `name` (backbone or rest), learning rate and weight decay."
     groups = []
@@ -183,7 +183,7 @@ def write_checkpoint(path: Path, **state) -> None:
     with atomic(path) as temporary:
         torch.save(state, temporary)
 
-
+# %% ../notebooks/33_trainer.ipynb #272c8365
 def read_checkpoint(path: Path | None, key: str, warn: Callable = print) -> dict | None:
     "Return the newest readable checkpoint with this `key`, or None; warn about those it skips."
     for candidate in [path, path.with_suffix(".before.pt")] if path else []:
@@ -268,7 +268,7 @@ def apply_sample_weights(loss: Tensor, sample_weights: np.ndarray | None, index:
         return loss
     return loss * torch.as_tensor(sample_weights[index], dtype=loss.dtype, device=loss.device)
 
-
+# %% ../notebooks/33_trainer.ipynb #28c8665c
 def forward_loss(
     net: nn.Module, fit: TrainConfig, own: np.ndarray, x, acc: Accelerator, half: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -286,7 +286,7 @@ def forward_loss(
     finite = torch.stack([t.detach().flatten(1).isfinite().all(1) for t in outputs]).all(0)
     return loss, finite
 
-
+# %% ../notebooks/33_trainer.ipynb #ea7dcb76
 def train_step(
     model: nn.Module, fit: TrainConfig, micro: list[np.ndarray], draw: tuple[int, ...], acc: Accelerator
 ) -> float:
@@ -358,7 +358,7 @@ def check_skipped_steps(
         raise InputError(f"train_dinov3: {what} not finite {p.skipped} steps in a row, last on {names} "
                          f"(epoch {p.epoch}); check these photos and labels, or lower lr and lr_backbone")
 
-
+# %% ../notebooks/33_trainer.ipynb #482e5def
 def check_loss_scale(p: TrainerState) -> None:
     "Raise `InputError` when the loss scale stays below 1 for `SMALL_SCALE_STEPS` steps."
     scale = p.acc.scaler.get_scale() if p.acc.scaler else math.inf
@@ -405,7 +405,7 @@ def take_step(model: nn.Module, p: TrainerState, fit: TrainConfig, micro: list[n
         p.ema.update(p.net)
         p.losses.append(loss)
 
-
+# %% ../notebooks/33_trainer.ipynb #39142ff0
 def make_prefetcher(p: TrainerState, fit: TrainConfig, plan: list[list[np.ndarray]]) -> Prefetcher:
     "Return a prefetcher of this process's photographs for the optimiser steps `plan`."
     rank, world, draw = p.acc.process_index, p.acc.num_processes, (fit.seed, p.epoch)
@@ -441,7 +441,7 @@ def run_steps(model: nn.Module, p: TrainerState, fit: TrainConfig, rates: list[f
                 save_checkpoint(p, fit)
                 saved = time.monotonic()
 
-
+# %% ../notebooks/33_trainer.ipynb #0582e378
 def evaluate_epoch(p: TrainerState, fit: TrainConfig) -> float | None:
     "Score the averaged weights, if asked for; keep them if they are the best so far."
     cut_short = p.stopped and p.best["weights"] is not None  # no time left, and a best epoch exists
@@ -455,7 +455,7 @@ def evaluate_epoch(p: TrainerState, fit: TrainConfig) -> float | None:
         p.best = {"score": score, "epoch": p.epoch, "weights": weights}
     return score
 
-
+# %% ../notebooks/33_trainer.ipynb #d6a04074
 def run_epoch(model: nn.Module, p: TrainerState, fit: TrainConfig, rates: list[float]) -> None:
     "Run the rest of an epoch: steps, evaluation, a row of history, early stopping, a checkpoint."
     p.net.train()
@@ -486,7 +486,7 @@ def save_final_weights(ended: dict, fit: TrainConfig) -> None:
         fit.state.with_suffix(".before.pt").unlink(missing_ok=True)
     fit.clock.save()
 
-
+# %% ../notebooks/33_trainer.ipynb #8ce39035
 def train_loop(net: BiomassNet, fit: TrainConfig, acc: Accelerator, checkpoint: dict | None) -> dict:
     "Train from `checkpoint`, or from the start; return the final weights (`ended`) and the history."
     groups = parameter_groups(net, fit.settings)
@@ -516,7 +516,7 @@ def hit_time_budget(history: list[dict]) -> bool:
     "Return whether the time budget ended the training of this history."
     return bool(history) and history[-1].get("stopped") == "budget"
 
-
+# %% ../notebooks/33_trainer.ipynb #e217d15a
 def train(net: BiomassNet, fit: TrainConfig, warn: Callable = print) -> list[dict]:
     "Train `net` in place to the EMA of the best epoch (without `evaluate`: the last); return the history."
     s, acc = fit.settings, make_accelerator(fit.device or pick_device())

@@ -175,7 +175,7 @@ import test_train as t
 from pathlib import Path
 torch.set_num_threads(1)
 encoded, y = t.eight(t.CNN, 1280)
-net = t.net_on(t.CNN, dropout=0.2)
+net = t.net_on(t.CNN, fusion="gated_conv", dropout=0.2)
 net.init_output_from_labels(y)
 s = t.settings(save_minutes=0.0, dropout=0.2, batch=1, accumulate=2)
 data, state = t.CachedFeatures(encoded), Path({state!r})
