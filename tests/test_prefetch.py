@@ -169,7 +169,7 @@ class Slow:
 
 
 def idle_share(step: float, load: float, threads: int, steps: int) -> float:
-    "Return the share of an epoch that a device waits that computes `step` seconds a batch; loading takes `load`."
+    "Return the share of an epoch that a device waits; it computes `step` s a batch, loading takes `load` s."
     plan, waited, start = [(np.array([i]), (0,)) for i in range(steps)], 0.0, time.monotonic()
     with Prefetcher(Slow(load), plan, threads=threads) as data:
         for index, draw in plan:
