@@ -18,9 +18,9 @@ from nbs_lib.biomass_net import (
     parts_to_targets,
     save_model,
 )
+from nbs_lib.fold_training import split_groups
 from nbs_lib.runtime import InputError
 from nbs_lib.targets import QUADRAT_M2, SUMS, imbalance
-from nbs_lib.train_dinov3 import split_groups
 from nbs_lib.weights import load_weights
 
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"

@@ -1,4 +1,5 @@
-"""What a training does at its limits: numbers too large for float16, time and disk that run out, files of other settings."""
+"""A training at its limits: float16 overflow, time and disk that run out, files of other settings."""
+
 import dataclasses
 import gc
 import json
@@ -18,9 +19,10 @@ import torch
 from conftest import ROOT
 from test_train import CNN, SMALL, VIT, eight, net_on, opened, settings, trained
 
-from nbs_lib import backbones, prediction, train_dinov3, trainer
+from nbs_lib import backbones, fold_training, prediction, train_dinov3, trainer
+from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.prediction import CachedFeatures, predict
-from nbs_lib.runtime import InputError
+from nbs_lib.runtime import InputError, seed_everything
 from nbs_lib.settings import load_settings
 from nbs_lib.trainer import TrainConfig, read_checkpoint, train
 
@@ -32,13 +34,13 @@ def one_thread():
 
 @pytest.fixture
 def half_precision(monkeypatch):
-    "A CPU that computes in float16, as a T4 does."
-    for module in (prediction, train_dinov3, trainer, backbones):
+    "Compute in float16 on the CPU, as on a T4."
+    for module in (trainer, backbones):
         monkeypatch.setattr(module, "pick_dtype", lambda device: torch.float16)
 
 
-def too_large():
-    "A network whose patches are embedded beyond float16's 65504, its frozen layers in half precision as in a training on a T4; and photographs."
+def make_overflowing():
+    "Return a network whose patch embedding exceeds float16's 65504, and two photographs."
     net = net_on(VIT, head="pooled")
     trainer.unfreeze(net, 2)
     with torch.no_grad():
@@ -48,21 +50,27 @@ def too_large():
     return net, np.random.default_rng(0).integers(0, 255, (2, 2, 64, 64, 3), dtype=np.uint8)
 
 
-def test_what_overflows_float16_is_asked_again_in_float32(half_precision, monkeypatch):
-    net, pairs = too_large()
+def test_predictions_that_overflow_float16_are_repeated_in_float32(half_precision, monkeypatch):
+    net, pairs = make_overflowing()
     trainer.cast_frozen_layers(net, torch.float16)
     kinds = {n: p.dtype for n, p in net.named_parameters()}
     numbers = {n: p.detach().clone() for n, p in net.named_parameters()}
-    answers = predict(net, pairs)
-    assert np.isfinite(answers).all() and {n: p.dtype for n, p in net.named_parameters()} == kinds and torch.float16 in kinds.values()
+    predicted = predict(net, pairs)
+    assert (
+        np.isfinite(predicted).all()
+        and {n: p.dtype for n, p in net.named_parameters()} == kinds
+        and torch.float16 in kinds.values()
+    )
     assert all(torch.equal(p, numbers[n]) for n, p in net.named_parameters())
-    assert np.isfinite(train_dinov3.predict_maps(net_on(VIT, head="density"), pairs, [0])).all()
+    assert np.isfinite(prediction.predict_maps(net_on(VIT, head="density"), pairs, [0])).all()
     monkeypatch.undo()
     net.backbone.float()
-    np.testing.assert_allclose(answers, predict(net, pairs), rtol=0.02)  # maps are handed on in half precision
+    np.testing.assert_allclose(
+        predicted, predict(net, pairs), rtol=0.02
+    )  # maps are handed on in half precision
 
 
-def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
+def test_a_finite_prediction_is_not_repeated(half_precision, monkeypatch):
     net, calls = net_on(VIT, head="pooled"), []
     real = net.backbone.encode
     monkeypatch.setattr(net.backbone, "encode", lambda x: (calls.append(1), real(x))[1])
@@ -70,7 +78,7 @@ def test_a_sound_answer_is_not_asked_twice(half_precision, monkeypatch):
 
 
 def failing_on(monkeypatch, bad: int, calls=()):
-    "`predict` has no answer for photograph `bad`; in all its calls, or those counted from 0."
+    "Make `predict` return NaN for photograph `bad`, in all calls or in `calls`, counted from 0."
     real, count = prediction.predict, iter(range(10**6))
 
     def broken(net, store, *args, **kw):
@@ -80,49 +88,70 @@ def failing_on(monkeypatch, bad: int, calls=()):
             y[np.asarray(index) == bad] = np.nan
         return y
 
-    monkeypatch.setattr(prediction, "predict_fitted", broken)
+    for module in (fold_training, train_dinov3):
+        monkeypatch.setattr(module, "predict", broken)
 
 
-def test_an_epoch_whose_answers_are_not_finite_is_not_the_best(tmp_path, monkeypatch):
+def test_an_epoch_with_nan_predictions_is_not_selected(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=outer", "train_dinov3.epochs=3")
     m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0], calls=(0, 2))
-    said = []
-    _, notes = train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
+    warnings = []
+    _, notes = fold_training.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=warnings.append)
     assert [h["score"] is None for h in notes["history"]] == [True, False, True]
-    assert len(said) == 2 and "after epoch 0 " in said[0] and "after epoch 2 " in said[1] and json.loads(json.dumps(notes["history"], allow_nan=False))
+    assert (
+        len(warnings) == 2
+        and "after epoch 0 " in warnings[0]
+        and "after epoch 2 " in warnings[1]
+        and json.loads(json.dumps(notes["history"], allow_nan=False))
+    )
 
 
-def test_inner_epochs_that_overflow_are_not_judged(tmp_path, monkeypatch):
+def test_inner_epochs_that_overflow_are_not_compared(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.epochs=3")
     m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
-    failing_on(monkeypatch, index[0], calls=(2, 6))  # of each inner fold's calls: the probe, then three epochs
-    said = []
-    _, notes = train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=said.append)
-    assert len(notes["verdict"]["scores"]) == 2 and np.isfinite(notes["verdict"]["gain"]) and "after epoch 1 " in said[0]
+    failing_on(
+        monkeypatch, index[0], calls=(2, 6)
+    )  # of each inner fold's calls: the probe, then three epochs
+    warnings = []
+    _, notes = fold_training.fit_fold(m, run.settings.train_dinov3, index, out, 0, warn=warnings.append)
+    assert (
+        len(notes["gate"]["scores"]) == 2
+        and np.isfinite(notes["gate"]["gain"])
+        and "after epoch 1 " in warnings[0]
+    )
 
 
-def test_a_fold_without_finite_answers_is_not_finished(tmp_path, monkeypatch):
+def test_a_fold_with_nan_predictions_is_not_finished(tmp_path, monkeypatch):
     run = opened(tmp_path, "train_dinov3.select=last")
     ids, numbers = train_dinov3.load_fold_data(run)[1:]
     bad = np.flatnonzero(numbers["grouped"] == 0)[1]
     with monkeypatch.context() as patched:
         failing_on(patched, bad)
-        with pytest.raises(InputError, match=rf"fold 0 \(grouped\) has no finite answer for {ids[bad]}; look at"):
+        with pytest.raises(
+            InputError, match=rf"fold 0 \(grouped\): no finite prediction for {ids[bad]}; check"
+        ):
             train_dinov3.run_train_dinov3(run)
     assert not list((run.artefacts / "dinov3").glob("fold0.*"))
     assert train_dinov3.run_train_dinov3(run)["grouped"]["folds"] == 2
 
 
-def test_a_teacher_without_finite_answers_is_told(tmp_path, monkeypatch):
-    run = opened(tmp_path, "train_dinov3.select=last", "train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=held_out")
+def test_a_teacher_with_nan_predictions_stops_the_fold(tmp_path, monkeypatch):
+    run = opened(
+        tmp_path,
+        "train_dinov3.select=last",
+        "train_dinov3.pseudo_rounds=1",
+        "train_dinov3.pseudo_from=held_out",
+    )
     m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
     failing_on(monkeypatch, out[0])
-    with pytest.raises(InputError, match=f"a teacher of pseudo-labels has no finite answer for {ids[out[0]]};"):
-        train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0)
+    with pytest.raises(
+        InputError, match=f"teacher of pseudo-labels: no finite prediction for {ids[out[0]]};"
+    ):
+        fold_training.fit_fold(m, run.settings.train_dinov3, index, out, 0)
 
 
 @pytest.fixture
@@ -153,25 +182,39 @@ class Overflowing(CachedFeatures):
         return encoded._replace(grid=encoded.grid * math.inf) if self.times >= 0 else encoded
 
 
-def one_by_one(times: int, epochs: int = 4, **more):
+def make_training(times: int, epochs: int = 4, **more):
     encoded, y = eight(CNN, 1280)
     net = net_on(CNN, head="pooled")
     net.init_output_from_labels(y)
-    return net, TrainConfig(Overflowing(encoded, times), y, np.arange(8), settings(batch=1, accumulate=1), 0, epochs, names=[f"ID{i:03d}" for i in range(8)], **more)
+    return net, TrainConfig(
+        Overflowing(encoded, times),
+        y,
+        np.arange(8),
+        settings(batch=1, accumulate=1),
+        0,
+        epochs,
+        names=[f"ID{i:03d}" for i in range(8)],
+        **more,
+    )
 
 
-def test_a_scaler_that_skips_without_end_is_told(scaled):
-    with pytest.raises(InputError, match=r"not finite 20 steps in a row, last on ID00\d \(epoch 2\); look at these photos and labels, or lower lr"):
-        train(*one_by_one(10**6))
+def test_a_scaler_that_skips_every_step_stops_the_training(scaled):
+    message = (
+        r"not finite 20 steps in a row, last on ID00\d \(epoch 2\); check these photos and labels, or lower"
+    )
+    with pytest.raises(InputError, match=message):
+        train(*make_training(10**6))
     assert scaled[-1].get_scale() == 65536 / 2**20
 
 
 def test_what_a_scaler_skips_is_neither_averaged_nor_counted(scaled, monkeypatch):
     updates, real = [], trainer.EMA.update
     monkeypatch.setattr(trainer.EMA, "update", lambda self, net: (updates.append(1), real(self, net))[1])
-    history = train(*one_by_one(19))
+    history = train(*make_training(19))
     assert len(updates) == 4 * 8 - 19
-    assert [h["loss"] is None for h in history] == [True, True, False, False] and all(np.isfinite(h["loss"]) for h in history[2:])
+    assert [h["loss"] is None for h in history] == [True, True, False, False] and all(
+        np.isfinite(h["loss"]) for h in history[2:]
+    )
 
 
 def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, monkeypatch):
@@ -187,13 +230,13 @@ def test_gradients_that_overflow_under_a_finite_loss_are_not_averaged(scaled, mo
         return loss
 
     monkeypatch.setattr(trainer, "train_step", overflowing)
-    train(*one_by_one(0, epochs=1))
+    train(*make_training(0, epochs=1))
     assert len(updates) == 8 - 2 and scaled[-1].get_scale() == 16384
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
-    "A training that began on a CPU may go on with a GPU, and the other way round."
+def test_a_checkpoint_resumes_with_or_without_a_scaler(first, tmp_path, monkeypatch):
+    "A training that began on a CPU may resume on a GPU, and the other way round."
     real, with_scaler = trainer.make_accelerator, [first]
 
     def either(device):
@@ -203,14 +246,18 @@ def test_a_state_goes_on_with_a_scaler_or_without(first, tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "make_accelerator", either)
     state = {"state": tmp_path / "s.pt", "key": "k"}
-    killed = one_by_one(0, **state)
-    killed[1].watch = lambda epoch, net: (_ for _ in ()).throw(KeyboardInterrupt) if epoch == 2 else 0.1 * epoch
+    killed = make_training(0, **state)
+    killed[1].evaluate = lambda epoch, net: (
+        (_ for _ in ()).throw(KeyboardInterrupt) if epoch == 2 else 0.1 * epoch
+    )
     with pytest.raises(KeyboardInterrupt):
         train(*killed)
     assert bool(read_checkpoint(state["state"], "k")["scaler"]) == first
     with_scaler[0] = not first
-    net, fit = one_by_one(0, **state)
-    assert [h["epoch"] for h in train(net, fit)] == [0, 1, 2, 3] and all(torch.isfinite(p).all() for p in trained(net).values())
+    net, fit = make_training(0, **state)
+    assert [h["epoch"] for h in train(net, fit)] == [0, 1, 2, 3] and all(
+        torch.isfinite(p).all() for p in trained(net).values()
+    )
 
 
 def names(run, folder: str = "dinov3") -> set[str]:
@@ -223,20 +270,38 @@ QUICK = ("train_dinov3.select=last", "train_dinov3.epochs=1")
 def test_files_that_no_fold_refers_to_are_removed(tmp_path):
     before = opened(tmp_path, *QUICK, "run.folds=3", "train_dinov3.schemes=grouped, stratified")
     train_dinov3.run_train_dinov3(before)
-    assert {"fold2.safetensors", "fold2.json", "stratified_fold2.json"} <= names(before) and {"dinov3_stratified.parquet", "dinov3_stratified.json"} <= names(before, "oof")
+    assert {"fold2.safetensors", "fold2.json", "stratified_fold2.json"} <= names(before) and {
+        "dinov3_stratified.parquet",
+        "dinov3_stratified.json",
+    } <= names(before, "oof")
     (before.artefacts / "dinov3/state").mkdir(exist_ok=True)
     (before.artefacts / "dinov3/state/fold2.pt").write_bytes(b"of a fold that is no more")
-    (before.artefacts / "dinov3/backbone_0123456789ab.safetensors").write_bytes(b"of a backbone that is no more")
+    (before.artefacts / "dinov3/backbone_0123456789ab.safetensors").write_bytes(
+        b"of a backbone that is no more"
+    )
     (before.artefacts / "folds.csv").unlink()  # as stage eda makes them anew
     fewer = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped, stratified")
     train_dinov3.run_train_dinov3(fewer)
-    forms = {f"{scheme}fold{k}.{ending}" for scheme in ("", "stratified_") for k in (0, 1) for ending in ("json", "safetensors")}
+    forms = {
+        f"{scheme}fold{k}.{ending}"
+        for scheme in ("", "stratified_")
+        for k in (0, 1)
+        for ending in ("json", "safetensors")
+    }
     backbones = {name for name in names(fewer) if name.startswith("backbone_")}
-    assert len(backbones) == 1 and names(fewer) - {"density.npz", "density.json"} == forms | backbones and not list((fewer.artefacts / "dinov3/state").iterdir())
+    assert (
+        len(backbones) == 1
+        and names(fewer) - {"density.npz", "density.json"} == forms | backbones
+        and not list((fewer.artefacts / "dinov3/state").iterdir())
+    )
     grouped = opened(tmp_path, *QUICK, "run.folds=2", "train_dinov3.schemes=grouped")
     train_dinov3.run_train_dinov3(grouped)
     assert not [name for name in names(grouped) | names(grouped, "oof") if "stratified" in name]
-    assert {"dinov3.parquet", "dinov3.json"} <= names(grouped, "oof") and {"fold0.safetensors", "fold1.safetensors", *backbones} <= names(grouped)
+    assert {"dinov3.parquet", "dinov3.json"} <= names(grouped, "oof") and {
+        "fold0.safetensors",
+        "fold1.safetensors",
+        *backbones,
+    } <= names(grouped)
 
 
 def test_a_backbone_that_is_gone_makes_the_stage_stale(tmp_path):
@@ -256,29 +321,49 @@ def test_the_key_of_a_fold_knows_what_changes_its_weights(tmp_path):
 
     def key(*overrides):
         settings = load_settings("demo", "", [*SMALL, *overrides])
-        return train_dinov3.fold_key(dataclasses.replace(run, settings=settings), m, ids, schemes["grouped"], 0)
+        return train_dinov3.fold_key(
+            dataclasses.replace(run, settings=settings), m, ids, schemes["grouped"], 0
+        )
 
     rounds, same = ("train_dinov3.pseudo_rounds=1", "train_dinov3.select=last"), key()
-    for nothing in ("parallel_folds=2", "maps=3", "patience=1", "views=id, H", "save_minutes=1", "schemes=grouped, stratified", "checkpointing=yes"):
+    for nothing in (
+        "parallel_folds=2",
+        "maps=3",
+        "patience=1",
+        "views=id, H",
+        "save_minutes=1",
+        "schemes=grouped, stratified",
+        "checkpointing=yes",
+    ):
         assert key(f"train_dinov3.{nothing}") == same, nothing
     assert key("photos.workers=3") == same == key("run.workers=3", "run.draws=7", "frozen.widths=64")
-    for something in ("size=96", "epochs=3", "select=last", "lr=1e-2", "weights=random", "probe_sizes=96", "poolings=mean", "budget_minutes=1", "refit=no"):
+    for something in (
+        "size=96",
+        "epochs=3",
+        "select=last",
+        "lr=1e-2",
+        "weights=random",
+        "probe_sizes=96",
+        "poolings=mean",
+        "budget_minutes=1",
+        "refit=no",
+    ):
         assert key(f"train_dinov3.{something}") != same, something
     assert key("run.seed=1") != same != key("photos.jitter=0.3")
     assert key(*rounds, "train_dinov3.views=id, H") != key(*rounds), "a teacher averages its views"
 
 
-def fits(run) -> bool:
-    "Whether what was written out of fold is what the saved weights, backbone and all, say of the photographs."
+def oof_matches_weights(run) -> bool:
+    "Return whether the OOF file holds the predictions of the saved weights."
     from nbs_lib.tables import read_oof
 
     m, ids, schemes = train_dinov3.load_fold_data(run)
     oof = read_oof(run.artefacts / "oof/dinov3.parquet", ids)
-    said = np.zeros_like(oof)
+    predicted = np.zeros_like(oof)
     for k in (0, 1):
         out = np.flatnonzero(schemes["grouped"] == k)
-        said[out] = predict(train_dinov3.load_fold(run.artefacts, k), m.store, index=out)
-    return np.allclose(said, oof, rtol=1e-4, atol=1e-3)
+        predicted[out] = predict(train_dinov3.load_fold(run.artefacts, k), m.store, index=out)
+    return np.allclose(predicted, oof, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("unfreeze", [0, 2])
@@ -288,21 +373,38 @@ def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreez
     weights, runs = tmp_path / "weights.safetensors", []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        save_file(train_dinov3.build_model(train_dinov3.ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
-        runs.append(opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", f"train_dinov3.weights={weights}", f"train_dinov3.unfreeze={unfreeze}"))
+        save_file(build_model(ModelConfig(VIT, dim=16)).backbone.net.state_dict(), weights)
+        runs.append(
+            opened(
+                tmp_path,
+                *QUICK,
+                f"train_dinov3.backbone={VIT}",
+                f"train_dinov3.weights={weights}",
+                f"train_dinov3.unfreeze={unfreeze}",
+            )
+        )
         train_dinov3.run_train_dinov3(runs[-1])
-        assert fits(runs[-1])
+        assert oof_matches_weights(runs[-1])
     assert sum(name.startswith("backbone_") for name in names(runs[-1])) == 1
 
 
 def test_adapters_that_are_switched_on_bring_their_own_backbone(tmp_path):
     for lora in (0, 2, 0):
-        run = opened(tmp_path, *QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=2", f"train_dinov3.lora={lora}")
+        run = opened(
+            tmp_path,
+            *QUICK,
+            f"train_dinov3.backbone={VIT}",
+            "train_dinov3.weights=random",
+            "train_dinov3.unfreeze=2",
+            f"train_dinov3.lora={lora}",
+        )
         train_dinov3.run_train_dinov3(run)
-        assert fits(run) and sum(name.startswith("backbone_") for name in names(run)) == 1
+        assert oof_matches_weights(run) and sum(name.startswith("backbone_") for name in names(run)) == 1
 
 
-@pytest.mark.parametrize("more", [("train_dinov3.maps=3",), ("train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=test")])
+@pytest.mark.parametrize(
+    "more", [("train_dinov3.maps=3",), ("train_dinov3.pseudo_rounds=1", "train_dinov3.pseudo_from=test")]
+)
 def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
     import tiny
 
@@ -316,7 +418,7 @@ def test_a_test_without_a_readable_photo_stops_no_training(tmp_path, more):
 
 
 def fail_or_sleep(run, jobs, threads):
-    "In place of `train_some`: fold 0 fails as soon as the other one has begun, which lasts for three minutes."
+    "Replace `train_fold_jobs`: fold 0 fails once the other fold has begun, which takes three minutes."
     Path(run.output, f"began{jobs[0][1]}").touch()
     start = time.monotonic()
     while time.monotonic() < start + 180 and (jobs[0][1] or not Path(run.output, "began1").exists()):
@@ -337,71 +439,90 @@ def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch)
 
 
 class Clock:
-    "Time that passes only when it is told to."
+    "A clock that moves only where a test moves it."
 
     def __init__(self, monkeypatch):
         self.now = 0.0
-        monkeypatch.setattr(train_dinov3, "time", self)
+        monkeypatch.setattr(trainer, "time", self)
 
     def monotonic(self) -> float:
         return self.now
 
     def taking(self, seconds: float, work):
-        "`work`, after which so many seconds have passed."
+        "Return `work` made to take `seconds`."
 
         def slow(*args, **kw):
-            answer = work(*args, **kw)
+            result = work(*args, **kw)
             self.now += seconds
-            return answer
+            return result
 
         return slow
 
 
-def test_the_time_budget_counts_looks_and_saved_states(tmp_path, monkeypatch):
-    clock, said = Clock(monkeypatch), []
-    net, fit = one_by_one(0, epochs=50)
-    fit.clock.minutes, fit.watch = 3, clock.taking(60, lambda epoch, net: -epoch)
-    assert len(train(net, fit, said.append)) == 4 and "budget of" in said[0] and "after 4 of 50 epochs" in said[0]
+def test_the_time_budget_counts_evaluation_and_checkpoints(tmp_path, monkeypatch):
+    clock, warnings = Clock(monkeypatch), []
+    net, fit = make_training(0, epochs=50)
+    fit.clock.minutes, fit.evaluate = 3, clock.taking(60, lambda epoch, net: -epoch)
+    assert (
+        len(train(net, fit, warnings.append)) == 4
+        and "budget of" in warnings[0]
+        and "after 4 of 50 epochs" in warnings[0]
+    )
     monkeypatch.setattr(trainer, "write_checkpoint", clock.taking(60, trainer.write_checkpoint))
-    net, fit = one_by_one(0, epochs=50, state=tmp_path / "s.pt", key="k")
+    net, fit = make_training(0, epochs=50, state=tmp_path / "s.pt", key="k")
     fit.clock.minutes = 3
-    history = train(net, fit, said.append)
-    assert len(history) == 5 and history[-1]["stopped"] == "budget"  # four saved states, of a minute each, end the fifth epoch after its first step
+    history = train(net, fit, warnings.append)
+    assert (
+        len(history) == 5 and history[-1]["stopped"] == "budget"
+    )  # four checkpoints of a minute each end the fifth epoch after its first step
 
 
-def test_part_of_an_epoch_is_not_looked_at_when_there_is_a_best_one(monkeypatch):
+def test_part_of_an_epoch_is_not_evaluated_when_a_best_one_exists(monkeypatch):
     clock, seen = Clock(monkeypatch), []
     monkeypatch.setattr(trainer, "take_step", clock.taking(1, trainer.take_step))
-    net, fit = one_by_one(0, epochs=50)
-    fit.clock.minutes, fit.watch = 0.25, lambda epoch, net: seen.append(trained(net)) or 0.5  # 15 s: an epoch of 8, and 8 of the next
+    net, fit = make_training(0, epochs=50)
+    fit.clock.minutes, fit.evaluate = (
+        0.25,
+        lambda epoch, net: seen.append(trained(net)) or 0.5,
+    )  # 15 s: an epoch of 8, and 8 of the next
     assert [h["score"] for h in train(net, fit)] == [0.5, 0.5]
-    net, fit = one_by_one(0, epochs=50)
-    fit.clock.minutes, fit.watch = 0.2, lambda epoch, net: seen.append(trained(net)) or 0.5
+    net, fit = make_training(0, epochs=50)
+    fit.clock.minutes, fit.evaluate = 0.2, lambda epoch, net: seen.append(trained(net)) or 0.5
     assert [h["score"] for h in train(net, fit)] == [0.5, None] and len(seen) == 3
     assert all(torch.equal(p, seen[-1][n]) for n, p in trained(net).items())
 
 
 def test_an_end_on_time_is_not_cut_short(monkeypatch):
-    clock, said = Clock(monkeypatch), []
-    net, fit = one_by_one(0, epochs=3)
-    fit.clock.minutes, fit.watch = 2.5, clock.taking(60, lambda epoch, net: epoch)
-    assert "stopped" not in train(net, fit, said.append)[-1] and not said
+    clock, warnings = Clock(monkeypatch), []
+    net, fit = make_training(0, epochs=3)
+    fit.clock.minutes, fit.evaluate = 2.5, clock.taking(60, lambda epoch, net: epoch)
+    assert "stopped" not in train(net, fit, warnings.append)[-1] and not warnings
 
 
-POOL = [*QUICK, f"train_dinov3.backbone={VIT}", "train_dinov3.weights=random", "train_dinov3.unfreeze=1", "train_dinov3.probe=no", "train_dinov3.batch=4", "train_dinov3.accumulate=1",
-        "train_dinov3.pseudo_rounds=2", "train_dinov3.pseudo_from=held_out", "train_dinov3.lr=3e-3"]
+POOL = [
+    *QUICK,
+    f"train_dinov3.backbone={VIT}",
+    "train_dinov3.weights=random",
+    "train_dinov3.unfreeze=1",
+    "train_dinov3.probe=no",
+    "train_dinov3.batch=4",
+    "train_dinov3.accumulate=1",
+    "train_dinov3.pseudo_rounds=2",
+    "train_dinov3.pseudo_from=held_out",
+    "train_dinov3.lr=3e-3",
+]
 
 
-def a_fold(run, **kw):
-    "Fold 0 of a run: its network, and notes."
-    train_dinov3.seed_everything(3)
+def fit_first_fold(run, **kw):
+    "Fit fold 0 of a run; return its network and notes."
+    seed_everything(3)
     m, ids, schemes = train_dinov3.load_fold_data(run)
     out, index = np.flatnonzero(schemes["grouped"] == 0), np.flatnonzero(schemes["grouped"] != 0)
-    return train_dinov3.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
+    return fold_training.fit_fold(m, run.settings.train_dinov3, index, out, 0, **kw)
 
 
-def stepping(monkeypatch, before=lambda done: None) -> list[str]:
-    "The key of the training, step by step; `before` is called with those that were taken, before each."
+def record_steps(monkeypatch, before=lambda done: None) -> list[str]:
+    "Record the key of the training at each step; call `before(done)` ahead of each."
     done, real = [], trainer.take_step
 
     def step(model, p, fit, micro):
@@ -418,12 +539,12 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("steps_of_two", [0, 1, 2])
-def test_a_kill_in_the_second_round_does_nothing_twice(steps_of_two, tmp_path, monkeypatch):
-    "Whether the second round had a state already or none; the heads are drawn anew for each training, as the recipe's are."
+def test_a_kill_in_the_second_round_repeats_no_step(steps_of_two, tmp_path, monkeypatch):
+    "With and without a checkpoint of the second round; heads are initialised anew for each training."
     run = opened(tmp_path, *POOL, "train_dinov3.label_scale=no", "train_dinov3.save_minutes=0")
     with monkeypatch.context() as patched:
-        all_steps = stepping(patched)
-        whole, _ = a_fold(run, state=tmp_path / "whole.pt", key="k")
+        all_steps = record_steps(patched)
+        whole, _ = fit_first_fold(run, state=tmp_path / "whole.pt", key="k")
     at_two = all_steps.index("k round 2") + steps_of_two
     assert at_two < len(all_steps)
 
@@ -432,45 +553,75 @@ def test_a_kill_in_the_second_round_does_nothing_twice(steps_of_two, tmp_path, m
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        stepping(patched, kill)
+        record_steps(patched, kill)
         with pytest.raises(KeyboardInterrupt):
-            a_fold(run, state=tmp_path / "killed.pt", key="k")
+            fit_first_fold(run, state=tmp_path / "killed.pt", key="k")
     there = {p.name: p.stat().st_size for p in tmp_path.glob("killed*.pt")}
     one, two = {"killed.pt", "killed_round1.pt"}, {"killed_round2.pt"} if steps_of_two else set()
-    assert one | two == {name for name in there if "before" not in name} and not any(f"{Path(name).stem}.before.pt" in there for name in one)
-    assert all(there[name] < 0.4 * there[other] for name in one for other in two)  # no moments, no average, no second copy of the weights
+    assert one | two == {name for name in there if "before" not in name} and not any(
+        f"{Path(name).stem}.before.pt" in there for name in one
+    )
+    assert all(
+        there[name] < 0.4 * there[other] for name in one for other in two
+    )  # no moments, no average, no second copy of the weights
     with monkeypatch.context() as patched:
-        again_steps = stepping(patched)
-        again, notes = a_fold(run, state=tmp_path / "killed.pt", key="k")
-    assert again_steps == ["k round 2"] * (len(all_steps) - at_two) and len(notes["rounds"]) == 2 and equal(whole, again)
+        again_steps = record_steps(patched)
+        again, notes = fit_first_fold(run, state=tmp_path / "killed.pt", key="k")
+    assert (
+        again_steps == ["k round 2"] * (len(all_steps) - at_two)
+        and len(notes["rounds"]) == 2
+        and equal(whole, again)
+    )
     with monkeypatch.context() as patched:
-        assert not stepping(patched) and equal(whole, a_fold(run, state=tmp_path / "killed.pt", key="k")[0]) and not stepping(patched)
+        assert (
+            not record_steps(patched)
+            and equal(whole, fit_first_fold(run, state=tmp_path / "killed.pt", key="k")[0])
+            and not record_steps(patched)
+        )
 
 
 def test_one_time_budget_for_a_fold_and_its_rounds(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(trainer, "take_step", clock.taking(60, trainer.take_step))
-    plain, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=0"))
+    plain, _ = fit_first_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=0"))
     steps_of_base, clock.now = round(clock.now / 60), 0.0
-    first, _ = a_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=1"))
+    first, _ = fit_first_fold(opened(tmp_path, *POOL, "train_dinov3.pseudo_rounds=1"))
     steps_of_both = round(clock.now / 60)
 
     def within(minutes: float, **kw):
-        clock.now, said = 0.0, []
-        net, notes = a_fold(opened(tmp_path, *POOL, f"train_dinov3.budget_minutes={minutes}"), warn=said.append, **kw)
-        return net, notes, said
+        clock.now, warnings = 0.0, []
+        net, notes = fit_first_fold(
+            opened(tmp_path, *POOL, f"train_dinov3.budget_minutes={minutes}"), warn=warnings.append, **kw
+        )
+        return net, notes, warnings
 
-    net, notes, said = within(steps_of_base - 0.5)  # all steps, and a little too long
-    assert equal(net, plain) and notes["rounds"] == [] and len(said) == 1 and "before round 1" in said[0]
-    net, notes, said = within(steps_of_base + 0.5)
-    assert equal(net, plain) and len(notes["rounds"]) == 1 and "ended a training" in said[0] and "round 1 of pseudo-labels did not end in time" in said[1]
-    net, notes, said = within(steps_of_both + 0.5)
-    assert equal(net, first) and len(notes["rounds"]) == 2 and "round 2 of pseudo-labels did not end in time" in said[1]
+    net, notes, warnings = within(steps_of_base - 0.5)  # all steps, and a little too long
+    assert equal(net, plain) and notes["rounds"] == []
+    assert len(warnings) == 1 and "before round 1" in warnings[0]
+    net, notes, warnings = within(steps_of_base + 0.5)
+    assert (
+        equal(net, plain)
+        and len(notes["rounds"]) == 1
+        and "minutes spent after" in warnings[0]
+        and "round 1 of pseudo-labels did not finish in time" in warnings[1]
+    )
+    net, notes, warnings = within(steps_of_both + 0.5)
+    assert (
+        equal(net, first)
+        and len(notes["rounds"]) == 2
+        and "round 2 of pseudo-labels did not finish in time" in warnings[1]
+    )
 
 
-def test_time_that_was_spent_before_a_kill_is_carried_on(tmp_path, monkeypatch):
+def test_time_spent_before_a_kill_counts(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    run = opened(tmp_path, *POOL, "train_dinov3.save_minutes=0", "train_dinov3.budget_minutes=100", "train_dinov3.epochs=9")
+    run = opened(
+        tmp_path,
+        *POOL,
+        "train_dinov3.save_minutes=0",
+        "train_dinov3.budget_minutes=100",
+        "train_dinov3.epochs=9",
+    )
     state = {"state": tmp_path / "s.pt", "key": "k"}
 
     def kill(done):
@@ -479,32 +630,46 @@ def test_time_that_was_spent_before_a_kill_is_carried_on(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        stepping(patched, kill)
+        record_steps(patched, kill)
         with pytest.raises(KeyboardInterrupt):
-            a_fold(run, **state)
-    clock.now, said = 0.0, []
-    done = stepping(monkeypatch, lambda done: setattr(clock, "now", clock.now + 60 * 15))
-    _, notes = a_fold(run, **state, warn=said.append)
-    assert len(done) == 2 and notes["history"][-1]["stopped"] == "budget" and notes["rounds"] == []  # 75 minutes, then two steps of 15
-    assert len(said) == 2 and "budget of 100 minutes ended" in said[0] and "before round 1" in said[1]
+            fit_first_fold(run, **state)
+    clock.now, warnings = 0.0, []
+    done = record_steps(monkeypatch, lambda done: setattr(clock, "now", clock.now + 60 * 15))
+    _, notes = fit_first_fold(run, **state, warn=warnings.append)
+    assert (
+        len(done) == 2 and notes["history"][-1]["stopped"] == "budget" and notes["rounds"] == []
+    )  # 75 minutes, then two steps of 15
+    assert len(warnings) == 2 and "before round 1" in warnings[1]
+    assert "budget of 100 minutes spent after" in warnings[0]
     assert json.loads((tmp_path / "s.clock.json").read_text()) == {"key": "k", "seconds": 60 * 105}
     assert trainer.Stopwatch(100, tmp_path / "s.clock.json", "other settings").seconds() == 0
 
 
-def test_a_round_that_ended_counts_though_the_time_is_over(tmp_path, monkeypatch):
+def test_a_finished_round_counts_after_the_time_budget(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    run, state = opened(tmp_path, *POOL, "train_dinov3.budget_minutes=100"), {"state": tmp_path / "s.pt", "key": "k"}
-    whole, _ = a_fold(run, **state)
+    run, state = (
+        opened(tmp_path, *POOL, "train_dinov3.budget_minutes=100"),
+        {"state": tmp_path / "s.pt", "key": "k"},
+    )
+    whole, _ = fit_first_fold(run, **state)
     (tmp_path / "s.clock.json").write_text(json.dumps({"key": "k", "seconds": 60 * 101}))
-    done = stepping(monkeypatch)
-    again, notes = a_fold(run, **state)
+    done = record_steps(monkeypatch)
+    again, notes = fit_first_fold(run, **state)
     assert equal(whole, again) and len(notes["rounds"]) == 2 and not done and clock.now == 0
 
 
-REFIT = [*POOL, "train_dinov3.select=holdout", "train_dinov3.pseudo_rounds=0", "train_dinov3.pseudo_from=test", "train_dinov3.refit=yes", "train_dinov3.epochs=3", "train_dinov3.save_minutes=0"]
+REFIT = [
+    *POOL,
+    "train_dinov3.select=holdout",
+    "train_dinov3.pseudo_rounds=0",
+    "train_dinov3.pseudo_from=test",
+    "train_dinov3.refit=yes",
+    "train_dinov3.epochs=3",
+    "train_dinov3.save_minutes=0",
+]
 
 
-def test_the_holdout_chooses_the_epochs_of_a_training_on_all_photos(tmp_path, monkeypatch):
+def test_the_holdout_selects_the_epochs_of_the_refit(tmp_path, monkeypatch):
     run, used, real = opened(tmp_path, *REFIT), {}, trainer.train_step
 
     def watched(model, fit, micro, draw, acc):
@@ -513,24 +678,28 @@ def test_the_holdout_chooses_the_epochs_of_a_training_on_all_photos(tmp_path, mo
 
     monkeypatch.setattr(trainer, "train_step", watched)
     scores = iter([0.1, 0.5, 0.2])
-    monkeypatch.setattr(train_dinov3, "score_epoch", lambda *args: next(scores))
-    net, notes = a_fold(run, key="k")
+    monkeypatch.setattr(fold_training, "score_epoch", lambda *args: next(scores))
+    net, notes = fit_first_fold(run, key="k")
     m, ids, schemes = train_dinov3.load_fold_data(run)
     index = set(np.flatnonzero(schemes["grouped"] != 0))
-    assert [len(notes[name]) for name in ("history", "refit")] == [3, 2], "two epochs, as the second was the best"
-    assert used["k"] < used["k refit"] == index and not any("score" in h and h["score"] for h in notes["refit"])
+    assert [len(notes[name]) for name in ("history", "refit")] == [3, 2], (
+        "two epochs, as the second was the best"
+    )
+    assert used["k"] < used["k refit"] == index and not any(
+        "score" in h and h["score"] for h in notes["refit"]
+    )
     with monkeypatch.context() as patched:
-        patched.setattr(train_dinov3, "score_epoch", lambda *args, after=iter([0.1, 0.5, 0.2]): next(after))
-        without, notes = a_fold(opened(tmp_path, *REFIT, "train_dinov3.refit=no"), key="k")
+        patched.setattr(fold_training, "score_epoch", lambda *args, after=iter([0.1, 0.5, 0.2]): next(after))
+        without, notes = fit_first_fold(opened(tmp_path, *REFIT, "train_dinov3.refit=no"), key="k")
     assert "refit" not in notes and not equal(net, without)
 
 
 @pytest.mark.parametrize("steps_of_refit", [0, 1])
-def test_a_kill_in_the_training_on_all_photos_does_nothing_twice(steps_of_refit, tmp_path, monkeypatch):
+def test_a_kill_in_the_refit_repeats_no_step(steps_of_refit, tmp_path, monkeypatch):
     run, state = opened(tmp_path, *REFIT), {"state": tmp_path / "killed.pt", "key": "k"}
     with monkeypatch.context() as patched:
-        all_steps = stepping(patched)
-        whole, _ = a_fold(run, key="k")
+        all_steps = record_steps(patched)
+        whole, _ = fit_first_fold(run, key="k")
     at = all_steps.index("k refit") + steps_of_refit
 
     def kill(done):
@@ -538,85 +707,135 @@ def test_a_kill_in_the_training_on_all_photos_does_nothing_twice(steps_of_refit,
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        stepping(patched, kill)
+        record_steps(patched, kill)
         with pytest.raises(KeyboardInterrupt):
-            a_fold(run, **state)
+            fit_first_fold(run, **state)
     with monkeypatch.context() as patched:
-        again_steps = stepping(patched)
-        again, notes = a_fold(run, **state)
+        again_steps = record_steps(patched)
+        again, notes = fit_first_fold(run, **state)
     assert again_steps == ["k refit"] * (len(all_steps) - at) and notes["refit"] and equal(whole, again)
 
 
-def test_a_training_on_all_photos_needs_time_unless_it_ended_before(tmp_path, monkeypatch):
+def test_a_refit_needs_time_unless_it_finished_before(tmp_path, monkeypatch):
     clock, state = Clock(monkeypatch), {"state": tmp_path / "s.pt", "key": "k"}
     run = opened(tmp_path, *REFIT, "train_dinov3.budget_minutes=100")
     with monkeypatch.context() as patched:
-        first = stepping(patched)
-        whole, _ = a_fold(run, **state)
+        first = record_steps(patched)
+        whole, _ = fit_first_fold(run, **state)
     each = 60 * 90 / first.count("k")  # the first training takes 90 minutes of 100
     with monkeypatch.context() as patched:
-        done, said = stepping(patched, lambda done: setattr(clock, "now", clock.now + each)), []
-        net, notes = a_fold(run, key="k", warn=said.append)
+        done, warnings = record_steps(patched, lambda done: setattr(clock, "now", clock.now + each)), []
+        net, notes = fit_first_fold(run, key="k", warn=warnings.append)
     assert notes["refit"] == [] and set(done) == {"k"} and not equal(net, whole)
-    assert len(said) == 1 and "budget_minutes: no time to train on the " in said[0] and said[0].endswith("photos that chose the epoch; they are left out")
+    assert (
+        len(warnings) == 1
+        and "budget_minutes: no time to refit with the " in warnings[0]
+        and warnings[0].endswith("photos that selected the epoch; they are left out")
+    )
     (tmp_path / "s.clock.json").write_text(json.dumps({"key": "k", "seconds": 60 * 101}))
     with monkeypatch.context() as patched:
-        done = stepping(patched)
-        again, notes = a_fold(run, **state)
+        done = record_steps(patched)
+        again, notes = fit_first_fold(run, **state)
     assert equal(whole, again) and notes["refit"] and not done
 
 
-def test_time_that_is_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatch):
-    clock, said = Clock(monkeypatch), []
+def test_a_budget_spent_on_inner_folds_leaves_the_probe(tmp_path, monkeypatch):
+    clock, warnings = Clock(monkeypatch), []
     monkeypatch.setattr(trainer, "take_step", clock.taking(60, trainer.take_step))
-    net, notes = a_fold(opened(tmp_path, "train_dinov3.budget_minutes=1.5"), warn=said.append)
-    assert net.config.head == "none" and not notes["verdict"]["keep"] and "history" not in notes
-    assert "spent on inner folds; the probe answers alone" in said[-1] and clock.now <= 180
+    net, notes = fit_first_fold(opened(tmp_path, "train_dinov3.budget_minutes=1.5"), warn=warnings.append)
+    assert net.config.head == "none" and not notes["gate"]["keep"] and "history" not in notes
+    assert "spent on inner folds; the probe is used alone" in warnings[-1] and clock.now <= 180
 
 
-def test_the_moments_are_gone_when_a_training_is_over(scaled, monkeypatch):
-    "Not when the garbage collector happens to come: the next training wants their place on the GPU."
-    kept, real = [], trainer.TrainerState.__init__
+def test_the_optimiser_is_freed_after_a_training(scaled, monkeypatch):
+    "At once, without a garbage collection: the next training needs the GPU memory."
+    references, real = [], trainer.TrainerState.__init__
 
     def init(self, net, optimiser, acc, s):
         real(self, net, optimiser, acc, s)
-        kept.extend(weakref.ref(thing) for thing in (self, optimiser, optimiser.optimizer))
+        references.extend(weakref.ref(thing) for thing in (self, optimiser, optimiser.optimizer))
 
     monkeypatch.setattr(trainer.TrainerState, "__init__", init)
     gc.disable()
     try:
-        train(*one_by_one(0, epochs=1))
-        assert len(kept) == 3 and not any(ref() for ref in kept)
+        train(*make_training(0, epochs=1))
+        assert len(references) == 3 and not any(ref() for ref in references)
     finally:
         gc.enable()
 
 
-def test_adapters_of_all_blocks_learn_at_the_backbones_rate():
+def test_adapters_of_all_blocks_have_the_backbones_rate():
     s = settings(layer_decay=0.5, lr_backbone=1e-4)
     rates = {}
     for lora in (0, 2):
         net = net_on(VIT, head="pooled", lora=lora)
         trainer.unfreeze(net, -1)
         names = {id(p): n for n, p in net.named_parameters()}
-        rates[lora] = {names[id(p)]: g["lr"] for g in trainer.parameter_groups(net, s) if g["name"] == "backbone" for p in g["params"]}
+        rates[lora] = {
+            names[id(p)]: g["lr"]
+            for g in trainer.parameter_groups(net, s)
+            if g["name"] == "backbone"
+            for p in g["params"]
+        }
     assert len(rates[2]) == 96 and all("lora_" in n for n in rates[2]) and set(rates[2].values()) == {1e-4}
     assert min(rates[0].values()) < 1e-7 < max(rates[0].values()) == 1e-4
 
 
 @pytest.mark.parametrize("budget", [0, 0.02])
-def test_two_processes_under_accelerate_go_through_the_whole_stage(budget, tmp_path):
-    "From the command line, with rounds and maps; what is left over from other settings is removed, by the first process alone."
-    words = [*SMALL, *POOL, "train_dinov3.head=density", "train_dinov3.maps=2", f"train_dinov3.budget_minutes={budget}", "train_dinov3.epochs=2"]
+def test_two_processes_under_accelerate_run_the_whole_stage(budget, tmp_path):
+    "From the command line, with rounds and maps; the first process removes stale artefacts."
+    words = [
+        *SMALL,
+        *POOL,
+        "train_dinov3.head=density",
+        "train_dinov3.maps=2",
+        f"train_dinov3.budget_minutes={budget}",
+        "train_dinov3.epochs=2",
+    ]
     run = opened(tmp_path, *words)
     run.artefact_path("dinov3", "fold7.safetensors").write_bytes(b"of a fold that is no more")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    command = [sys.executable, "-m", "nbs_lib.train_dinov3", "--train", str(run.input), str(run.output), "--profile", "demo", *(w for word in words for w in ("--set", word))]
-    env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(r), "LOCAL_RANK": str(r)}, stdout=subprocess.PIPE, text=True) for r in range(2)]
-    told = [p.communicate(timeout=300)[0] for p in both]
-    assert [p.returncode for p in both] == [0, 0] and '"r2w"' in told[0] and '"r2w"' not in told[1]
-    assert ("the time budget of 0.02 minutes" in told[0]) == ("the time budget of 0.02 minutes" in told[1]) == (budget > 0)
+    command = [
+        sys.executable,
+        "-m",
+        "nbs_lib.train_dinov3",
+        "--train",
+        str(run.input),
+        str(run.output),
+        "--profile",
+        "demo",
+        *(w for word in words for w in ("--set", word)),
+    ]
+    env = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    both = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env={**env, "RANK": str(r), "LOCAL_RANK": str(r)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for r in range(2)
+    ]
+    outputs = [p.communicate(timeout=300)[0] for p in both]
+    assert [p.returncode for p in both] == [0, 0] and '"r2w"' in outputs[0] and '"r2w"' not in outputs[1]
+    assert (
+        ("time budget of 0.02 minutes" in outputs[0])
+        == ("time budget of 0.02 minutes" in outputs[1])
+        == (budget > 0)
+    )
     folds = {f"fold{k}.{ending}" for k in (0, 1) for ending in ("json", "safetensors")}
-    assert {name for name in names(run) if not name.startswith("backbone_")} == folds | {"density.npz", "density.json"} and not list((run.artefacts / "dinov3/state").iterdir())
+    assert {name for name in names(run) if not name.startswith("backbone_")} == folds | {
+        "density.npz",
+        "density.json",
+    } and not list((run.artefacts / "dinov3/state").iterdir())
