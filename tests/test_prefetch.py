@@ -110,15 +110,10 @@ def test_each_thread_has_a_compose_of_its_own():
     store, made, results = pairs(8), {}, {}
 
     def work(name):
-<<<<<<< HEAD
         made[name] = _color_jitter(JITTER.jitter, JITTER.hue)
-        results[name] = [augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)]
-=======
-        made[name] = _colour(JITTER.jitter, JITTER.hue)
         results[name] = [
             augment(store[i], np.random.default_rng([5, i]), JITTER) for i in range(8) for _ in range(3)
         ]
->>>>>>> 2e878af7f6a69180f53e9164e91ac4bd2925d8a6
 
     running = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in running:
@@ -127,17 +122,11 @@ def test_each_thread_has_a_compose_of_its_own():
         t.join()
     work("alone")
     assert len({id(m) for m in made.values()}) == 5
-<<<<<<< HEAD
-    assert all(np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True))
-    assert _color_jitter(0.5, 0.1) is _color_jitter(0.5, 0.1)
-    assert len({id(_color_jitter(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
-=======
     assert all(
         np.array_equal(a, b) for k in range(4) for a, b in zip(results[k], results["alone"], strict=True)
     )
-    assert _colour(0.5, 0.1) is _colour(0.5, 0.1)
-    assert len({id(_colour(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
->>>>>>> 2e878af7f6a69180f53e9164e91ac4bd2925d8a6
+    assert _color_jitter(0.5, 0.1) is _color_jitter(0.5, 0.1)
+    assert len({id(_color_jitter(*change)) for change in ((0.5, 0.1), (0.25, 0.1), (0.5, 0.2))}) == 3
 
 
 def test_pixels_stay_bytes_until_they_are_on_the_device():
