@@ -165,7 +165,7 @@ def reconcile(
 def shrunk_covariance(
     errors,  # (n, 5), grams: out-of-fold prediction minus truth
 ) -> tuple[np.ndarray, float]:
-    """Return the covariance (5, 5) of errors about zero, shrunk to its diagonal, and the intensity, 0.01 to 1.
+    """Return the covariance (5, 5) of errors about zero, shrunk to its diagonal, and the intensity (≥ 0.01).
 
     Schäfer & Strimmer 2005. Raise `InputError` for fewer than 3 rows or a target without error.
     """

@@ -21,7 +21,7 @@ def imports(path: Path) -> set[str]:
     "Return the modules of nbs_lib that a source file imports."
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):  # nbdev writes `from nbs_lib.runtime import` as `from .runtime import`
+        if isinstance(node, ast.ImportFrom):  # nbdev makes imports from nbs_lib relative
             module = "." * node.level + (node.module or "")
             if module in (".", "nbs_lib"):
                 found |= {a.name for a in node.names} - {"__version__"}
@@ -34,15 +34,15 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
-    "A module imports only what stands higher in the listing of notebooks/; no exception."
+    "A module imports only modules of notebooks with a lower number."
     found = imports(ROOT / "nbs_lib" / f"{name}.py")
     assert found <= MODULES.keys(), f"{name} imports {sorted(found - MODULES.keys())}"
     below = sorted(n for n in found if MODULES[n].name >= MODULES[name].name)
-    assert not below, f"{name} imports modules that stand below it: {below}"
+    assert not below, f"{name} imports modules of later notebooks: {below}"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_exported_code_is_explicit_and_needs_no_nbdev(name):
+def test_exported_code_has_explicit_imports_and_needs_no_nbdev(name):
     source = (ROOT / "nbs_lib" / f"{name}.py").read_text()
     assert not re.search(r"^\s*from \S+ import \*", source, re.M)
     assert not re.search(r"^\s*(from|import) (nbdev|fastcore)\b", source, re.M)
@@ -68,8 +68,8 @@ def test_library_and_notebooks_agree(tmp_path):
 def test_a_program_uses_nothing_defined_below_its_main_guard(name):
     "What is defined below `if __name__ == ...` does not exist yet when the program above it runs."
     body = parse_module(name).body
-    guards = [i for i, node in enumerate(body) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)]
-    cut = guards[0] if guards else len(body)
+    conditions = {i: ast.unparse(node.test) for i, node in enumerate(body) if isinstance(node, ast.If)}
+    cut = min((i for i, test in conditions.items() if "__name__" in test), default=len(body))
     defined = set()
     for node in body[cut + 1 :]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -86,8 +86,8 @@ def test_text_files_have_an_explicit_encoding(name):
     "Files are UTF-8 whatever the encoding of the machine is."
     for node in ast.walk(parse_module(name)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
-            keys = {k.arg for k in node.keywords}
-            assert "encoding" in keys, f"{name}.py:{node.lineno}: {ast.unparse(node.func)} without an encoding"
+            call = f"{name}.py:{node.lineno}: {ast.unparse(node.func)}"
+            assert "encoding" in {k.arg for k in node.keywords}, f"{call} without an encoding"
 
 
 def parse_module(name: str) -> ast.Module:
@@ -109,12 +109,12 @@ def test_notebook_can_be_browsed(path):
     assert first.startswith("# ") and "\n> " in first, "a notebook begins with H1 and a > line"
     code = [c for c in nb.cells if c.cell_type == "code"]
     lessons = [c for c in code if not re.match(r"#\|\s*(run|export|default_exp)", c.source)]
-    assert any(c.outputs for c in lessons), "the lessons show nothing"
+    assert any(c.outputs for c in lessons), "the lessons have no output"
     for cell in nb.cells:
         for output in cell.get("outputs", []):
             assert output.output_type != "error", cell.source
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
-            assert not re.search(r"/(home|root|work|tmp|Users)/", text), f"a machine path in an output: {text[:200]}"
+            assert not re.search(r"/(home|root|work|tmp|Users)/", text), f"a path of a machine: {text[:200]}"
             assert "Warning:" not in text, text[:300]
 
 
