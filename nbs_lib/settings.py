@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
-from .runtime import InputError, input_error
+from .runtime import input_error
 
 # %% ../notebooks/02_settings.ipynb #2be2c190
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class DemoSettings:
     n_test: int  # number of unlabelled photos, the hidden test
     seed: int  # random seed of the renderer
 
-# %% ../notebooks/02_settings.ipynb #8d5e64ab
+# %% ../notebooks/02_settings.ipynb #976370cd
 @dataclass(frozen=True)
 class KaggleSettings:
     "Names on Kaggle."
@@ -132,7 +132,7 @@ class NetworkSettings:
     lora: int  # rank of LoRA adapters that are trained instead of the blocks; 0: no LoRA
     views: tuple[str, ...]  # flips that are averaged in a prediction (TTA): id, H, V, HV
 
-# %% ../notebooks/02_settings.ipynb #3ccb625c
+# %% ../notebooks/02_settings.ipynb #5cb4e387
 @dataclass(frozen=True)
 class TrainDinov3Settings(NetworkSettings):
     "Model 1: the network (backbone, probe, mixers, head) and its training."
@@ -199,7 +199,7 @@ class FrozenSettings:
     batch: int  # photos in a batch
     colour_width: int  # width of a half in pixels for colour and texture features; 0: none
 
-# %% ../notebooks/02_settings.ipynb #d92ec199
+# %% ../notebooks/02_settings.ipynb #b63fc8bd
 @dataclass(frozen=True)
 class BoostingSettings:
     "Model 2: regressors on frozen features."
@@ -415,7 +415,7 @@ def read_section(
     values = {key: parse_value(texts[key], kind, f"{section}.{key}") for key, kind in KEYS[section].items()}
     return SECTIONS[section](**values)
 
-# %% ../notebooks/02_settings.ipynb #8343b96b
+# %% ../notebooks/02_settings.ipynb #296ea300
 def setting_comments(section: str) -> dict[str, str]:
     "Return the comment of each key of `section`: the lines above its field and the one behind it."
     comments, above = {}, []

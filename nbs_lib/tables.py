@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from .runtime import InputError, atomic, input_error
+from .runtime import atomic, input_error
 from .stages import Run
 from .targets import TARGETS, imbalance
 
@@ -41,7 +41,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise input_error(path, "the table has no rows")
     return table[list(columns)].apply(lambda column: column.str.strip())
 
-# %% ../notebooks/05_tables.ipynb #54fe1821
+# %% ../notebooks/05_tables.ipynb #5d7dcfbe
 def split_sample_ids(table: pd.DataFrame) -> pd.DataFrame:
     "Return image_id and target_name of each sample_id <image_id>__<target_name>; NaN where it is malformed."
     parts = table["sample_id"].str.rpartition("__")
@@ -281,7 +281,7 @@ def write_oof(
     run.write_metadata(path, model=model, scheme=scheme)
     return path
 
-# %% ../notebooks/05_tables.ipynb #e90acc8e
+# %% ../notebooks/05_tables.ipynb #cd5cb28e
 def read_oof(path: str | Path, ids: Sequence[str]) -> np.ndarray:
     "Return predictions (n, 5) in the order of `ids`; raise `InputError` for other photos or a NaN."
     again = "run the stage that writes it again"

@@ -13,7 +13,7 @@ from itertools import combinations
 
 import numpy as np
 
-from .runtime import InputError, input_error
+from .runtime import input_error
 
 # %% ../notebooks/04_targets.ipynb #153c379c
 TARGETS = ("Dry_Green_g", "Dry_Dead_g", "Dry_Clover_g", "GDM_g", "Dry_Total_g")
