@@ -1,4 +1,5 @@
-"""What several tests share: a small synthetic competition, and one finished run of the whole chain on it."""
+"""Fixtures: a small synthetic competition, and one finished run of the whole chain on it."""
+
 import os
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import nbs_lib  # noqa: F401 - before any test loads torch: it tells torch's threads how to wait
+import nbs_lib  # noqa: F401 - before any test loads torch: it limits OpenMP's busy-waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 # The chain with the least work that still runs every stage for real.
@@ -15,21 +16,23 @@ SMALL = ["--set", "run.folds=2"]
 
 
 def command(*argv: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
-    "python -m nbs_lib.run with `argv`, its output caught."
-    return subprocess.run([sys.executable, "-m", "nbs_lib.run", *map(str, argv)], capture_output=True, text=True, cwd=cwd or ROOT, **kwargs)
+    "Run python -m nbs_lib.run with `argv` and capture its output."
+    program = [sys.executable, "-m", "nbs_lib.run", *map(str, argv)]
+    return subprocess.run(program, capture_output=True, text=True, cwd=cwd or ROOT, **kwargs)
 
 
 @pytest.fixture(scope="session")
 def paddock(tmp_path_factory) -> Path:
-    "A competition folder of 24 training photos and 4 of a hidden test; the truth beside it."
+    "Write a competition folder with 24 training photos and a hidden test of 4, with its truth."
     from nbs_lib.demo import write_demo
 
-    return write_demo(tmp_path_factory.mktemp("paddock") / "csiro-biomass", n_train=24, n_test=4, seed=3)
+    folder = tmp_path_factory.mktemp("paddock") / "csiro-biomass"
+    return write_demo(folder, n_train=24, n_test=4, seed=3)
 
 
 @pytest.fixture
 def tables(paddock, tmp_path) -> Path:
-    "A copy of the tables whose photos are links, to put faults into."
+    "Copy the tables of `paddock` and link its photos, to put faults into them."
     folder = tmp_path / "csiro-biomass"
     folder.mkdir()
     for name in ("train.csv", "test.csv", "sample_submission.csv"):
@@ -43,7 +46,7 @@ def tables(paddock, tmp_path) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(paddock, tmp_path_factory) -> Path:
-    "The output folder of one whole run on `paddock`."
+    "Run the whole chain once on `paddock` and return the output folder."
     out = tmp_path_factory.mktemp("finished") / "out"
     done = command("--profile", "demo", "--input", paddock, "--output", out, *SMALL)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

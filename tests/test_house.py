@@ -1,4 +1,4 @@
-"""The house is in order: notebooks and library agree, imports run one way, nothing names a machine."""
+"""Notebooks and library agree, imports run one way, no file contains a path of a machine."""
 import ast
 import os
 import re
@@ -10,14 +10,18 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from nbs_lib.settings import KEYS, SECTIONS, comment_settings, setting_comments
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = {p.stem.partition("_")[2]: p for p in NOTEBOOKS if p.stem != "00_overview"}  # the overview exports nothing
 
+
 def imports(path: Path) -> set[str]:
+    "Return the modules of nbs_lib that a source file imports."
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):  # nbdev writes `from nbs_lib.core import` as `from .core import`
+        if isinstance(node, ast.ImportFrom):  # nbdev makes imports from nbs_lib relative
             module = "." * node.level + (node.module or "")
             if module in (".", "nbs_lib"):
                 found |= {a.name for a in node.names} - {"__version__"}
@@ -30,29 +34,30 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
-    "A module imports only what stands higher in the listing of notebooks/; no exception."
+    "A module imports only modules of notebooks with a lower number."
     found = imports(ROOT / "nbs_lib" / f"{name}.py")
     assert found <= MODULES.keys(), f"{name} imports {sorted(found - MODULES.keys())}"
     below = sorted(n for n in found if MODULES[n].name >= MODULES[name].name)
-    assert not below, f"{name} imports modules that stand below it: {below}"
+    assert not below, f"{name} imports modules of later notebooks: {below}"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_exported_code_is_explicit_and_needs_no_nbdev(name):
+def test_exported_code_has_explicit_imports_and_needs_no_nbdev(name):
     source = (ROOT / "nbs_lib" / f"{name}.py").read_text()
     assert not re.search(r"^\s*from \S+ import \*", source, re.M)
     assert not re.search(r"^\s*(from|import) (nbdev|fastcore)\b", source, re.M)
 
 
 def test_library_and_notebooks_agree(tmp_path):
-    """nbdev-export and nbdev-clean change nothing: what is committed is what the notebooks say."""
+    """nbdev-export and nbdev-clean change nothing: notebooks and library are committed together."""
     for name in ("notebooks", "nbs_lib"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
     before = snapshot(tmp_path)
     for command in ("nbdev-clean", "nbdev-export"):
-        done = subprocess.run([str(Path(sys.executable).with_name(command))], cwd=tmp_path, capture_output=True, text=True)
+        program = str(Path(sys.executable).with_name(command))
+        done = subprocess.run([program], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     after = snapshot(tmp_path)
     drifted = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
@@ -60,25 +65,38 @@ def test_library_and_notebooks_agree(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_a_module_run_as_a_program_has_all_it_needs(name):
-    "What stands below `if __name__ == ...` is not there yet when the program above it runs."
-    body = ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8")).body
-    cut = next((i for i, node in enumerate(body) if isinstance(node, ast.If) and "__name__" in ast.unparse(node.test)), len(body))
-    below = {n.name for n in body[cut + 1 :] if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {t.id for n in body[cut + 1 :] if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
-    used = {n.id for node in body[: cut + 1] for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    assert not below & used, f"{name}: {sorted(below & used)} stand too low"
+def test_a_program_uses_nothing_defined_below_its_main_guard(name):
+    "What is defined below `if __name__ == ...` does not exist yet when the program above it runs."
+    body = parse_module(name).body
+    conditions = {i: ast.unparse(node.test) for i, node in enumerate(body) if isinstance(node, ast.If)}
+    cut = min((i for i, test in conditions.items() if "__name__" in test), default=len(body))
+    defined = set()
+    for node in body[cut + 1 :]:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            defined.add(node.name)
+        if isinstance(node, ast.Assign):
+            defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    above = [n for node in body[: cut + 1] for n in ast.walk(node)]
+    used = {n.id for n in above if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    assert not defined & used, f"{name}: {sorted(defined & used)} are defined below the main guard"
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_texts_are_utf8_wherever_it_runs(name):
-    "A machine whose own encoding is another reads and writes the same files."
-    for node in ast.walk(ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8"))):
+def test_text_files_have_an_explicit_encoding(name):
+    "Files are UTF-8 whatever the encoding of the machine is."
+    for node in ast.walk(parse_module(name)):
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("read_text", "write_text"):
-            assert "encoding" in {k.arg for k in node.keywords}, f"{name}.py:{node.lineno}: {ast.unparse(node.func)} without an encoding"
+            call = f"{name}.py:{node.lineno}: {ast.unparse(node.func)}"
+            assert "encoding" in {k.arg for k in node.keywords}, f"{call} without an encoding"
+
+
+def parse_module(name: str) -> ast.Module:
+    return ast.parse((ROOT / "nbs_lib" / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def snapshot(root: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(root)): p.read_bytes() for d in ("notebooks", "nbs_lib") for p in sorted((root / d).glob("*.[ip][py]*")) if p.is_file()}
+    paths = [p for folder in ("notebooks", "nbs_lib") for p in sorted((root / folder).glob("*.[ip][py]*"))]
+    return {str(p.relative_to(root)): p.read_bytes() for p in paths if p.is_file()}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -94,7 +112,7 @@ def test_notebook_can_be_browsed(path):
         for output in cell.get("outputs", []):
             assert output.output_type != "error", cell.source
             text = output.get("text", "") + str(output.get("data", {}).get("text/plain", ""))
-            assert not re.search(r"/(home|root|work|tmp|Users)/", text), f"a machine path in an output: {text[:200]}"
+            assert not re.search(r"/(home|root|work|tmp|Users)/", text), f"a path of a machine: {text[:200]}"
             assert "Warning:" not in text, text[:300]
 
 
@@ -147,24 +165,30 @@ import nbs_lib.submit
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_no_file_names_a_machine():
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    for name in tracked:
-        if name.endswith((".py", ".md", ".ini", ".toml", ".txt", "Makefile", ".json", "run")) and name != "tests/test_house.py":
+def test_no_file_contains_a_path_of_a_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    endings = (".py", ".md", ".ini", ".toml", ".txt", "Makefile", ".json", "run")
+    for name in listed.stdout.split():
+        if name.endswith(endings) and name != "tests/test_house.py":
             assert not re.search(r"/(root|work|home)/\w", (ROOT / name).read_text()), name
 
 
-def test_settings_explain_their_keys():
-    """settings.ini says of each key what the dataclass says of it."""
-    source, text = (ROOT / "nbs_lib/runtime.py").read_text(), (ROOT / "settings.ini").read_text()
-    for block in re.findall(r'class \w+Settings:\n    ".*?"\n((?:    .*\n|\n)+)', source):
-        for key, comment in re.findall(r"^    (\w+): [^#\n]+?# *(.+)$", block, re.M):
-            assert f"# {key}: {comment.strip()}\n" in text, f"{key}: {comment}"
+def test_comments_of_settings_ini_are_those_of_the_dataclasses():
+    text = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    update = "python -c 'from nbs_lib.settings import write_comments; write_comments(\"settings.ini\")'"
+    assert comment_settings(text) == text, f"update settings.ini: {update}"
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_has_a_comment(section):
+    comments = setting_comments(section)
+    assert comments.keys() == KEYS[section].keys() and all(comments.values())
 
 
 @pytest.mark.parametrize(("given", "kept"), [({}, "300"), ({"GOMP_SPINCOUNT": "7"}, "7")])
-def test_threads_are_told_to_sleep_before_torch_is_loaded(given, kept):
-    "OpenMP reads the word once, when torch is loaded; whoever has set it is obeyed."
+def test_openmp_busy_waiting_is_limited_before_torch_is_loaded(given, kept):
+    "OpenMP reads the variable once, when torch is loaded; a value of the user is kept."
     code = "import os, sys; import nbs_lib; print('torch' in sys.modules, os.environ['GOMP_SPINCOUNT'])"
     env = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"} | given
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=env).stdout.split() == ["False", kept]
+    run = {"capture_output": True, "text": True, "check": True, "cwd": ROOT, "env": env}
+    assert subprocess.run([sys.executable, "-c", code], **run).stdout.split() == ["False", kept]

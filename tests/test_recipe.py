@@ -203,5 +203,5 @@ def test_features_that_are_not_there_are_named(recipe_run):
 
 
 def test_unknown_presets_are_refused():
-    with pytest.raises(InputError, match="unknown preset 'recipe_v100'; settings.ini knows: recipe, recipe_t4"):
+    with pytest.raises(InputError, match="unknown preset .recipe_v100.; settings.ini knows recipe, recipe_t4"):
         load_settings("kaggle", "recipe_v100")
