@@ -17,9 +17,9 @@ from nbs_lib.biomass_net import fit_probe, roots_to_parts
 from nbs_lib.calibration import SitePrior, default_prior, estimate_prior, fit_calibration, fit_lines
 from nbs_lib.demo import Site, plan_shots, render_photo
 from nbs_lib.images import crop_bottom, resize_half, split_halves
-from nbs_lib.runtime import atomic, progress
+from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.store import half_shape
-from nbs_lib.targets import SUMS, TARGETS, WEIGHTS, reconcile
+from nbs_lib.targets import SUMS, TARGETS, TARGET_WEIGHTS, reconcile
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "calibration_study.csv"
 SHAPE = half_shape(400)
@@ -76,7 +76,7 @@ def predict_sites(train: int = 90, photos: int = 44, seed: int = 0) -> tuple[dic
 
 def weighted_error(y: np.ndarray, predicted: np.ndarray) -> float:
     "Return the root mean squared error in grams, targets weighted as in the competition."
-    return float(np.sqrt(((y - predicted) ** 2 @ WEIGHTS).mean()))
+    return float(np.sqrt(((y - predicted) ** 2 @ TARGET_WEIGHTS).mean()))
 
 
 def judge_cuts(y: np.ndarray, predicted: np.ndarray, k: int, priors: dict, rng) -> list[dict]:
@@ -107,7 +107,7 @@ def study(repeats: int = 50, seed: int = 0) -> pd.DataFrame:
     table = groups.agg(without=("without", "mean"), error=("error", "mean"),
                        error_90=("error", lambda e: e.quantile(0.9)),
                        refused=("refused", "mean"), repeats=("error", "size")).round(2).reset_index()
-    with atomic(RESULT) as temporary:
+    with atomic_write(RESULT) as temporary:
         table.to_csv(temporary, index=False)
     return table
 

@@ -28,7 +28,7 @@ from nbs_lib.backbones import (
 from .fusion import build_fusion, to_map, to_tokens
 from .images import Shape
 from .ridge import cross_validate_ridge, draw_inner_folds, fit_standardiser, ridge_coefficients
-from .runtime import InputError, atomic, read_json, write_json
+from .runtime import InputError, atomic_write, read_json, write_json
 from .store import half_shape
 from .targets import QUADRAT_M2, SUMS
 from .weights import load_weights
@@ -417,9 +417,9 @@ def save_model(net: BiomassNet, path: Path, common: Path | None = None, **extra)
     trained = {k for k, p in net.named_parameters() if p.requires_grad}
     fixed = {k: v for k, v in state.items() if common and k.startswith("backbone.") and k not in trained}
     if fixed and not common.exists():
-        with atomic(common) as temporary:
+        with atomic_write(common) as temporary:
             save_file({k: to_half_if_lossless(v) for k, v in fixed.items()}, temporary)
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({k: v for k, v in state.items() if k not in fixed}, temporary)
     key = "frozen" if any(k.startswith("backbone.") for k in trained) else "shared"
     pieces = {"shared": None, "frozen": None} | ({key: common.name} if fixed else {})

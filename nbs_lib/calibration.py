@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .runtime import InputError
-from .targets import CLOVER, DEAD, GDM, GREEN, TARGETS, TOTAL, WEIGHTS, as_targets, reconcile
+from .targets import CLOVER, DEAD, GDM, GREEN, TARGETS, TOTAL, TARGET_WEIGHTS, as_targets, reconcile
 
 # %% ../notebooks/57_calibration.ipynb #0c57a006
 LEAST_CUTS = 3  # with two, leaving one out leaves a single point
@@ -244,7 +244,7 @@ def fit_calibration(
     for i, lines in enumerate(held_out):
         together[i] = adjust(y_pred[[i]], lines, used, weighed)
     error = root_mean_square(together - y_true)
-    if not np.nansum(WEIGHTS * cuts * (without**2 - error**2)) > 0:
+    if not np.nansum(TARGET_WEIGHTS * cuts * (without**2 - error**2)) > 0:
         used, error = np.zeros(5, bool), without
     lines = fit_lines(y_true, y_pred, prior)
     return Calibration(*vars(lines).values(), cuts, weighed, used, without, error)

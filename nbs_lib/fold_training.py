@@ -26,7 +26,7 @@ from .prediction import CachedFeatures, ImageBatches, predict, require_finite
 from .runtime import InputError, pick_device
 from .settings import TrainDinov3Settings
 from .store import PhotoStore
-from .targets import WEIGHTS, weighted_r2_score
+from .targets import TARGET_WEIGHTS, weighted_r2_score
 from nbs_lib.trainer import (
     Stopwatch, TrainConfig, aux_targets, hit_time_budget, make_accelerator, read_checkpoint, train, unfreeze,
 )
@@ -133,7 +133,7 @@ def gain_by_group(
     y: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray
 ) -> tuple[float, float]:
     "Return the weighted squared error that `after` saves over `before` (n, 5), and its standard error."
-    saved = ((before - y) ** 2 - (after - y) ** 2) @ WEIGHTS
+    saved = ((before - y) ** 2 - (after - y) ** 2) @ TARGET_WEIGHTS
     by_group = np.array([saved[groups == g].sum() for g in np.unique(groups)])
     if len(by_group) < 2:
         return float(by_group.sum()), math.inf

@@ -33,7 +33,7 @@ from nbs_lib.inpaint import (
     CELL, MAYBE_LOGIT, WINDOW, StampDetector, StampSegmenter, cut_window, downscale, find_places,
     load_network, networks_path, normalise_pixels, orange_rule, read_networks, stamp_mask,
 )
-from .runtime import InputError, atomic
+from .runtime import InputError, atomic_write
 from .demo import draw_sites, render_photo
 from .stamps import FIT_FONTS, FONTS, HELD_FONTS, burn, draw_confusion, draw_lamps
 
@@ -392,7 +392,7 @@ def save_network(net: nn.Module) -> None:
     own = f"{type(net).__name__}."
     tensors = {key: v for key, v in read_networks().items() if not key.startswith(own)}
     tensors |= {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
-    with atomic(networks_path()) as temporary:
+    with atomic_write(networks_path()) as temporary:
         save_file(tensors, temporary)
 
 # %% ../notebooks/21_stamp_training.ipynb #abc6c25a
@@ -458,7 +458,7 @@ def print_detector_scores(count: int, seed: int = 0, keep: str = "") -> None:
     table = pd.DataFrame(scores).T.rename_axis("rule")
     print(table.round(3).to_string())
     if keep:
-        with atomic(Path(keep)) as temporary:
+        with atomic_write(Path(keep)) as temporary:
             table.round(4).to_csv(temporary)
 
 # %% ../notebooks/21_stamp_training.ipynb #c764e314

@@ -38,13 +38,13 @@ from nbs_lib.biomass_net import (
 from .fold_training import FoldData, add_unlabelled, check_train_settings, fit_fold
 from .prediction import extract_store, make_extractor, predict, predict_maps, require_finite
 from nbs_lib.runtime import (
-    InputError, atomic, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus, write_json,
+    InputError, atomic_write, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus, write_json,
 )
 from .settings import TrainDinov3Settings
 from .stages import Run, open_run, stage
 from .store import FULL, PhotoStore, half_shape, open_store, store_folder
 from nbs_lib.tables import (
-    draws_path, oof_path, read_competition, read_oof, read_weights, write_draws, write_oof,
+    draws_path, oof_path, read_competition, read_oof, read_sample_weights, write_draws, write_oof,
 )
 from .targets import CLOVER, SUMS, TOTAL, per_target_r2_score, weighted_r2_score
 from .trainer import make_accelerator
@@ -103,7 +103,7 @@ def load_fold_data(run: Run) -> tuple[FoldData, np.ndarray, dict[str, np.ndarray
     if list(store.ids) != list(ids):
         raise InputError("artefacts/photos: image_ids do not match train.csv; run --from inpaint")
     net = build_model(model_config(s, int(meta["state"].max()) + 1), s.weights)
-    sample_weights = read_weights(run, ids)
+    sample_weights = read_sample_weights(run, ids)
     m = FoldData(net, store, comp.y, comp.groups, None, run.settings.photos, meta, ids, sample_weights)
     if s.pseudo_rounds and "test" in s.pseudo_from and "test" in stores:
         m = add_unlabelled(m, stores["test"])
@@ -388,7 +388,7 @@ def write_maps(run: Run, ids: np.ndarray, y: np.ndarray) -> None:
     test = open_stores(run).get("test")
     names = [str(name) for name in (*most, *(test.ids[:1] if test else ()))]
     density = density_maps(run, names).astype(np.float16)
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         np.savez(temporary, image_id=np.array(names, dtype=str), density=density)
     run.write_metadata(path)
 

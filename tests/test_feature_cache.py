@@ -440,7 +440,7 @@ def test_a_read_only_folder_costs_one_warning(demo, tmp_path, monkeypatch):
             raise OSError(errno.EROFS, "Read-only file system")
         return real(path)
 
-    monkeypatch.setattr(backbones, "atomic", refuse)
+    monkeypatch.setattr(backbones, "atomic_write", refuse)
     assert frozen.run_frozen(run)["photos"] == 8
     warnings = read_json(run.artefacts / "stages" / "frozen.json")["warnings"]
     assert warnings == ["feature cache: the disk is read-only; going on without keeping features"]

@@ -40,7 +40,7 @@ from nbs_lib.store import (
     to_tensor,
     tta_views,
 )
-from nbs_lib.tables import read_weights
+from nbs_lib.tables import read_sample_weights
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -494,10 +494,10 @@ def test_weights_reach_the_training(tmp_path):
     assert table["weight"].nunique() == 2
     assert (table["weight"] == np.where(table["exposure"] > 0.4, 0.5, 1)).all()
     ids = list(table.index[table["split"] == "train"])[::-1]
-    assert (read_weights(run, ids) == table["weight"][ids].to_numpy()).all()
+    assert (read_sample_weights(run, ids) == table["weight"][ids].to_numpy()).all()
     with pytest.raises(InputError, match="no weight for ID0"):
-        read_weights(run, ["ID0", *ids])
-    assert read_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
+        read_sample_weights(run, ["ID0", *ids])
+    assert read_sample_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
     quality = table[list(images.QUALITY)]
     assert photo_weights(quality, [rule, "exposure>0.4:0.5"]).min() == 0.25
     with pytest.raises(InputError, match="is not a rule"):  # raised before a photo is opened
