@@ -11,7 +11,7 @@ import pandas as pd
 
 from nbs_lib.biomass_net import BiomassNet
 from nbs_lib.prediction import predict
-from nbs_lib.runtime import InputError, atomic, seed_everything
+from nbs_lib.runtime import InputError, atomic_write, seed_everything
 from nbs_lib.settings import TrainDinov3Settings
 from nbs_lib.stages import Run, open_run
 from nbs_lib.targets import weighted_r2_score
@@ -46,7 +46,7 @@ def ablate(run: Run, fusions: Sequence[str] = FUSION_NAMES, heads: Sequence[str]
         start, y = time.monotonic(), out_of_fold(m, own, numbers, seed, run.warn)
         rows.append(row | {"r2w": round(weighted_r2_score(m.y, y), 4), "seconds": round(time.monotonic() - start, 1)})
         print(*rows[-1].values(), flush=True)
-        with atomic(path) as temporary:
+        with atomic_write(path) as temporary:
             pd.DataFrame(rows).to_csv(temporary, index=False)
     return pd.DataFrame(rows)
 

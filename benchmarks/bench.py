@@ -11,7 +11,7 @@ import pandas as pd
 import psutil
 
 from nbs_lib import __version__ as version
-from nbs_lib.runtime import InputError, atomic, write_json
+from nbs_lib.runtime import InputError, atomic_write, write_json
 
 
 def find_benches(only: Iterable[str] = ()) -> dict[str, Callable[[], list[dict]]]:
@@ -96,11 +96,11 @@ def write_bench(output: str | Path, only: Iterable[str] = ()) -> pd.DataFrame:
     "Measure, and write bench.csv, bench.json (the machine) and bench.png to `output`."
     output = Path(output)
     table = gather(find_benches(list(only)))
-    with atomic(output / "bench.csv") as temporary:
+    with atomic_write(output / "bench.csv") as temporary:
         table.to_csv(temporary, index=False)
     write_json(output / "bench.json", machine())
     if (figure := plot_bench(table)) is not None:
-        with atomic(output / "bench.png") as temporary:
+        with atomic_write(output / "bench.png") as temporary:
             figure.savefig(temporary, dpi=80)
     return table
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nbs_lib.runtime import atomic
-from nbs_lib.settings import shipped
+from nbs_lib.runtime import atomic_write
+from nbs_lib.settings import library_file
 from nbs_lib.ledger import (
     SCHEMA, Candidates, choose_finals, encode_grams, list_entries, make_line, read_candidates, read_ledger,
 )
@@ -194,10 +194,10 @@ def main() -> None:
     "Run the study and write results/ledger_study.csv."
     p = argparse.ArgumentParser(prog="python -m benchmarks.ledger", description=main.__doc__)
     p.add_argument("--seasons", type=int, default=3000, help="of the default case; the others get a sixth")
-    p.add_argument("--output", type=Path, default=shipped("results", "ledger_study.csv"))
+    p.add_argument("--output", type=Path, default=library_file("results", "ledger_study.csv"))
     args = p.parse_args()
     table = study_all(args.seasons)
-    with atomic(args.output) as temporary:
+    with atomic_write(args.output) as temporary:
         table.to_csv(temporary, index=False)
     print(f"written to {args.output}")
 

@@ -24,7 +24,7 @@ from nbs_lib.inference import (
 )
 from nbs_lib.inpaint import clean_halves
 from nbs_lib.prediction import predict
-from nbs_lib.settings import load_settings, shipped
+from nbs_lib.settings import load_settings, library_file
 from nbs_lib.stages import Run
 from nbs_lib.store import FULL
 from nbs_lib.submit import open_blend
@@ -88,7 +88,7 @@ def many_photos(source: Path, folder: Path, n: int) -> Path:
 
 def bench_submit(demo: str | Path = "", photos: int = 800, few: int = 12) -> list[dict]:
     "Rows name, photos, seconds, photos_a_second, peak_mb, note: the whole of submit, and model 1 against the recipe's way."
-    demo = Path(demo) if demo else shipped("runs", "demo")
+    demo = Path(demo) if demo else library_file("runs", "demo")
     if not (demo / "artefacts" / "blend.json").is_file():
         return [{"name": "submit", "note": "not measured: there are no trained models; run make demo first"}]
     with tempfile.TemporaryDirectory() as folder:

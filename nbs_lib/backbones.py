@@ -29,7 +29,7 @@ from timm.models import register_model
 from torch import Tensor, nn
 
 from .images import Shape, resize_half
-from .runtime import BUILDING, InputError, atomic, pick_device, pick_dtype
+from .runtime import BUILD_LOCK, InputError, atomic_write, pick_device, pick_dtype
 from .stages import FULL_DISK
 from .store import to_tensor, tta_views
 from .weights import load_weights
@@ -163,7 +163,7 @@ def vit_twin_patch16_dinov3(pretrained: bool = False, **kwargs) -> nn.Module:
 # %% ../notebooks/31_backbones.ipynb #31c0000b
 def load_backbone(name: str, weights: str, depths: int = 1, where: str = "train_dinov3.weights") -> Backbone:
     "Build the backbone `name` and fill it from `weights` (see `load_weights`), frozen, in eval mode, on the CPU."
-    with BUILDING:
+    with BUILD_LOCK:
         backbone = Backbone(name, depths)
         load_weights(backbone, weights, where)
     return backbone.eval().requires_grad_(False)
@@ -331,7 +331,7 @@ class FeatureCache:
         if self.folder is None or not photo:
             return
         try:
-            with atomic(self.path(what, photo)) as temporary:
+            with atomic_write(self.path(what, photo)) as temporary:
                 np.savez(temporary, **arrays)
         except OSError as e:  # features that are not kept cost time, and nothing else
             reason = f"the disk {FULL_DISK[e.errno]}" if e.errno in FULL_DISK else f"cannot be written ({e})"

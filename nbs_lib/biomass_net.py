@@ -24,7 +24,7 @@ from nbs_lib.backbones import (
     pool_features, pooling_influence_map,
 )
 from .weights import load_weights
-from .runtime import InputError, atomic, read_json, write_json
+from .runtime import InputError, atomic_write, read_json, write_json
 from .fusion import build_fusion, to_map, to_tokens
 from .images import Shape
 from .store import half_shape
@@ -353,9 +353,9 @@ def save_model(net: BiomassNet, path: Path, common: Path | None = None, **extra)
     trained = {k for k, p in net.named_parameters() if p.requires_grad}
     still = {k: v for k, v in state.items() if k.startswith("backbone.") and k not in trained} if common else {}
     if still and not common.exists():
-        with atomic(common) as temporary:
+        with atomic_write(common) as temporary:
             save_file({k: to_half_if_lossless(v) for k, v in still.items()}, temporary)
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({k: v for k, v in state.items() if k not in still}, temporary)
     whole = not any(k.startswith("backbone.") for k in trained)
     told = {"shared": common.name if still and whole else None, "frozen": common.name if still and not whole else None}

@@ -28,14 +28,14 @@ from .features import Blocks, Table, blocks_of, find_features, join_features, re
 from .members import GramFeatures, Training, make_member
 from .ridge import draw_inner_folds
 from . import __version__ as version
-from .runtime import InputError, atomic, progress, read_json, write_json
+from .runtime import InputError, atomic_write, progress, read_json, write_json
 from .settings import Settings
 from .stages import Run, installed_versions, stage
 from nbs_lib.tables import (
-    Competition, oof_path, read_competition, read_oof, read_weights, write_draws, write_oof,
+    Competition, oof_path, read_competition, read_oof, read_sample_weights, write_draws, write_oof,
 )
 from nbs_lib.targets import (
-    TARGETS, WEIGHTS, as_weighting, make_weighting, per_target_r2_score, reconcile, weighted_r2_score,
+    TARGETS, TARGET_WEIGHTS, as_weighting, make_weighting, per_target_r2_score, reconcile, weighted_r2_score,
 )
 from nbs_lib.validation import (
     SCHEMES, compare_predictions, conformal_radius, group_folds, intervals, left_out_coverage,
@@ -45,7 +45,7 @@ from nbs_lib.validation import (
 # %% ../notebooks/43_boosting.ipynb #24035874
 def stack_members(inner: np.ndarray, y: np.ndarray) -> np.ndarray:
     "Return blend weights (M,) of least weighted squared error for inner predictions (M, n, 5), grams."
-    scale = np.sqrt(WEIGHTS / len(y))
+    scale = np.sqrt(TARGET_WEIGHTS / len(y))
     return simplex_weights((inner * scale).reshape(len(inner), -1), (y * scale).ravel())
 
 
@@ -349,7 +349,7 @@ def cross_validate_states(classifier: StateClassifier, data: LabelledPhotos, fol
 def save_fitted(run: Run, name: str, fitted: dict) -> None:
     "Write `boosting/<name>.joblib`, with versions, blocks and parameters beside it."
     regressor, path = fitted["regressor"], run.artefact_path("boosting", f"{name}.joblib")
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         joblib.dump(fitted, temporary, compress=1)
     weights = dict(zip(regressor.members, regressor.weights_.round(4).tolist()))
     run.write_metadata(path, versions=estimator_versions(regressor.members), members=regressor.members, params=regressor.get_params(deep=False),
@@ -359,7 +359,7 @@ def save_fitted(run: Run, name: str, fitted: dict) -> None:
 def write_states(run: Run, scheme: str, ids, fold, proba, names) -> None:
     "Write `boosting/state.parquet` (grouped) or `state_<scheme>.parquet`: image_id, fold, and P of each state."
     path = run.artefact_path("boosting", "state.parquet" if scheme == "grouped" else f"state_{scheme}.parquet")
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         pd.DataFrame({"image_id": ids, "fold": fold, **dict(zip(names, proba.T))}).to_parquet(temporary, index=False)
     run.write_metadata(path, states=list(names), scheme=scheme)
 
@@ -419,7 +419,7 @@ def read_labelled(run: Run, comp: Competition) -> tuple[LabelledPhotos, Blocks]:
         if extra := len(set(has) - set(ids)):
             run.warn(f"features '{name}': {extra} photos are not in train.csv; they are left out")
     X, blocks = join_features(tables, ids)
-    if (weight := read_weights(run, ids)) is not None and ((weight > 0) & (weight != 1)).any():
+    if (weight := read_sample_weights(run, ids)) is not None and ((weight > 0) & (weight != 1)).any():
         run.warn("boosting: sample weights between 0 and 1 count as 1; only photos of weight 0 are left out")
     return LabelledPhotos(ids, X, comp.y, comp.groups.astype(str), comp.train["state"].to_numpy(dtype=str), weight), blocks
 
@@ -446,7 +446,7 @@ def save_labels(run: Run, data: LabelledPhotos, radius: np.ndarray) -> None:
     "Write `boosting/labels.npz`: what a refit needs beside the features, of the photos that are trained on."
     rows, path = np.flatnonzero(data.training_mask()), run.artefact_path("boosting", "labels.npz")
     kept = {name: getattr(data, name)[rows] for name in ("y", "group", "state")}
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         np.savez_compressed(temporary, image_id=np.array(data.ids, dtype=str)[rows], radius=radius, **kept)
     run.register_output(path)
 

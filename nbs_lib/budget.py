@@ -37,7 +37,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from . import fusion
 from .backbones import POOLINGS, Backbone, pool_features
 from .biomass_net import build_model
-from .runtime import InputError, atomic
+from .runtime import InputError, atomic_write
 from .settings import Settings, TrainDinov3Settings, load_settings
 from .runtime import read_json, write_json
 from .store import FULL, half_shape, wanted_shapes
@@ -467,7 +467,7 @@ def plot_forecast(f: Forecast):
 # %% ../notebooks/80_budget.ipynb #5b3f2215
 def write_forecast(f: Forecast, output: Path, settings: Settings) -> None:
     "Write budget.json and budget.png into `output`."
-    with atomic(output / "budget.png") as temporary:
+    with atomic_write(output / "budget.png") as temporary:
         plot_forecast(f).savefig(temporary, dpi=80)
     write_json(output / "budget.json", {
         "profile": settings.profile, "preset": settings.preset, "gpu": f.gpu, "gpus": f.gpus,

@@ -27,7 +27,7 @@ import joblib
 import numpy as np
 import pandas as pd
 
-from .runtime import InputError, atomic, progress, read_json, write_json
+from .runtime import InputError, atomic_write, progress, read_json, write_json
 from .stages import FULL_DISK
 from .targets import QUADRAT_M2, TARGETS, from_parts
 
@@ -719,7 +719,7 @@ def _write(folder: Path, shots: list[Shot], wanted: dict, workers: int, width: i
         marker.unlink(missing_ok=True)
         if folder.exists():
             shutil.rmtree(folder)
-        with atomic(truth) as temporary:
+        with atomic_write(truth) as temporary:
             hidden.to_csv(temporary, index=False)
         new.rename(folder)
         write_json(marker, wanted)

@@ -23,7 +23,7 @@ from scipy.spatial.distance import cdist
 from sklearn.linear_model import RidgeCV
 from sklearn.preprocessing import StandardScaler
 
-from .runtime import atomic, progress
+from .runtime import atomic_write, progress
 from .stages import Run, stage
 from .tables import Competition, read_competition
 from .validation import SCHEMES, read_folds, write_folds
@@ -408,7 +408,7 @@ def run_eda(run: Run) -> dict:
 def _write_artefact(run: Run, name: str, save) -> None:
     "Call `save(path)` for artefacts/eda/`name`, with its metadata."
     path = run.artefact_path("eda", name)
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         save(temporary)
     run.write_metadata(path)
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .runtime import InputError, atomic, read_json, write_json
+from .runtime import InputError, atomic_write, read_json, write_json
 from .stages import Run, stage
 from nbs_lib.tables import (
     Competition, draws_path, read_competition, read_draws, read_oof, write_draws, write_oof,
 )
 from .validation import SCHEMES, read_folds
 from nbs_lib.targets import (
-    CLOVER, DEAD, GREEN, TARGETS, TOTAL, WEIGHTS, from_parts, make_weighting, per_target_r2_score, reconcile,
+    CLOVER, DEAD, GREEN, TARGETS, TOTAL, TARGET_WEIGHTS, from_parts, make_weighting, per_target_r2_score, reconcile,
     weighted_r2_score,
 )
 from .validation import compare_predictions, simplex_weights
@@ -330,7 +330,7 @@ def format_evidence(evidence: list[dict]) -> list[str]:
 def score_table(y: np.ndarray, predicted: np.ndarray, train: pd.DataFrame) -> pd.DataFrame:
     "Scores of `predicted` (n, 5) by target, state, species and date: by, value, n, r2, rmse_g, bias_g, share of the weighted squared error."
     error = predicted - y
-    loss = (WEIGHTS * error**2)
+    loss = (TARGET_WEIGHTS * error**2)
     whole = max(loss.sum(), 1e-12)
     rows = [("all", "all", len(y), weighted_r2_score(y, predicted), error[:, TOTAL], 1.0)]
     rows += [("target", t, len(y), r2, error[:, i], loss[:, i].sum() / whole) for i, (t, r2) in enumerate(zip(TARGETS, per_target_r2_score(y, predicted), strict=True))]
@@ -394,7 +394,7 @@ def run_ensemble(run: Run) -> dict:
     else:
         draws_path(run, "ensemble").unlink(missing_ok=True)
     path = run.artefact_path("ensemble", "scores.csv")
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         pd.concat(tables).to_csv(temporary, index=False)
     run.write_metadata(path)
     return {"policy": asdict(policy), "weights": dict(zip(blend.models, blend.weights.round(3).tolist(), strict=True)), "r2": scores, "evidence": evidence}

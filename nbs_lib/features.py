@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .runtime import InputError, atomic, input_error, read_json
+from .runtime import InputError, atomic_write, input_error, read_json
 from .stages import installed_versions
 
 # %% ../notebooks/39_features.ipynb #07a00005
@@ -30,7 +30,7 @@ def write_features(
     "Write a file of `features/` atomically; raise `InputError` for wrong arrays."
     arrays = {"embedding": embedding} if semantic is None else {"embedding": embedding, "semantic": semantic}
     arrays = {key: check_block(values, ids, f"{path}: {key}") for key, values in arrays.items()}
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         np.savez(temporary, image_id=np.array(ids, dtype=str), **arrays, **more)
 
 

@@ -37,7 +37,7 @@ from nbs_lib.images import (
     QUALITY, Shape, crop_bottom, decode_photo, photo_quality, read_bytes, resize_half, split_halves,
     to_landscape,
 )
-from .runtime import InputError, atomic, keep_memory, progress
+from .runtime import InputError, atomic_write, keep_memory, progress
 from .settings import InpaintSettings, Settings, package_folder
 from .stages import Run, code_behaviour, stage
 from nbs_lib.store import (
@@ -608,6 +608,6 @@ def run_inpaint(run: Run) -> dict:
 def write_table(run: Run, name: str, table: pd.DataFrame) -> None:
     "artefacts/photos/<name>.csv, atomically, with its provenance beside it."
     path = run.artefact_path("photos", f"{name}.csv")
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False)
     run.write_metadata(path, rows=len(table))

@@ -22,7 +22,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .runtime import InputError, atomic, kaggle_input, read_json
+from .runtime import InputError, atomic_write, kaggle_input, read_json
 from .settings import Settings, load_settings
 from . import __version__ as version
 from .runtime import write_json
@@ -125,7 +125,7 @@ def update_metadata(s: Settings, folder: Path, write: bool = False) -> list[str]
     present = {str(p.relative_to(folder)): p.read_text(encoding="utf-8") for p in folder.rglob("*.json")}
     stale = sorted(name for name in wanted | present if wanted.get(name) != present.get(name))
     for name in wanted.keys() & set(stale) if write else ():
-        with atomic(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             temporary.write_text(wanted[name], encoding="utf-8")
     return stale
 
@@ -327,7 +327,7 @@ def watch_kernel(client, ref: str, number: int, log: Path) -> bool:
     text = (answer and answer.log) or "Kaggle has no log of this run"
     with contextlib.suppress(ValueError, KeyError, TypeError):  # usually a JSON list of events
         text = "".join(event["data"] for event in json.loads(text))
-    with atomic(log) as temporary:
+    with atomic_write(log) as temporary:
         temporary.write_text(text, encoding="utf-8")
     print("\n".join(text.splitlines()[-20:]), f"log: {log}", sep="\n")
     return False

@@ -41,7 +41,7 @@ from . import __version__ as version
 from .runtime import read_json
 from .tables import read_competition, read_oof
 from .validation import SCHEMES
-from .targets import TARGETS, WEIGHTS, weighted_r2_score
+from .targets import TARGETS, TARGET_WEIGHTS, weighted_r2_score
 from .validation import bootstrap_scores
 
 try:
@@ -470,7 +470,7 @@ def estimate_scores(c: Candidates, public_photos: int) -> np.ndarray:
 
 def correlate_predictions(c: Candidates, row: int) -> np.ndarray:
     "Return the correlation (m,) of all predictions with those of `row`, targets centred and weighted."
-    centred = (c.predictions - c.predictions.mean(axis=1, keepdims=True)) * np.sqrt(WEIGHTS)
+    centred = (c.predictions - c.predictions.mean(axis=1, keepdims=True)) * np.sqrt(TARGET_WEIGHTS)
     flat = centred.reshape(len(centred), -1)
     norm = np.linalg.norm(flat, axis=1)
     return flat @ flat[row] / np.maximum(norm * norm[row], 1e-9)

@@ -33,7 +33,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .runtime import InputError, atomic, read_json, write_json
+from .runtime import InputError, atomic_write, read_json, write_json
 from .stages import Run, open_run
 from nbs_lib.scores import (
     LABELS, RunOutputs, attempt, collect_scores, format_number, format_percent, format_scores, is_synthetic,
@@ -471,7 +471,7 @@ def write_pages(outputs: RunOutputs) -> list[str]:
             continue
         text = attempt(outputs.problems, path.name, convert_notebook, path, [p.stem for p in notebooks])
         if text:
-            with atomic(page) as temporary:
+            with atomic_write(page) as temporary:
                 temporary.write_text(text, encoding="utf-8")
     return [path.stem for path in notebooks if path.with_suffix(".html").is_file()]
 
@@ -482,7 +482,7 @@ def write_report(run: Run, record: dict) -> Path:
     scores = collect_scores(outputs)
     write_json(run.output / "scores.json", scores)
     page = render_page(outputs, scores, write_pages(outputs))
-    with atomic(run.output / "report.html") as temporary:
+    with atomic_write(run.output / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
     return run.output / "report.html"
 

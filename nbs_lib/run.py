@@ -31,8 +31,8 @@ from pathlib import Path
 import psutil
 
 from . import __version__ as version
-from .runtime import InputError, atomic, on_kaggle, read_json, resolve_mount, write_json
-from .settings import LimitsSettings, load_settings, shipped
+from .runtime import InputError, atomic_write, on_kaggle, read_json, resolve_mount, write_json
+from .settings import LimitsSettings, load_settings, library_file
 from .stages import FULL_DISK, Run, hash_inputs, installed_versions, is_fresh, manifest_path, open_run
 from nbs_lib.isolation import (
     GUARD_KERNEL, Isolation, PeakMemory, adopt_orphans, choose_isolation, describe_changes, end_tree_after,
@@ -63,7 +63,7 @@ def is_run_cell(cell) -> bool:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    "Replace a file without the wait for the disk that `atomic` has."
+    "Replace a file without the wait for the disk that `atomic_write` has."
     path.with_suffix(".tmp").write_text(text, encoding="utf-8")
     path.with_suffix(".tmp").replace(path)
 
@@ -112,7 +112,7 @@ def own_kernel_manager() -> type:
 def notebook_path(name: str) -> Path:
     "Return the notebook of stage `name`: in $NBS_NOTEBOOKS when that is set, else the one of the library."
     folder, file = os.environ.get("NBS_NOTEBOOKS"), f"{STAGES[name]}.ipynb"
-    return Path(folder, file) if folder else shipped("notebooks", file)
+    return Path(folder, file) if folder else library_file("notebooks", file)
 
 
 def read_last_cell(folder: Path) -> dict:
@@ -253,7 +253,7 @@ def keep_results(run: Run, entry: dict, folder: Path) -> None:
     "Keep the executed notebook; note where a stopped stage was, the warnings and what is unfinished."
     name, notebook = entry["name"], folder / "notebook.ipynb"
     if notebook.is_file():
-        with atomic(run.output / "notebooks" / f"{STAGES[name]}.ipynb") as final:
+        with atomic_write(run.output / "notebooks" / f"{STAGES[name]}.ipynb") as final:
             final.write_bytes(notebook.read_bytes())
     if entry["status"] == "stopped":
         entry |= read_last_cell(folder)
@@ -397,7 +397,7 @@ def open_here(
     Without an input (a notebook opened in Jupyter with its defaults) a demo is made in runs/demo, and the
     stages before `name` are run when they are not up to date.
     """
-    checkout = shipped().resolve() if shipped("Makefile").is_file() else Path.cwd()
+    checkout = library_file().resolve() if library_file("Makefile").is_file() else Path.cwd()
     output = output or str(checkout / "runs" / "demo")
     run = open_run(find_input(input, output, profile, preset, overrides), output, profile, preset, overrides)
     earlier = list(STAGES)[: list(STAGES).index(name)]

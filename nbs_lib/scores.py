@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .runtime import InputError, atomic, read_json, write_json
+from .runtime import InputError, atomic_write, read_json, write_json
 from .stages import Run
 from nbs_lib.tables import (
     Competition, check_samples, draws_path, oof_path, read_competition, read_draws, read_oof, read_table,
@@ -30,7 +30,7 @@ from nbs_lib.tables import (
 from .validation import SCHEMES, read_folds
 from .images import read_photo, to_landscape
 from nbs_lib.targets import (
-    TARGETS, TOTAL, WEIGHTS, constant_prediction, per_target_r2_score, per_target_rmse, weighted_r2_score,
+    TARGETS, TOTAL, TARGET_WEIGHTS, constant_prediction, per_target_r2_score, per_target_rmse, weighted_r2_score,
 )
 from .validation import mean_score, score_interval
 
@@ -77,7 +77,7 @@ class RunOutputs:
     @functools.cached_property
     def error_share(self) -> np.ndarray:
         "Return the share (n,) of each photo in the weighted squared error."
-        loss = (WEIGHTS * (self.predicted - self.y) ** 2).sum(1)
+        loss = (TARGET_WEIGHTS * (self.predicted - self.y) ** 2).sum(1)
         return loss / max(loss.sum(), 1e-12)
 
 # %% ../notebooks/79_scores.ipynb #b3c98756
@@ -392,11 +392,11 @@ def write_results(run: Run, record: dict, folder: str | Path) -> list[Path]:
     about = describe_run(outputs)
     base = Path(folder) / f"{about['photographs']}_{about['profile']}"
     table, facts, picture = (base.with_suffix(suffix) for suffix in (".csv", ".json", ".png"))
-    with atomic(table) as temporary:
+    with atomic_write(table) as temporary:
         tabulate_scores(collect_scores(outputs)).round(6).to_csv(temporary, index=False)
     write_json(facts, about)
     if not is_synthetic(run):
         return [table, facts]
-    with atomic(picture) as temporary:
+    with atomic_write(picture) as temporary:
         temporary.write_bytes(draw_photo(outputs, choose_example(outputs)))
     return [table, facts, picture]

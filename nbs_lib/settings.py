@@ -6,8 +6,8 @@
 __all__ = ['SECTIONS', 'KEYS', 'RunSettings', 'LimitsSettings', 'DemoSettings', 'KaggleSettings', 'PhotosSettings',
            'InpaintSettings', 'NetworkSettings', 'TrainDinov3Settings', 'SiglipSettings', 'FrozenSettings',
            'BoostingSettings', 'EnsembleSettings', 'SubmitSettings', 'LedgerSettings', 'Settings', 'parse_value',
-           'package_folder', 'shipped', 'settings_file', 'read_ini', 'list_overlays', 'check_key', 'parse_overrides',
-           'load_settings', 'read_section', 'setting_comments', 'comment_settings', 'write_comments']
+           'package_folder', 'library_file', 'settings_file', 'read_ini', 'list_overlays', 'check_key',
+           'parse_overrides', 'load_settings', 'read_section', 'setting_comments', 'comment_settings', 'write_comments']
 
 # %% ../notebooks/02_settings.ipynb #3f2729fb
 import configparser
@@ -309,7 +309,7 @@ def package_folder() -> Path:
     return Path(sys.modules["nbs_lib"].__file__).resolve().parent
 
 
-def shipped(*parts: str) -> Path:
+def library_file(*parts: str) -> Path:
     "Return the path of a file of the library: in the checkout, else in `share/nbs_lib` of the wheel."
     checkout = package_folder().parent
     if (checkout / "notebooks").is_dir() and (checkout / "settings.ini").is_file():
@@ -328,9 +328,9 @@ def settings_file(path: str | Path | None = None) -> Path:
     here = Path.cwd()
     found = [file for folder in (here, *here.parents) if (file := folder / "settings.ini").is_file()]
     ours = [file for file in found if "[overlays]" in file.read_text(encoding="utf-8")]
-    if not ours and not shipped("settings.ini").is_file():
+    if not ours and not library_file("settings.ini").is_file():
         raise input_error("settings.ini", "not found", f"in {here} or above", "set NBS_SETTINGS to its path")
-    return ours[0] if ours else shipped("settings.ini")
+    return ours[0] if ours else library_file("settings.ini")
 
 # %% ../notebooks/02_settings.ipynb #eeef8a84
 def read_ini(path: str | Path) -> configparser.ConfigParser:

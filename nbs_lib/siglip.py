@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from .backbones import run_autocast
 from nbs_lib.runtime import (
-    BUILDING, InputError, attached_files, kaggle_input, pick_device, progress, read_json, select_attached,
+    BUILD_LOCK, InputError, find_attached_files, kaggle_input, pick_device, progress, read_json, select_attached,
 )
 from .settings import SiglipSettings
 from .stages import Run, installed_versions, stage
@@ -191,7 +191,7 @@ def load_siglip(folder: str | Path, device: torch.device | None = None) -> Sigli
     "SigLIP from a local folder; raise `InputError` that says what is missing or broken in it."
     folder, device = check_folder(folder), device or pick_device()
     try:
-        with BUILDING, quiet_transformers():
+        with BUILD_LOCK, quiet_transformers():
             model, tokenizer, processor = read_parts(folder)
     except InputError:
         raise
@@ -290,7 +290,7 @@ def locate_siglip(run: Run) -> Path | None:
         return folder if there else write_tiny_siglip(folder, texts, run.settings.run.seed)
     if Path(wanted).exists() or not root.is_dir():
         return check_folder(wanted)
-    folders = [path.parent for path in attached_files(("config.json",)) if path.name == "config.json"]
+    folders = [path.parent for path in find_attached_files(("config.json",)) if path.name == "config.json"]
     found = select_attached(folders, wanted, f"{kaggle.username}/{kaggle.siglip_dataset}", fits=is_siglip)
     if len(found) != 1:
         several = f"{len(found)} folders hold a SigLIP ({', '.join(map(str, found[:8]))}); name one"

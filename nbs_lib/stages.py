@@ -25,7 +25,8 @@ from pathlib import Path
 
 from . import __version__ as version
 from nbs_lib.runtime import (
-    InputError, atomic, check_precision, hash_file, input_error, keep_memory, read_json, to_plain, write_json,
+    InputError, atomic_write, check_precision, hash_file, input_error, keep_memory, read_json, to_plain,
+    write_json,
 )
 from .settings import SECTIONS, Settings, load_settings, package_folder
 
@@ -135,7 +136,7 @@ def check_output(output: Path, input: Path) -> None:
         raise input_error(f"output {output}", f"inside the input folder {input}", fix="choose another")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with atomic(output / "probe.txt") as probe:
+        with atomic_write(output / "probe.txt") as probe:
             probe.write_bytes(b"0" * 65536)
         (output / "probe.txt").unlink()
     except OSError as e:

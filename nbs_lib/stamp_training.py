@@ -32,7 +32,7 @@ from nbs_lib.inpaint import (
     CELL, MAYBE_LOGIT, WINDOW, StampDetector, StampSegmenter, cut_window, find_places, read_networks, normalise_pixels, load_network, networks_path,
     orange_rule, downscale, stamp_mask,
 )
-from .runtime import InputError, atomic
+from .runtime import InputError, atomic_write
 from .stamps import FIT_FONTS, FONTS, HELD_FONTS, burn, draw_confusion, draw_lamps
 
 # %% ../notebooks/21_stamp_training.ipynb #5a00000a
@@ -321,7 +321,7 @@ def save_network(net: nn.Module) -> None:
     "Put a fitted network into `stamp_nets.safetensors`, beside the other one."
     own = f"{type(net).__name__}."
     tensors = {key: v for key, v in read_networks().items() if not key.startswith(own)} | {own + key: v.half().contiguous() for key, v in net.state_dict().items()}
-    with atomic(networks_path()) as temporary:
+    with atomic_write(networks_path()) as temporary:
         save_file(tensors, temporary)
 
 # %% ../notebooks/21_stamp_training.ipynb #abc6c25a
@@ -370,7 +370,7 @@ def print_detector_scores(count: int, seed: int = 0, keep: str = "") -> None:
     table = pd.DataFrame(scores).T.rename_axis("rule")
     print(table.round(3).to_string())
     if keep:
-        with atomic(Path(keep)) as temporary:
+        with atomic_write(Path(keep)) as temporary:
             table.round(4).to_csv(temporary)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['META', 'SIDECARS', 'read_table', 'split_sample_ids', 'check_samples', 'parse_dates', 'parse_numbers', 'check_photos',
            'to_wide', 'to_long', 'Competition', 'site_groups', 'find_photo', 'read_test_rows', 'read_test',
            'find_test_photos', 'read_train', 'read_competition', 'oof_path', 'write_oof', 'read_oof', 'draws_path',
-           'write_draws', 'read_draws', 'read_weights', 'write_submission']
+           'write_draws', 'read_draws', 'read_sample_weights', 'write_submission']
 
 # %% ../notebooks/05_tables.ipynb #5e3053cb
 import glob
@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
 
-from .runtime import atomic, input_error
+from .runtime import atomic_write, input_error
 from .stages import Run
 from .targets import TARGETS, imbalance
 
@@ -276,7 +276,7 @@ def write_oof(
     path = oof_path(run, model, scheme)
     table = pd.DataFrame({"image_id": list(ids), "fold": np.asarray(fold, dtype=np.int64)})
     table[list(TARGETS)] = y
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         table.to_parquet(temporary, index=False)
     run.write_metadata(path, model=model, scheme=scheme)
     return path
@@ -317,7 +317,7 @@ def write_draws(run: Run, model: str, ids: Sequence[str], folds: np.ndarray, y: 
         for old in (path, path.with_suffix(".json")):
             old.unlink(missing_ok=True)
         return
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         np.savez_compressed(temporary, image_id=np.array(ids, dtype=str), fold=folds, prediction=y)
     run.write_metadata(path, model=model)
 
@@ -340,7 +340,7 @@ def read_draws(run: Run, model: str, ids: Sequence[str]) -> tuple[np.ndarray, np
     return folds[:, order], y[:, order]
 
 # %% ../notebooks/05_tables.ipynb #2a41fd69
-def read_weights(run: Run, ids: Sequence[str]) -> np.ndarray | None:
+def read_sample_weights(run: Run, ids: Sequence[str]) -> np.ndarray | None:
     """Return the sample weights (n,) of photos `ids` from artefacts/photos/photos.csv; 0 leaves a photo out.
 
     None when `photos.weights` has no rules. Raise `InputError` when a photo has no weight.
@@ -377,6 +377,6 @@ def write_submission(
         first = grams.index[grams.isna()][0]
         raise ValueError(f"submission: no prediction for {first} ({grams.isna().sum()} rows)")
     table = grams.reset_index()
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         table.to_csv(temporary, index=False)
     return table

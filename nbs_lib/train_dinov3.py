@@ -48,15 +48,15 @@ from nbs_lib.biomass_net import (
 from .images import resize_half
 from .prediction import CachedFeatures, ImageBatches, extract_store, make_extractor, predict
 from nbs_lib.runtime import (
-    InputError, atomic, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus, write_json,
+    InputError, atomic_write, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus, write_json,
 )
 from .settings import TrainDinov3Settings
 from .stages import Run, open_run, stage
 from .store import FULL, PhotoStore, half_shape, open_store, store_folder, to_tensor
 from nbs_lib.tables import (
-    draws_path, oof_path, read_competition, read_oof, read_weights, write_draws, write_oof,
+    draws_path, oof_path, read_competition, read_oof, read_sample_weights, write_draws, write_oof,
 )
-from .targets import CLOVER, SUMS, TOTAL, WEIGHTS, per_target_r2_score, weighted_r2_score
+from .targets import CLOVER, SUMS, TOTAL, TARGET_WEIGHTS, per_target_r2_score, weighted_r2_score
 from .trainer import TrainConfig, Stopwatch, make_accelerator, aux_targets, hit_time_budget, read_checkpoint, train, unfreeze
 from .validation import group_folds, random_site_folds, read_folds
 from .weights import files_of, find_weights, shard_files
@@ -70,7 +70,7 @@ def split_groups(groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.nda
 
 def gain_by_group(y: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray) -> tuple[float, float]:
     "Return the weighted squared error saved by `after` over `before` (n, 5), summed over groups, and its standard error."
-    saved = (((before - y) ** 2 - (after - y) ** 2) @ WEIGHTS)
+    saved = (((before - y) ** 2 - (after - y) ** 2) @ TARGET_WEIGHTS)
     by_group = np.array([saved[groups == g].sum() for g in np.unique(groups)])
     return float(by_group.sum()), float(by_group.std(ddof=1) * math.sqrt(len(by_group))) if len(by_group) > 1 else math.inf
 
@@ -388,7 +388,7 @@ def load_fold_data(run: Run) -> tuple[FoldData, np.ndarray, dict[str, np.ndarray
         raise InputError("artefacts/photos: image_ids do not match train.csv; run stage inpaint again (--from inpaint)")
     meta = known_meta(comp.train)
     net = build_model(model_config(s, int(meta["state"].max()) + 1), s.weights)
-    m = FoldData(net, store, comp.y, comp.groups, None, run.settings.photos, meta, ids, read_weights(run, ids))
+    m = FoldData(net, store, comp.y, comp.groups, None, run.settings.photos, meta, ids, read_sample_weights(run, ids))
     if s.pseudo_rounds and "test" in s.pseudo_from and "test" in stores:
         m = add_unlabelled(m, stores["test"])
     if s.unfreeze == 0 or s.probe:
@@ -686,7 +686,7 @@ def write_maps(run: Run, ids: np.ndarray, y: np.ndarray) -> None:
     most = ids[np.argsort(-y[:, CLOVER], kind="stable")[: s.maps]]
     test = open_stores(run).get("test")
     shown = [str(name) for name in (*most, *(test.ids[:1] if test else ()))]
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         np.savez(temporary, image_id=np.array(shown, dtype=str), density=density_maps(run, shown).astype(np.float16))
     run.write_metadata(path)
 

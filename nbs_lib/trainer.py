@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .backbones import oom_as_input_error, parameters_in_float32
 from .biomass_net import INTERVALS, BiomassNet, parts_to_targets
 from .prediction import Batches, Prefetcher
-from .runtime import InputError, atomic, pick_device, pick_dtype, read_json, write_json
+from .runtime import InputError, atomic_write, pick_device, pick_dtype, read_json, write_json
 from .settings import TrainDinov3Settings
 
 # %% ../notebooks/33_trainer.ipynb #85276f11
@@ -158,7 +158,7 @@ def write_checkpoint(path: Path, **state) -> None:
         halfway.unlink()
     if path.exists():
         path.replace(path.with_suffix(".before.pt"))
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save(state, temporary)
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from .runtime import atomic, input_error
+from .runtime import atomic_write, input_error
 from .stages import Run
 from .tables import parse_numbers, read_table, site_groups
-from .targets import TARGETS, TOTAL, WEIGHTS, weighted_r2_score
+from .targets import TARGETS, TOTAL, TARGET_WEIGHTS, weighted_r2_score
 
 # %% ../notebooks/06_validation.ipynb #05a00006
 def group_folds(
@@ -68,7 +68,7 @@ def bootstrap_scores(
 ) -> np.ndarray:
     "Return the weighted R² (draws, candidates) of each candidate on the same resampled sites."
     _, site = np.unique(groups, return_inverse=True)
-    w = np.broadcast_to(WEIGHTS, np.shape(y))
+    w = np.broadcast_to(TARGET_WEIGHTS, np.shape(y))
     terms = [w, w * y, w * y**2, *(w * squared_error(y, p) for p in candidates)]
     sums = np.array([np.bincount(site, t.sum(axis=1)) for t in terms])  # (3 + candidates, sites)
     sites = sums.shape[1]
@@ -220,7 +220,7 @@ def _fold_numbers(splitter, strata: np.ndarray, groups: np.ndarray | None = None
 def write_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
     "Make the folds of `run.folds` and `run.seed` and write artefacts/folds.csv."
     folds = make_folds(train, run.settings.run.folds, run.settings.run.seed, run.warn)
-    with atomic(run.artefact_path("folds.csv")) as temporary:
+    with atomic_write(run.artefact_path("folds.csv")) as temporary:
         folds.to_csv(temporary, index=False)
     run.write_metadata(run.artefact_path("folds.csv"))
     return folds

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .runtime import InputError, attached_files, kaggle_input, read_json, select_attached, walk_files
+from .runtime import InputError, find_attached_files, kaggle_input, read_json, select_attached, walk_files
 from .settings import KaggleSettings
 
 # %% ../notebooks/29_weights.ipynb #88ebc5ba
@@ -334,7 +334,7 @@ def locate_weights(
     net = build_header(backbone)
     if path.is_dir():
         return choose_weights(path, net, where)
-    attached = list_weights(attached_files(SUFFIXES, root))
+    attached = list_weights(find_attached_files(SUFFIXES, root))
     dataset = f"{kaggle.username}/{kaggle.dinov3_dataset}"
     fitting = select_attached(attached, weights, dataset, root, lambda path: fits_backbone(path, net))
     return require_one(fitting, attached, where, f"{weights} is not attached; {root}")

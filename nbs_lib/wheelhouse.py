@@ -18,8 +18,8 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-from .runtime import InputError, atomic, mount_candidates, read_json
-from .settings import Settings, shipped
+from .runtime import InputError, atomic_write, mount_candidates, read_json
+from .settings import Settings, library_file
 
 # %% ../notebooks/78_wheelhouse.ipynb #bd4bd7c6
 def package_name(line: str) -> str:
@@ -41,7 +41,7 @@ def write_lock(folder: Path, path: Path) -> None:
         with open(wheel, "rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
         lines.append(f"{'=='.join(wheel.name.split('-')[:2])} --hash=sha256:{digest}\n")
-    with atomic(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 # %% ../notebooks/78_wheelhouse.ipynb #bf3731e9
@@ -123,7 +123,7 @@ def build_wheelhouse(checkout: Path, to: Path, relock: bool = False) -> list[str
 # %% ../notebooks/78_wheelhouse.ipynb #c81d0a36
 def read_cells(notebook: str) -> list[tuple[str, str]]:
     "Return (type, source) of every cell of a stage notebook."
-    cells = read_json(shipped("notebooks", f"{notebook}.ipynb"))["cells"]
+    cells = read_json(library_file("notebooks", f"{notebook}.ipynb"))["cells"]
     return [(c["cell_type"], "".join(c["source"])) for c in cells]
 
 
@@ -154,7 +154,7 @@ def verify_wheelhouse(wheelhouse: Path, image: Path, s: Settings) -> str:
             shutil.copytree(wheelhouse / name, mount)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"NBS_KAGGLE_INPUT": f"{folder}/input", "HOME": folder, "PIP_NO_INDEX": "1"}
-        test = ("import nbs_lib.submit, nbs_lib.settings as c; assert c.shipped('settings.ini').is_file(); "
+        test = ("import nbs_lib.submit, nbs_lib.settings as c; assert c.library_file('settings.ini').is_file(); "
                 "c.load_settings('kaggle'); print(c.version, nbs_lib.__file__)")
         for code in (read_install_cell(), test):
             done = subprocess.run([*offline, python, "-c", code], cwd=folder, env=environment,

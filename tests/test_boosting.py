@@ -31,7 +31,7 @@ from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import open_run
 from nbs_lib.tables import read_draws, read_oof
-from nbs_lib.targets import TARGETS, WEIGHTS, imbalance, reconcile, weighted_r2_score
+from nbs_lib.targets import TARGETS, TARGET_WEIGHTS, imbalance, reconcile, weighted_r2_score
 from nbs_lib.validation import conformal_radius, group_folds, intervals, left_out_coverage, simplex_weights
 
 FAST = dict(members=("ridge",))
@@ -171,7 +171,7 @@ def test_errors_that_go_together_decide_which_part_is_believed(data):
     r = np.random.default_rng(0)
     shared = r.normal(0, 6, (len(y), 1)) * [1, 0, -1, 0, 0]  # green taken for clover
     errors = shared + r.normal(0, 1, y.shape) * [1, 6, 1, 3, 3]
-    told = {name: ((reconcile(y + errors, error_weighting(name, errors)) - y) ** 2).mean(0) @ WEIGHTS for name in ("mint", "euclid")}
+    told = {name: ((reconcile(y + errors, error_weighting(name, errors)) - y) ** 2).mean(0) @ TARGET_WEIGHTS for name in ("mint", "euclid")}
     assert told["mint"] < 0.8 * told["euclid"]
     assert np.array_equal(error_weighting("mint", errors[:10]), np.eye(5)) and not np.allclose(error_weighting("mint", errors[:11]), np.eye(5))
     with pytest.raises(InputError, match="boosting.reconcile: unknown .mean.; choose from mint, euclid, no"):

@@ -400,7 +400,7 @@ def test_an_input_that_cannot_be_written_to_costs_a_warning_and_no_photo(demo, t
             raise OSError(errno.EROFS, "Read-only file system")
         return real(path)
 
-    monkeypatch.setattr(backbones, "atomic", refuse)
+    monkeypatch.setattr(backbones, "atomic_write", refuse)
     assert frozen.run_frozen(run)["photos"] == 8
     warnings = read_json(run.artefacts / "stages" / "frozen.json")["warnings"]
     assert warnings == ["feature cache: the disk is read-only; going on without keeping features"]

@@ -408,7 +408,7 @@ def test_artefacts_are_linked_once_and_never_written_through(tmp_path):
     assert (out / "artefacts/dinov3/fold0.safetensors").read_text() == "first" and not (
         out / "artefacts/photos"
     ).exists()
-    with kaggle.atomic(out / "artefacts/dinov3/fold0.safetensors") as temporary:
+    with kaggle.atomic_write(out / "artefacts/dinov3/fold0.safetensors") as temporary:
         temporary.write_text("mine")
     assert (first / "dinov3/fold0.safetensors").read_text() == "first"
     assert (

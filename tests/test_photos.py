@@ -42,7 +42,7 @@ from nbs_lib.store import (
     to_tensor,
     tta_views,
 )
-from nbs_lib.tables import read_weights
+from nbs_lib.tables import read_sample_weights
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -547,10 +547,10 @@ def test_weights_reach_those_who_train(tmp_path):
     table = pd.read_csv(run.artefacts / "photos/photos.csv").set_index("image_id")
     assert set(table["weight"]) <= {0.5, 1.0} and (table["weight"] == np.where(table["exposure"] > 0.4, 0.5, 1)).all() and table["weight"].nunique() == 2
     ids = list(table.index[table["split"] == "train"])[::-1]
-    assert (read_weights(run, ids) == table["weight"][ids].to_numpy()).all()
+    assert (read_sample_weights(run, ids) == table["weight"][ids].to_numpy()).all()
     with pytest.raises(InputError, match="no weight for ID0"):
-        read_weights(run, ["ID0", *ids])
-    assert read_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
+        read_sample_weights(run, ["ID0", *ids])
+    assert read_sample_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
     quality = table[list(images.QUALITY)]
     assert photo_weights(quality, [rule, "exposure>0.4:0.5"]).min() == 0.25
     for bad, why in (("blur>1:0", "is no rule"), ("cast>1", "is no rule"), ("cast>1:-1", "is no rule"), ("lamps>1.2.3:0.3", "is no rule"), ("lamps>.:1", "is no rule"), ("lamps>0.001:.", "is no rule"), ("exposure>0:0", "leaves no photo"),

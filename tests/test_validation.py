@@ -17,7 +17,7 @@ from nbs_lib.ridge import (
     ridge_coefficients,
     ridge_path,
 )
-from nbs_lib.targets import WEIGHTS, weighted_r2_score
+from nbs_lib.targets import TARGET_WEIGHTS, weighted_r2_score
 from nbs_lib.validation import (
     bootstrap_scores,
     compare_predictions,
@@ -309,4 +309,4 @@ def test_a_standardiser_drops_columns_that_do_not_vary(seed, level, spread):
 
 
 def test_the_weights_of_the_metric_are_those_of_the_competition():
-    assert np.allclose(WEIGHTS, [0.1, 0.1, 0.1, 0.2, 0.5])
+    assert np.allclose(TARGET_WEIGHTS, [0.1, 0.1, 0.1, 0.2, 0.5])
