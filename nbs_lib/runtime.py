@@ -190,7 +190,7 @@ def keep_memory(megabytes: int = 1024) -> None:
         if not library.mallopt(mmap_threshold, megabytes << 20):
             library.mallopt(mmap_threshold, 32 << 20)  # the largest value of an older glibc
 
-
+# %% ../notebooks/01_runtime.ipynb #18eee8d0
 BUILD_LOCK = threading.Lock()  # hold it while a network is built or loaded
 
 
@@ -220,7 +220,7 @@ def warn_once(text: str) -> None:
     "Print a warning, the first time only."
     print(f"warning: {text}", flush=True)
 
-
+# %% ../notebooks/01_runtime.ipynb #e58a4100
 @functools.cache
 def try_gpu(index: int) -> str:
     "Run one small operation on GPU `index`; return why it cannot run, '' if it can."

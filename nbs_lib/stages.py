@@ -25,7 +25,8 @@ from pathlib import Path
 
 from . import __version__ as version
 from nbs_lib.runtime import (
-    InputError, atomic_write, check_precision, hash_file, input_error, keep_memory, read_json, to_plain, write_json,
+    InputError, atomic_write, check_precision, hash_file, input_error, keep_memory, read_json, to_plain,
+    write_json,
 )
 from .settings import SECTIONS, Settings, load_settings, package_folder
 
@@ -123,7 +124,7 @@ def open_run(
     check_output(output, input)
     return Run(input, output, settings)
 
-
+# %% ../notebooks/03_stages.ipynb #144087bf
 def export_precision(settings: Settings) -> None:
     "Export run.precision to `pick_dtype`, in this process and in those that it starts."
     os.environ["NBS_PRECISION"] = check_precision(settings.run.precision)
@@ -291,7 +292,7 @@ def stage(
 
     return decorate
 
-
+# %% ../notebooks/03_stages.ipynb #222d280b
 def write_outputs(run: Run, name: str, function: Callable[[Run], dict]) -> None:
     "Call the function of a stage and write its manifest; raise `InputError` when the output's disk is full."
     keep_memory()

@@ -135,7 +135,7 @@ def as_weighting(
         raise input_error("weighting", what, shape, "give 5 positive weights or such a matrix")
     return matrix / np.abs(matrix).max()
 
-
+# %% ../notebooks/04_targets.ipynb #f23ab422
 def reconcile(
     y,  # (n, 5), grams
     weighting=None,  # as in `as_weighting`: the cost of a squared gram of error in each target
@@ -182,7 +182,7 @@ def shrunk_covariance(
     intensity = float(np.clip(noise[off].sum() / max((r[off] ** 2).sum(), 1e-12), 0.01, 1))
     return np.where(off, (1 - intensity) * r, 1) * np.outer(scale, scale), intensity
 
-
+# %% ../notebooks/04_targets.ipynb #ea4f9c27
 def make_weighting(
     name: str,  # euclid, metric or mint
     errors=None,  # (n, 5) out-of-fold errors in grams, for mint

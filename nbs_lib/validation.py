@@ -101,7 +101,7 @@ def compare_predictions(
     return {"score": score, "gain": score - mean_score(y, old), "noise": float(gain.std()),
             "p_better": float(p_better)}
 
-
+# %% ../notebooks/06_validation.ipynb #64f436c3
 def mean_score(y: np.ndarray, predicted: np.ndarray) -> float:
     "Return the weighted R² of predictions (n, 5), or its mean over draws of folds (draws, n, 5)."
     stack = np.asarray(predicted).reshape(-1, *np.shape(y))
@@ -203,7 +203,7 @@ def make_folds(
     folds["fold_stratified"] = _fold_numbers(stratified, strata)
     return folds
 
-
+# %% ../notebooks/06_validation.ipynb #67e0050a
 def _total_strata(total: np.ndarray, n_folds: int) -> np.ndarray:
     "Return the quartile of each photo's total; fewer classes if one would have less than a photo a fold."
     classes = int(np.clip(len(total) // n_folds, 1, 4))
