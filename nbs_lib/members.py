@@ -61,7 +61,7 @@ class GramFeatures(TransformerMixin, BaseEstimator):
         semantic = [np.full(width, name.endswith(":semantic")) for name, width in self.blocks]
         return self._standardise(X)[:, np.concatenate(semantic)].astype(np.float64)
 
-# %% ../notebooks/42_members.ipynb #e50809aa
+# %% ../notebooks/42_members.ipynb #2619544a
 def describe_photos(gram_features: GramFeatures, X) -> tuple[np.ndarray, np.ndarray, int]:
     "Return inner products (m, n), columns (m, r + k: principal coordinates, then probes) and k of X (m, d)."
     gram, probes = gram_features.transform(X), gram_features.probes(X)
@@ -94,7 +94,7 @@ class TrainingData:
     y: np.ndarray  # (n, 5) grams
     folds: np.ndarray  # (draws, n) inner folds of whole sites; all members use the first draw
 
-
+# %% ../notebooks/42_members.ipynb #a0ba27b0
 class Member(RegressorMixin, BaseEstimator):
     """Regressor of all five targets, the base of all kinds.
 
@@ -209,9 +209,8 @@ class TreeMember(Member):
     def _fit_models(self, S, z, probes):
         compact = CompactFeatures(**(self.compact or {}), probes=probes, seed=self.seed).fit(S, z)
         features = compact.transform(S)
-        varied = np.flatnonzero(z.std(0) > 1e-9)  # boosters refuse a constant target
-        if not features.size or len(S) <= 3:
-            varied = varied[:0]
+        enough = features.size > 0 and len(S) > 3
+        varied = np.flatnonzero((z.std(0) > 1e-9) & enough)  # boosters refuse a constant target
         groups = [varied] if self.booster in JOINT else list(varied[:, None])
         models = []
         for columns in filter(len, groups):
@@ -258,7 +257,7 @@ def make_gb(rounds: float, seed: int):
     return GradientBoostingRegressor(n_estimators=int(1354 * rounds), learning_rate=min(0.1, 0.010 / rounds),
                                      max_depth=3, subsample=0.60, random_state=seed)
 
-# %% ../notebooks/42_members.ipynb #e6b6e35e
+# %% ../notebooks/42_members.ipynb #c09db210
 # `rounds` multiplies the recipe's number of trees and divides its learning rate.
 BOOSTERS: dict[str, Callable] = {
     "catboost": make_catboost,
