@@ -21,7 +21,7 @@ from PIL import Image
 
 from . import frozen, siglip
 from .deadline import DeadlinePassed, raise_at_deadline, run_or_warn, find_devices, open_clock
-from .ensemble import PARTS, Blend, fixed_weights, load_blend
+from .ensemble import PART_COLUMNS, Blend, fixed_weights, load_blend
 from .images import END, read_photo, to_landscape
 from nbs_lib.inference import (
     InferenceContext, Model1, Model2, SubmissionWriter, TestPhotoLoader, with_fitted_preprocessing, name_part, read_and_predict_first,
@@ -108,7 +108,7 @@ def open_blend(run: Run, warn: Callable) -> Blend:
         y = run_or_warn(warn, "the mean of train.csv", lambda: train_targets(run))
         means = np.array(PUBLISHED_MEANS) if y is None else y.mean(axis=0)
         weights = fixed_weights(name, models, s.recipe_weights)
-        return Blend(models, weights, np.ones(5), means, np.eye(5), np.eye(5)[list(PARTS)], s.rules[:1], s.state_threshold)
+        return Blend(models, weights, np.ones(5), means, np.eye(5), np.eye(5)[list(PART_COLUMNS)], s.rules[:1], s.state_threshold)
 
 
 def add_colour(job: InferenceContext) -> None:
@@ -193,7 +193,7 @@ def show_submit(run: Run, most: int = 6):
     for ax, (image_id, path) in zip(axes[0], shown, strict=True):
         with contextlib.suppress(InputError):  # a photo that cannot be read has an empty panel
             ax.imshow(cv2.resize(to_landscape(read_photo(path)), (500, 250), interpolation=cv2.INTER_AREA))
-        parts = [table[f"{image_id}__{TARGETS[t]}"] for t in (*PARTS, TOTAL)]
+        parts = [table[f"{image_id}__{TARGETS[t]}"] for t in (*PART_COLUMNS, TOTAL)]
         ax.set_title("green {:.0f}, clover {:.0f}, dead {:.0f}\ntotal {:.0f} g".format(*parts), fontsize=8)
         ax.axis("off")
     fig.tight_layout()

@@ -1,4 +1,4 @@
-"""Frozen features and regressors: leaks, faults of the features files, odd sizes, versions, and the stage as a whole."""
+"""Model 2: leaks between folds, faults of features files, odd sizes, versions, and the whole stage."""
 import importlib.metadata
 import json
 import shutil
@@ -19,44 +19,53 @@ from nbs_lib.boosting import (
     available_members,
     cross_validate,
     cross_validate_states,
-    error_weighting,
     load_fitted,
+    make_error_weighting,
     predict_fitted,
     run_boosting,
     select_members,
 )
 from nbs_lib.features import find_features, join_features
 from nbs_lib.members import CompactFeatures
-from nbs_lib.runtime import InputError
+from nbs_lib.runtime import InputError, read_json
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import open_run
-from nbs_lib.tables import read_draws, read_oof
-from nbs_lib.targets import TARGETS, TARGET_WEIGHTS, imbalance, reconcile, weighted_r2_score
-from nbs_lib.validation import conformal_radius, group_folds, intervals, left_out_coverage, simplex_weights
+from nbs_lib.tables import read_competition, read_draws, read_oof
+from nbs_lib.targets import TARGETS, TARGET_WEIGHTS, from_parts, imbalance, reconcile, weighted_r2_score
+from nbs_lib.validation import (
+    conformal_radius,
+    group_folds,
+    intervals,
+    left_out_coverage,
+    simplex_weights,
+    write_folds,
+)
 
-FAST = dict(members=("ridge",))
+RIDGE = dict(members=("ridge",))
 
 
-def paddock(n=90, d=24, sites=9, seed=0):
+def simulate_photos(n=90, d=24, sites=9, seed=0):
+    "Simulate features (n, d), grams (n, 5) and the sorted site of each photo."
     r = np.random.default_rng(seed)
     site = np.sort(r.integers(0, sites, n))
     truth = r.normal(size=(sites, 3))[site] * 0.5 + r.normal(size=(n, 3))
     parts = np.maximum([[30, 10, 3]] * np.exp(truth * [0.5, 0.7, 1.0]) - [4, 4, 3], 0)
     X = np.tanh(truth @ r.normal(size=(3, d))) + r.normal(size=(n, d)) * 0.3
     green, dead, clover = parts.T
-    y = np.stack([green, dead, clover, green + clover, green + clover + dead], 1)
-    return X.astype(np.float32), y, np.array([f"s{s}" for s in site])
+    return X.astype(np.float32), from_parts(green, clover, dead), np.array([f"s{s}" for s in site])
 
 
-def held_out(regressor, X, y, site, fold, state=None):
+def predict_oof(regressor, X, y, site, fold, state=None):
+    "Return out-of-fold grams and P(state)."
     state = np.full(len(y), "Tas") if state is None else state
     data = LabelledPhotos([], X, y, site, state)
-    return cross_validate(regressor, data, fold)[0], cross_validate_states(StateClassifier(), data, fold)[0]
+    proba = cross_validate_states(StateClassifier(), data, fold)[0]
+    return cross_validate(regressor, data, fold)[0], proba
 
 
 @pytest.fixture(scope="module")
 def data():
-    return paddock()
+    return simulate_photos()
 
 
 @pytest.fixture(scope="module")
@@ -68,25 +77,26 @@ def fitted(data):
 # Leaks
 
 
-def test_a_photo_without_weight_teaches_nothing(data):
+def test_a_photo_of_weight_zero_is_not_trained_on(data):
     X, y, site = data
     fold = np.arange(len(y)) % 3
     weight = np.where(np.arange(len(y)) % 10 == 0, 0.0, 1.0)
 
-    def answers(grams, weight):
+    def predict(grams, weight):
         wrong = np.where(np.arange(len(y))[:, None] % 10 == 0, grams, y)
         labelled = LabelledPhotos([], X, wrong, site, np.full(len(y), "Tas"), weight)
-        return cross_validate(PastureRegressor(**FAST), labelled, fold)[0]
+        return cross_validate(PastureRegressor(**RIDGE), labelled, fold)[0]
 
-    assert (answers(5.0, weight) == answers(100.0, weight)).all()
-    assert abs(answers(5.0, None) - answers(100.0, None)).mean() > 1
+    assert (predict(5.0, weight) == predict(100.0, weight)).all()
+    assert abs(predict(5.0, None) - predict(100.0, None)).mean() > 1
 
 
 def test_batch_does_not_matter(data, fitted):
     X = data[0][70:]
     whole, order = fitted.predict(X), np.random.default_rng(1).permutation(len(X))
     assert np.allclose(fitted.predict(X[order]), whole[order], atol=1e-6)
-    assert np.allclose(np.concatenate([fitted.predict(X[i : i + 1]) for i in range(len(X))]), whole, atol=1e-6)
+    alone = np.concatenate([fitted.predict(X[i : i + 1]) for i in range(len(X))])
+    assert np.allclose(alone, whole, atol=1e-6)
     assert np.ptp(whole[:, 4]) > 5
 
 
@@ -95,11 +105,11 @@ def test_shuffled_labels_score_no_better_than_the_constant(data):
     fold, scores, constants = group_folds(site, 5, 0), [], []
     for seed in range(4):
         z = y[np.random.default_rng(seed).permutation(len(y))]
-        oof = held_out(PastureRegressor(**FAST), X, z, site, fold)[0]
+        oof = predict_oof(PastureRegressor(**RIDGE), X, z, site, fold)[0]
         scores.append(weighted_r2_score(z, oof))
         constants.append(boosting.score_oof(z, oof, fold)["constant"])
     assert np.mean(scores) <= np.mean(constants) + 0.02
-    oof = held_out(PastureRegressor(**FAST), X, y, site, fold)[0]
+    oof = predict_oof(PastureRegressor(**RIDGE), X, y, site, fold)[0]
     assert weighted_r2_score(y, oof) > np.mean(constants) + 0.2
 
 
@@ -107,29 +117,31 @@ def test_the_outer_fold_is_not_seen(data):
     X, y, site = data
     states, fold = np.where(X[:, 0] > 0, "NSW", "Tas"), group_folds(site, 3, 0)
     regressor = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm"), clear=0.5, rounds=0.02)
-    clean, clean_states = held_out(regressor, X, y, site, fold, states)
+    clean, clean_states = predict_oof(regressor, X, y, site, fold, states)
     held, poisoned, odd = fold == 1, y.copy(), states.copy()
     poisoned[held] = 1e5
     odd[held] = "Tas"
-    dirty, dirty_states = held_out(regressor, X, poisoned, site, fold, odd)
+    dirty, dirty_states = predict_oof(regressor, X, poisoned, site, fold, odd)
     assert np.array_equal(clean[held], dirty[held]) and np.array_equal(clean_states[held], dirty_states[held])
     assert not np.allclose(clean[~held], dirty[~held])
     moved = X.copy()
     moved[np.flatnonzero(held)[0]] = 1e6  # one held-out photo; no other prediction may move
-    assert np.allclose(held_out(regressor, moved, y, site, fold, states)[0][held][1:], clean[held][1:], atol=1e-6)
+    other = predict_oof(regressor, moved, y, site, fold, states)[0]
+    assert np.allclose(other[held][1:], clean[held][1:], atol=1e-6)
 
 
-def test_members_that_may_join_cost_the_base_nothing_on_average():
+def test_candidate_members_do_not_lower_the_score_on_average():
     gains = []
     for seed in range(4):
-        X, y, site = paddock(n=100, sites=16, d=[24, 200][seed % 2], seed=seed)
+        X, y, site = simulate_photos(n=100, sites=16, d=[24, 200][seed % 2], seed=seed)
         fold = group_folds(site, 5, 3)
-        scores = [weighted_r2_score(y, held_out(PastureRegressor(members=m), X, y, site, fold)[0]) for m in (("ridge", "catboost_joint"), ("ridge",))]
+        more, ridge = (PastureRegressor(members=m) for m in (("ridge", "catboost_joint"), ("ridge",)))
+        scores = [weighted_r2_score(y, predict_oof(r, X, y, site, fold)[0]) for r in (more, ridge)]
         gains.append(scores[0] - scores[1])
     assert np.mean(gains) > -0.005 and min(gains) > -0.02
 
 
-def test_a_member_enters_only_where_inner_folds_say_so_clearly():
+def test_a_member_is_used_only_if_inner_folds_show_a_clear_gain():
     r = np.random.default_rng(0)
     site, y = np.repeat(np.arange(20), 6), r.gamma(2, 20, (120, 5))
     fold = group_folds(site, 5)
@@ -138,47 +150,55 @@ def test_a_member_enters_only_where_inner_folds_say_so_clearly():
     assert weights[1] < 0.05 and 0.3 < weights[2] < 0.7 and np.isclose(weights.sum(), 1)
     assert ((blended - y) ** 2).mean() < 0.7 * ((base - y) ** 2).mean()
     assert select_members(np.stack([base, noise * 0]), y, fold, site)[0][0] > 0.95
-    assert select_members(np.stack([base, as_good]), y, fold * 0, site)[0].tolist() == [1, 0]  # no inner folds: the base alone
+    no_inner_folds, _ = select_members(np.stack([base, as_good]), y, fold * 0, site)
+    assert no_inner_folds.tolist() == [1, 0]
 
 
 def test_penalty_may_be_almost_none_and_very_large():
-    X, y, site = paddock(n=80, d=400, sites=16)
-    told = PastureRegressor(**FAST).fit(X, y, site).members_[0].penalty_
-    blind = PastureRegressor(**FAST).fit(np.random.default_rng(0).normal(size=X.shape), y, site).members_[0].penalty_
-    assert told < 1 < blind
+    X, y, site = simulate_photos(n=80, d=400, sites=16)
+    noise = np.random.default_rng(0).normal(size=X.shape)
+    low, high = (PastureRegressor(**RIDGE).fit(x, y, site).members_[0].penalty_ for x in (X, noise))
+    assert low < 1 < high
 
 
 def test_grams_on_average_are_what_was_measured(data):
     X, y, site = data
     for transform in ("none", "sqrt", "log1p"):
-        member = PastureRegressor(members=("ridge",), transform=transform).fit(X, y, site).members_[0]
-        off, before = (np.abs(grams.mean(0) / y.mean(0) - 1) for grams in (member.inner_, member.inner_ / member.ratio_))
-        assert (off <= before / 3).all(), transform  # all of it but for the prior of twenty photos
-    assert np.isclose(members.bias_correction_ratio(y[:2], y[:2] / 2), 22 / 21).all() and members.bias_correction_ratio(y * 0, y).tolist() == [1.0] * 5
+        member = PastureRegressor(**RIDGE, transform=transform).fit(X, y, site).members_[0]
+        before, after = (np.abs(grams.mean(0) / y.mean(0) - 1)
+                         for grams in (member.inner_ / member.ratio_, member.inner_))
+        assert (after <= before / 3).all(), transform  # the rest is the prior of twenty photos
+    assert np.isclose(members.bias_correction_ratio(y[:2], y[:2] / 2), 22 / 21).all()
+    assert members.bias_correction_ratio(y * 0, y).tolist() == [1.0] * 5
 
 
 @pytest.mark.parametrize("name", ["mint", "euclid", "no"])
 def test_five_that_add_up(data, name):
     X, y, site = data
-    fit = PastureRegressor(**FAST, reconcile=name).fit(X[:70], y[:70], site[:70])
-    told = np.concatenate([fit.predict(X), fit.predict(X * 5), fit.inner_])  # far beyond the training photos too
-    assert told.min() >= 0 and np.isfinite(told).all()
-    assert (imbalance(told).max() < 1e-6) == (name != "no")
+    fit = PastureRegressor(**RIDGE, reconcile=name).fit(X[:70], y[:70], site[:70])
+    grams = np.concatenate([fit.predict(X), fit.predict(X * 5), fit.inner_])  # X * 5: extrapolated
+    assert grams.min() >= 0 and np.isfinite(grams).all()
+    assert (imbalance(grams).max() < 1e-6) == (name != "no")
 
 
-def test_errors_that_go_together_decide_which_part_is_believed(data):
+def test_correlated_errors_decide_which_part_is_corrected(data):
     _, y, _ = data
     r = np.random.default_rng(0)
     shared = r.normal(0, 6, (len(y), 1)) * [1, 0, -1, 0, 0]  # green taken for clover
     errors = shared + r.normal(0, 1, y.shape) * [1, 6, 1, 3, 3]
-    told = {name: ((reconcile(y + errors, error_weighting(name, errors)) - y) ** 2).mean(0) @ TARGET_WEIGHTS for name in ("mint", "euclid")}
-    assert told["mint"] < 0.8 * told["euclid"]
-    assert np.array_equal(error_weighting("mint", errors[:10]), np.eye(5)) and not np.allclose(error_weighting("mint", errors[:11]), np.eye(5))
+
+    def loss(name):
+        grams = reconcile(y + errors, make_error_weighting(name, errors))
+        return ((grams - y) ** 2).mean(0) @ TARGET_WEIGHTS
+
+    assert loss("mint") < 0.8 * loss("euclid")
+    assert np.array_equal(make_error_weighting("mint", errors[:10]), np.eye(5))
+    assert not np.allclose(make_error_weighting("mint", errors[:11]), np.eye(5))
     with pytest.raises(InputError, match="boosting.reconcile: unknown .mean.; choose from mint, euclid, no"):
-        error_weighting("mean", errors)
+        make_error_weighting("mean", errors)
 
 
-# Estimator manners
+# The estimator
 
 
 def test_clone_and_repeat(data):
@@ -189,11 +209,11 @@ def test_clone_and_repeat(data):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8])
 def test_very_few_photos(n):
-    X, y, site = paddock(n=40)
-    fit = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm"), rounds=0.02).fit(X[:n], y[:n], site[:n])
-    assert np.isfinite(fit.predict(X)).all()
-    proba = StateClassifier().fit(X[:n], ["NSW"] * (n - 1) + ["WA"], site[:n]).predict_proba(X)
-    assert np.allclose(proba.sum(1), 1)
+    X, y, site = simulate_photos(n=40)
+    regressor = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm"), rounds=0.02)
+    assert np.isfinite(regressor.fit(X[:n], y[:n], site[:n]).predict(X)).all()
+    classifier = StateClassifier().fit(X[:n], ["NSW"] * (n - 1) + ["WA"], site[:n])
+    assert np.allclose(classifier.predict_proba(X).sum(1), 1)
 
 
 def test_target_of_zeros_and_constant_columns(data):
@@ -201,37 +221,40 @@ def test_target_of_zeros_and_constant_columns(data):
     y = y.copy()
     y[:, 2] = 0
     X = np.concatenate([X, np.full((len(X), 2), 7.0)], 1)
-    fit = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm", "histgb", "gb"), rounds=0.02).fit(X[:60], y[:60], site[:60])
+    regressor = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm", "histgb", "gb"), rounds=0.02)
+    fit = regressor.fit(X[:60], y[:60], site[:60])
     assert np.abs(fit.predict(X)[:, 2]).max() < 0.05  # though the others do not add up without it
     X[60:, -1] = 900  # constant in training, so it must not count
     assert np.allclose(fit.predict(X)[60:], fit.predict(np.where(X == 900, 7, X))[60:])
 
 
-def test_lightgbm_says_what_its_wrapper_says_and_nothing_else():
-    "The wrapper warns at each call, with Kaggle's scikit-learn, that an array has no names: two hundred lines in a notebook."
+def test_lightgbm_predicts_as_its_wrapper_without_a_warning():
+    "With Kaggle's scikit-learn the wrapper warns at each call that an array has no column names."
     rng = np.random.default_rng(0)
     S, z = rng.normal(size=(60, 12)), rng.normal(size=(60, 5))
     tree = members.TreeMember("lightgbm", rounds=0.02)
-    fitted = tree._fit_one(S, z, 0)
+    fitted = tree._fit_models(S, z, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        told = tree._predict_one(fitted, S)
+        predicted = tree._predict_models(fitted, S)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert all(np.array_equal(told[:, targets[0]], model.predict(fitted[0].transform(S))) for targets, model in fitted[2])
+        features = fitted[0].transform(S)
+        assert all(np.array_equal(predicted[:, t[0]], model.predict(features)) for t, model in fitted[2])
 
 
-@pytest.mark.parametrize("told", [False, True])
-def test_states_are_no_surer_than_they_should_be(told):
-    X, y, site = paddock(120, sites=16)
+@pytest.mark.parametrize("visible", [False, True])
+def test_state_probabilities_are_calibrated(visible):
+    X, y, site = simulate_photos(120, sites=16)
     r, fold, names = np.random.default_rng(0), group_folds(site, 4, 0), np.array(["NSW", "Tas", "Vic", "WA"])
-    state = names[r.permutation(np.arange(16) % 4)[[int(s[1:]) for s in site]]]  # that the photos do not tell
-    if told:
+    state = names[r.permutation(np.arange(16) % 4)[[int(s[1:]) for s in site]]]
+    if visible:
         X[:, :4] += 1.5 * (state[:, None] == names)
-    proba = held_out(PastureRegressor(members=("ridge",)), X, y, site, fold, state)[1]
+    data = LabelledPhotos([], X, y, site, state)
+    proba = cross_validate_states(StateClassifier(), data, fold)[0]
     prior = np.stack([[(state[fold != k] == name).mean() for name in names] for k in fold])
     loss, known = (boosting.log_loss(p, state, names) for p in (proba, prior))
-    assert loss < (known / 2 if told else known)
+    assert loss < (known / 2 if visible else known)
 
 
 def test_clusters_fewer_than_photos_allow():
@@ -287,7 +310,8 @@ def _write(folder, **arrays):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        (dict(embedding=np.array([[1, np.nan, 1], [1, np.inf, 1]])), "2 values that are not finite in 1 columns, the first in column 1 of a"),
+        (dict(embedding=np.array([[1, np.nan, 1], [1, np.inf, 1]])),
+         "2 values that are not finite in 1 columns, the first in column 1 of a"),
         (dict(embedding=np.full((2, 3), 1e300)), "not finite"),
         (dict(embedding=np.ones((3, 3))), "3 rows for 2 image_id"),
         (dict(embedding=np.ones((0, 3)), image_id=np.array([], dtype=str)), "0 rows for 0"),
@@ -352,61 +376,72 @@ def no_catboost(monkeypatch):
 def test_unknown_member_and_missing_library(no_catboost):
     with pytest.raises(InputError, match="unknown member .forest.; choose from ridge"):
         available_members(("forest",))
-    told = []
-    assert available_members(("ridge", "catboost", "catboost_joint"), told.append) == ("ridge",)
-    assert len(told) == 2 and "catboost is not installed" in told[0]
+    warnings = []
+    assert available_members(("ridge", "catboost", "catboost_joint"), warnings.append) == ("ridge",)
+    assert len(warnings) == 2 and "catboost is not installed" in warnings[0]
     with pytest.raises(InputError, match="none can be used"):
-        available_members(("catboost",), told.append)
+        available_members(("catboost",), warnings.append)
 
 
 def test_recipe_is_the_recipe():
     s = load_settings("kaggle", "recipe").boosting
-    assert set(s.members) == {"catboost", "lightgbm", "histgb", "gb"} and s.transform == "none" and not s.stack and s.reconcile == "no"
+    assert set(s.members) == {"catboost", "lightgbm", "histgb", "gb"}
+    assert s.transform == "none" and not s.stack and s.reconcile == "no"
     assert (s.pca_variance, s.pls, s.gmm, s.rounds) == (0.8, 8, 6, 1)
-    cat, light, hist, gb = (members.BOOSTERS[n](1.0, 42).get_params() for n in ("catboost", "lightgbm", "histgb", "gb"))
+    names = ("catboost", "lightgbm", "histgb", "gb")
+    cat, light, hist, gb = (members.BOOSTERS[name](1.0, 42).get_params() for name in names)
     assert (cat["iterations"], cat["learning_rate"], cat["depth"]) == (1900, 0.045, 4)
     assert (light["n_estimators"], light["learning_rate"], light["num_leaves"]) == (807, 0.014, 48)
-    assert (hist["max_iter"], hist["learning_rate"]) == (300, 0.05) and (gb["n_estimators"], gb["learning_rate"]) == (1354, 0.01)
+    assert (hist["max_iter"], hist["learning_rate"]) == (300, 0.05)
+    assert (gb["n_estimators"], gb["learning_rate"]) == (1354, 0.01)
 
 
 # The stage
 
 
-def competition(folder, n=60):
-    X, y, site = paddock(n, sites=8)
-    (folder / "train").mkdir(parents=True)
-    (folder / "test").mkdir()
-    state = ["Tas", "NSW", "Vic", "WA"]
+def write_competition(folder, n=60):
+    "Write the three tables; this stage opens no photo. Return features and grams."
+    X, y, site = simulate_photos(n, sites=8)
+    folder.mkdir(parents=True)
     rows = []
     for i in range(n):
-        (folder / f"train/ID{i:03}.jpg").write_bytes(b"")  # this stage opens no photo
         s = int(site[i][1:])
-        rows += [(f"ID{i:03}__{t}", f"train/ID{i:03}.jpg", f"2015/{1 + s}/3", state[s % 4], "Clover", 0.5, 5.0, t, v) for t, v in zip(TARGETS, y[i])]
-    columns = ["sample_id", "image_path", "Sampling_Date", "State", "Species", "Pre_GSHH_NDVI", "Height_Ave_cm", "target_name", "target"]
-    pd.DataFrame(rows, columns=columns).to_csv(folder / "train.csv", index=False)
-    (folder / "test/ID9.jpg").write_bytes(b"")
-    pd.DataFrame([(f"ID9__{t}", "test/ID9.jpg", t) for t in TARGETS], columns=["sample_id", "image_path", "target_name"]).to_csv(folder / "test.csv", index=False)
-    pd.DataFrame([(f"ID9__{t}", 0.0) for t in TARGETS], columns=["sample_id", "target"]).to_csv(folder / "sample_submission.csv", index=False)
+        photo = {"image_path": f"train/ID{i:03}.jpg", "Sampling_Date": f"2015/{1 + s}/3",
+                 "State": ["Tas", "NSW", "Vic", "WA"][s % 4], "Species": "Clover", "Pre_GSHH_NDVI": 0.5,
+                 "Height_Ave_cm": 5.0}
+        rows += [{"sample_id": f"ID{i:03}__{t}", **photo, "target_name": t, "target": v}
+                 for t, v in zip(TARGETS, y[i])]
+    pd.DataFrame(rows).to_csv(folder / "train.csv", index=False)
+    test = pd.DataFrame({"sample_id": [f"ID9__{t}" for t in TARGETS], "image_path": "test/ID9.jpg",
+                         "target_name": TARGETS})
+    test.to_csv(folder / "test.csv", index=False)
+    test[["sample_id"]].assign(target=0.0).to_csv(folder / "sample_submission.csv", index=False)
     return X, y
+
+
+def ids_of(X):
+    return [f"ID{i:03}" for i in range(len(X))]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boosting")
-    X, y = competition(folder / "in")
-    run = open_run(folder / "in", folder / "out", "demo", overrides=["boosting.members=ridge,lightgbm", "boosting.rounds=0.02", "run.folds=3"])
-    order = np.random.default_rng(0).permutation(len(X) + 1)  # one photo more than the table knows
-    np.savez(run.artefact_path("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(len(X))] + ["ID999"])[order],
-             embedding=np.concatenate([X, X[:1]])[order], semantic=np.concatenate([X, X[:1]])[order, :3].astype(np.float64))
+    X, y = write_competition(folder / "in")
+    overrides = ["boosting.members=ridge,lightgbm", "boosting.rounds=0.02", "run.folds=3", "run.draws=3"]
+    run = open_run(folder / "in", folder / "out", "demo", overrides=overrides)
+    write_folds(run, read_competition(run.input, photos=False).train)  # an input of the stage
+    order = np.random.default_rng(0).permutation(len(X) + 1)  # one photo more than train.csv
+    ids, embedding = np.array([*ids_of(X), "ID999"])[order], np.concatenate([X, X[:1]])[order]
+    np.savez(run.artefact_path("features", "other.npz"), image_id=ids, embedding=embedding,
+             semantic=embedding[:, :3].astype(np.float64))
     return run, run_boosting(run), X, y
 
 
-def test_oof_is_what_the_saved_folds_say(ran):
+def test_oof_is_what_the_saved_folds_predict(ran):
     run, summary, X, y = ran
-    ids = [f"ID{i:03}" for i in range(len(X))]
     for scheme, name in (("grouped", "boosting"), ("stratified", "boosting_stratified")):
-        oof = read_oof(run.artefacts / "oof" / f"{name}.parquet", ids)
-        assert np.isclose(weighted_r2_score(y, oof), summary[scheme]["r2"]) and summary[scheme]["r2"] > summary[scheme]["constant"] + 0.1
+        r2 = weighted_r2_score(y, read_oof(run.artefacts / "oof" / f"{name}.parquet", ids_of(X)))
+        assert np.isclose(r2, summary[scheme]["r2"]) and r2 > summary[scheme]["constant"] + 0.1
     table = pd.read_parquet(run.artefacts / "oof" / "boosting.parquet")
     both = np.concatenate([X, X[:, :3]], 1)
     for k in range(3):
@@ -417,11 +452,11 @@ def test_oof_is_what_the_saved_folds_say(ran):
 
 def test_random_draws_of_sites_are_predicted_and_scored(ran):
     run, summary, X, y = ran
-    ids = [f"ID{i:03}" for i in range(len(X))]
-    folds, oof = read_draws(run, "boosting", ids)
-    assert oof.shape == (5, len(X), 5) and len({tuple(f) for f in folds}) == 5
+    folds, oof = read_draws(run, "boosting", ids_of(X))
+    assert oof.shape == (3, len(X), 5) and len({tuple(f) for f in folds}) == 3
     scores = [weighted_r2_score(y, p) for p in oof]
-    assert np.isclose(np.mean(scores), summary["draws"]["r2"]) and np.isclose(np.std(scores, ddof=1), summary["draws"]["sd"])
+    assert np.isclose(np.mean(scores), summary["draws"]["r2"])
+    assert np.isclose(np.std(scores, ddof=1), summary["draws"]["sd"])
     groups = pd.read_csv(run.input / "train.csv").drop_duplicates("image_path")
     site = (groups["State"] + groups["Sampling_Date"]).to_numpy()
     assert all(len(set(f[site == s])) == 1 for f in folds for s in site)
@@ -430,59 +465,70 @@ def test_random_draws_of_sites_are_predicted_and_scored(ran):
 def test_states_and_intervals(ran):
     run, _, X, _ = ran
     states = pd.read_parquet(run.artefacts / "boosting" / "state.parquet")
-    assert list(states.columns) == ["image_id", "fold", "NSW", "Tas", "Vic", "WA"] and np.allclose(states[["NSW", "Tas", "Vic", "WA"]].sum(axis=1), 1)
-    told = json.loads((run.artefacts / "boosting" / "intervals.json").read_text())
-    assert set(told["radius"]) == set(TARGETS) and min(told["radius"].values()) > 0 and told["coverage"] == 0.9
-    manifest = json.loads((run.artefacts / "stages" / "boosting.json").read_text())
-    assert any("1 photos are not in train.csv" in w for w in manifest["warnings"]) and any("sites are too few" in w for w in manifest["warnings"])
+    names = ["NSW", "Tas", "Vic", "WA"]
+    assert list(states.columns) == ["image_id", "fold", *names] and np.allclose(states[names].sum(axis=1), 1)
+    written = read_json(run.artefacts / "boosting" / "intervals.json")
+    assert set(written["radius"]) == set(TARGETS) and min(written["radius"].values()) > 0
+    assert written["coverage"] == 0.9
+    warnings = "\n".join(read_json(run.artefacts / "stages" / "boosting.json")["warnings"])
+    assert "1 photos are not in train.csv" in warnings and "sites are too few" in warnings
 
 
 def test_fewer_photos_than_folds(tmp_path):
-    X, _ = competition(tmp_path / "in", 4)
-    run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=["boosting.members=ridge,catboost_joint,lightgbm", "boosting.rounds=0.02", "run.folds=5"])
-    np.savez(run.artefact_path("features", "eyes.npz"), image_id=np.array([f"ID{i:03}" for i in range(4)]), embedding=X)
+    X, _ = write_competition(tmp_path / "in", 4)
+    overrides = ["boosting.members=ridge,catboost_joint,lightgbm", "boosting.rounds=0.02", "run.folds=5"]
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=overrides)
+    np.savez(run.artefact_path("features", "other.npz"), image_id=np.array(ids_of(X)), embedding=X)
     assert np.isfinite(run_boosting(run)["grouped"]["r2"])
-    told = predict_fitted(run.artefacts, {"eyes": (["p"], X[:1], None)})[0]
-    assert told.shape == (1, 5) and told.min() >= 0 and imbalance(told).max() < 1e-6
+    grams = predict_fitted(run.artefacts, {"other": (["p"], X[:1], None)})[0]
+    assert grams.shape == (1, 5) and grams.min() >= 0 and imbalance(grams).max() < 1e-6
 
 
 def test_a_second_run_has_nothing_to_do(ran, capsys):
-    run, summary, _, _ = ran
-    run_boosting(run)  # folds.csv was cut by the first one
-    capsys.readouterr()
-    assert run_boosting(run) == read_summary(run) and "up to date" in capsys.readouterr().out
+    run = ran[0]
+    manifest = read_json(run.artefacts / "stages" / "boosting.json")
+    assert run_boosting(run) == manifest["summary"] and "up to date" in capsys.readouterr().out
 
 
-def read_summary(run):
-    return json.loads((run.artefacts / "stages" / "boosting.json").read_text())["summary"]
+@pytest.fixture
+def copied(ran, tmp_path):
+    "Return a copy of the artefacts, and a function that changes boosting/model.json in it."
+    artefacts = shutil.copytree(ran[0].artefacts, tmp_path / "artefacts")
+    path = artefacts / "boosting" / "model.json"
+
+    def change_metadata(change):
+        metadata = read_json(path)
+        change(metadata)
+        path.write_text(json.dumps(metadata))
+
+    return artefacts, change_metadata
 
 
-def test_a_member_whose_package_is_not_here_is_left_out(ran, tmp_path, no_catboost):
-    "A model fitted with catboost, where catboost is not installed: fitted anew without it."
-    run, _, X, _ = ran
-    shutil.copytree(run.artefacts, tmp_path / "artefacts")
-    beside = tmp_path / "artefacts" / "boosting" / "model.json"
-    told = json.loads(beside.read_text())
-    told["members"] = told["params"]["members"] = [*told["members"], "catboost"]
-    told["versions"]["catboost"] = "1.2"
-    beside.write_text(json.dumps(told))
+def test_a_member_whose_package_is_not_installed_is_left_out(ran, copied, no_catboost):
+    "A model fitted with catboost, where catboost is not installed: fitted again without it."
+    X, (artefacts, change_metadata) = ran[2], copied
+
+    def add_catboost(metadata):
+        metadata["members"] = metadata["params"]["members"] = [*metadata["members"], "catboost"]
+        metadata["versions"]["catboost"] = "1.2"
+
+    change_metadata(add_catboost)
     warnings = []
-    y, _, _ = predict_fitted(tmp_path / "artefacts", {"eyes": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
-    assert np.isfinite(y).all() and "catboost 1.2 (here none)" in warnings[0] and "catboost is not installed" in warnings[1]
+    y, _, _ = predict_fitted(artefacts, {"other": (["p", "q"], X[:2], X[:2, :3])}, warnings.append)
+    assert np.isfinite(y).all()
+    assert "catboost 1.2 (here none)" in warnings[0] and "catboost is not installed" in warnings[1]
 
 
-def test_other_versions_are_refused_or_fitted_anew(ran, tmp_path):
-    run, _, X, _ = ran
-    shutil.copytree(run.artefacts, tmp_path / "artefacts")
-    features = {"eyes": (["p", "q"], X[:2], X[:2, :3])}
-    y, proba, states = predict_fitted(tmp_path / "artefacts", features)
+def test_other_versions_are_refused_or_fitted_again(ran, copied):
+    X, (artefacts, change_metadata) = ran[2], copied
+    features = {"other": (["p", "q"], X[:2], X[:2, :3])}
+    y, proba, states = predict_fitted(artefacts, features)
     assert y.shape == (2, 5) and proba.shape == (2, 4) and list(states) == ["NSW", "Tas", "Vic", "WA"]
-    beside = tmp_path / "artefacts" / "boosting" / "model.json"
-    told = json.loads(beside.read_text())
-    told["versions"]["scikit-learn"] = "0.99.0"
-    beside.write_text(json.dumps(told))
+    change_metadata(lambda metadata: metadata["versions"].update({"scikit-learn": "0.99.0"}))
     warnings = []
-    assert np.allclose(predict_fitted(tmp_path / "artefacts", features, warnings.append)[0], y, atol=1e-3) and "scikit-learn 0.99.0 (here " in warnings[0]
-    shutil.rmtree(tmp_path / "artefacts" / "features")
-    with pytest.raises(InputError, match=r"saved under scikit-learn 0\.99\.0 \(here \d.*install those versions"):
-        predict_fitted(tmp_path / "artefacts", features)
+    again = predict_fitted(artefacts, features, warnings.append)[0]
+    assert np.allclose(again, y, atol=1e-3) and "scikit-learn 0.99.0 (here " in warnings[0]
+    shutil.rmtree(artefacts / "features")
+    refused = r"saved under scikit-learn 0\.99\.0 \(here \d.*install those versions"
+    with pytest.raises(InputError, match=refused):
+        predict_fitted(artefacts, features)

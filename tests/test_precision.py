@@ -313,9 +313,9 @@ def test_siglip_is_repeated_in_float32(half, tmp_path):
     with torch.no_grad():
         model.model.vision_model.embeddings.patch_embedding.weight *= 1e7
     pixels = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
-    out = model.see(pixels)
+    out = model.embed_images(pixels)
     assert out.dtype == torch.float32 and out.isfinite().all()
-    assert model.read(["white clover"]).isfinite().all()
+    assert model.embed_texts(["white clover"]).isfinite().all()
 
 
 def test_half_precision_siglip_files_compute_in_float32_on_a_cpu(tmp_path):
@@ -325,7 +325,7 @@ def test_half_precision_siglip_files_compute_in_float32_on_a_cpu(tmp_path):
     SiglipModel.from_pretrained(folder).half().save_pretrained(folder)
     model = siglip.load_siglip(folder, CPU)
     assert {p.dtype for p in model.model.parameters()} == {torch.float32}
-    assert model.see(np.zeros((1, 64, 64, 3), np.uint8)).isfinite().all()
+    assert model.embed_images(np.zeros((1, 64, 64, 3), np.uint8)).isfinite().all()
 
 
 def test_memory_that_runs_out_in_siglip_names_its_own_setting():

@@ -1,4 +1,4 @@
-"""The preset `recipe` row by row: what the recipe does, where that is said, and our setting; and a chain that runs it whole."""
+"""The preset `recipe` key by key: the recipe's value and its source; and the whole chain with this preset."""
 import json
 from dataclasses import replace
 
@@ -9,16 +9,16 @@ import tiny
 import torch
 
 from nbs_lib.biomass_net import Head, ModelConfig, build_model
-from nbs_lib.ensemble import Blend, ModelPredictions, Policy, apply_blend, choose_policy
+from nbs_lib.ensemble import PART_COLUMNS, Blend, ModelPredictions, Policy, apply_blend, choose_policy
 from nbs_lib.inpaint import clean_photo, orange_rule
-from nbs_lib.scores import is_optimistic, summarise_scores
 from nbs_lib.runtime import InputError
+from nbs_lib.scores import is_optimistic, summarise_scores
 from nbs_lib.settings import load_settings
 from nbs_lib.store import augment
 from nbs_lib.targets import TARGETS
 from nbs_lib.trainer import lr_factor
 
-# section.key: the recipe's value, where the recipe says so. README shows this table (`python tests/readme.py`).
+# section.key: the recipe's value, its source. README shows this table (`python tests/readme.py`).
 RECIPE = {
     "train_dinov3.backbone": ("vit_huge_plus_patch16_dinov3", "write-up"),
     "train_dinov3.fusion": ("mamba", "write-up; its code runs a gated convolution called LocalMamba"),
@@ -55,7 +55,8 @@ RECIPE = {
     "train_dinov3.lr_backbone": (5e-5, "code"),
     "train_dinov3.lr": (1e-3, "code"),
     "train_dinov3.views": (("id", "H", "V", "HV"), "write-up: 4 × test-time augmentation"),
-    "train_dinov3.schemes": (("grouped", "stratified"), "code: stratified by photo; grouped stands next to it"),
+    "train_dinov3.schemes": (
+        ("grouped", "stratified"), "code: stratified by photo; grouped stands next to it"),
     "photos.flips": (True, "code"),
     "photos.rotate90": (True, "code: D4"),
     "photos.scale_pad": (0.0, "code"),
@@ -85,7 +86,8 @@ RECIPE = {
     "ensemble.rules_last": (True, "code: dead := 0, total := green + clover"),
     "ensemble.state_threshold": (0.75, "write-up"),
 }
-T4 = {"train_dinov3.dim": 512, "train_dinov3.unfreeze": 4, "train_dinov3.schemes": ("grouped",)}  # what does not fit
+# what does not fit into two T4
+T4 = {"train_dinov3.dim": 512, "train_dinov3.unfreeze": 4, "train_dinov3.schemes": ("grouped",)}
 
 
 def value(settings, name):
@@ -104,35 +106,42 @@ def test_the_recipe_is_the_recipe(profile):
 def test_on_two_t4_only_what_cannot_fit_is_changed():
     whole, small = load_settings("kaggle", "recipe"), load_settings("kaggle", "recipe_t4")
     for section in ("photos", "inpaint", "train_dinov3", "siglip", "frozen", "boosting", "ensemble"):
-        changed = {f"{section}.{k}": v for k, v in vars(getattr(small, section)).items() if v != getattr(getattr(whole, section), k)}
+        full, reduced = vars(getattr(whole, section)), vars(getattr(small, section))
+        changed = {f"{section}.{key}": v for key, v in reduced.items() if v != full[key]}
         assert changed == {k: v for k, v in T4.items() if k.startswith(section)}
 
 
 def test_a_mamba_neck_is_the_default_and_the_gated_convolution_one_setting_away():
     for profile, preset in (("kaggle", ""), ("kaggle", "recipe"), ("kaggle", "recipe_t4"), ("demo", "")):
         assert load_settings(profile, preset).train_dinov3.fusion == "mamba"
-    assert load_settings("kaggle", "recipe", ["train_dinov3.fusion=gated_conv"]).train_dinov3.fusion == "gated_conv"
+    changed = load_settings("kaggle", "recipe", ["train_dinov3.fusion=gated_conv"])
+    assert changed.train_dinov3.fusion == "gated_conv"
 
 
 def test_the_head_has_the_recipes_layers():
     head = Head("recipe", 32, 0.2)
     kinds = [type(layer).__name__ for layer in head.parts[0]]
     assert kinds == ["Linear", "GELU", "Dropout", "Linear"] and head.parts[0][2].p == 0.2
-    net = build_model(ModelConfig("vit_twin_patch16_dinov3", size=64, squeeze=True, probe=False, head="recipe", head_dropout=0.2))
-    assert not any(isinstance(m, torch.nn.LayerNorm) for part in (net.neck, net.head) for m in part.modules())
+    config = ModelConfig("vit_twin_patch16_dinov3", size=64, squeeze=True, probe=False, head="recipe",
+                         head_dropout=0.2)
+    net = build_model(config)
+    modules = [*net.neck.modules(), *net.head.modules()]
+    assert not any(isinstance(m, torch.nn.LayerNorm) for m in modules)
     net.init_output_plain()
     tokens = torch.randn(2, 7, 192)
     base = net.prior.expand(2, 3)
-    wanted = torch.cat([torch.nn.functional.softplus(part(tokens.mean(1))) for part in net.eval().head.parts], 1)
+    pooled = tokens.mean(1)
+    wanted = torch.cat([torch.nn.functional.softplus(part(pooled)) for part in net.eval().head.parts], 1)
     torch.testing.assert_close(net.head(tokens, base), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_warm_up_starts_again_when_the_backbone_is_released():
     factors = [lr_factor(i, 30, 3, 2) for i in range(30)]  # a step an epoch
-    assert factors[:5] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3, 1]) and max(factors) == 1 and factors[-1] < 0.01
+    assert factors[:5] == pytest.approx([1 / 3, 2 / 3, 1 / 3, 2 / 3, 1])
+    assert max(factors) == 1 and factors[-1] < 0.01
 
 
-def test_the_orange_rule_is_laid_over_the_cropped_photo():
+def test_the_orange_rule_is_applied_to_the_cropped_photo():
     photo = np.full((100, 200, 3), (60, 120, 50), np.uint8)
     photo[40:50, 20:60] = photo[92:98, 20:60] = (200, 130, 40)  # one above the cut, one below
     at_bound = np.full((9, 9, 3), (150, 105, 62), np.uint8)  # hue 15, saturation and value 150
@@ -153,35 +162,45 @@ def test_a_photo_is_turned_in_three_of_ten_draws():
 
 
 def test_the_wa_rule_moves_nothing_into_green_and_clover():
-    states, zeros = pd.DataFrame({"WA": [0.9, 0.1]}), np.eye(5)[[0, 2, 1]]
-    said = np.array([[24.0, 12.0, 6.0, 30.0, 42.0]] * 2)
-    blend = Blend(("dinov3",), np.ones((1, 5)), np.ones(5), np.zeros(5), np.eye(5), zeros, ("WA:Dry_Dead_g",), 0.75, True)
-    assert apply_blend(blend, {"dinov3": said}, states).tolist() == [[24, 0, 6, 30, 30], [24, 12, 6, 30, 42]]
-    members = ModelPredictions(said, np.zeros(2), np.array(["a", "b"]), {"dinov3": said}, states)
-    assert choose_policy(members, load_settings("kaggle", "recipe").ensemble, 0)[0] == Policy("recipe", rules=("WA:Dry_Dead_g",), rules_last=True)
+    rules, states = ("WA:Dry_Dead_g",), pd.DataFrame({"WA": [0.9, 0.1]})
+    grams = np.array([[24.0, 12.0, 6.0, 30.0, 42.0]] * 2)
+    blend = Blend(("dinov3",), np.ones((1, 5)), shrink=np.ones(5), means=np.zeros(5), weighting=np.eye(5),
+                  carry=np.eye(5)[PART_COLUMNS], rules=rules, threshold=0.75, rules_last=True)
+    assert apply_blend(blend, {"dinov3": grams}, states).tolist() == [[24, 0, 6, 30, 30], [24, 12, 6, 30, 42]]
+    oof = ModelPredictions(grams, np.zeros(2), np.array(["a", "b"]), {"dinov3": grams}, states)
+    policy, _ = choose_policy(oof, load_settings("kaggle", "recipe").ensemble, 0)
+    assert policy == Policy("recipe", rules=rules, rules_last=True)
 
 
 @pytest.fixture(scope="module")
 def recipe_run(tmp_path_factory):
-    from nbs_lib import boosting, ensemble, frozen, inpaint, siglip, submit, train_dinov3
+    from nbs_lib.boosting import run_boosting
+    from nbs_lib.ensemble import run_ensemble
+    from nbs_lib.frozen import run_frozen
+    from nbs_lib.inpaint import run_inpaint
+    from nbs_lib.siglip import run_siglip
     from nbs_lib.stages import open_run
+    from nbs_lib.submit import run_submit
+    from nbs_lib.train_dinov3 import run_train_dinov3
 
     folder = tmp_path_factory.mktemp("recipe")
     source = tiny.competition(folder / "in", n_train=24, n_test=4)
-    small = ["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random", "train_dinov3.size=64", "train_dinov3.epochs=3", "run.folds=2",
-             "train_dinov3.dim=16", "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.02", "run.draws=2"]
+    small = ["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random",
+             "train_dinov3.size=64", "train_dinov3.epochs=3", "train_dinov3.dim=16", "run.folds=2",
+             "run.draws=2", "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.02"]
     run = open_run(source, folder / "out", "demo", "recipe", small)
-    stages = (inpaint.run_inpaint, train_dinov3.run_train_dinov3, siglip.run_siglip, frozen.run_frozen, boosting.run_boosting, ensemble.run_ensemble, submit.run_submit)
-    assert inpaint is not None
+    stages = (run_inpaint, run_train_dinov3, run_siglip, run_frozen, run_boosting, run_ensemble, run_submit)
     return run, [stage(run) for stage in stages]
 
 
 def test_the_recipe_runs_from_photos_to_submission(recipe_run):
     run, (_, train, _, _, boost, blend, sent) = recipe_run
     assert train["model"] == "fine-tuned vit_twin_patch16_dinov3, neck mamba, head recipe"
-    assert set(boost["features"]) == {"siglip", "siglip:semantic"} and boost["features"]["siglip:semantic"] == 11
+    assert set(boost["features"]) == {"siglip", "siglip:semantic"}
+    assert boost["features"]["siglip:semantic"] == 11
     assert blend["policy"]["rules_last"] and blend["weights"]["dinov3"] == [0.85, 0.85, 1.0, 0.85, 0.85]
-    assert sent["models"] == {"dinov3": 4, "boosting": 4} and len(pd.read_csv(run.output / "submission.csv")) == 20
+    assert sent["models"] == {"dinov3": 4, "boosting": 4}
+    assert len(pd.read_csv(run.output / "submission.csv")) == 20
     config = json.loads((run.artefacts / "dinov3" / "fold0.json").read_text())["config"]
     assert config["head"] == "recipe" and config["fusion"] == "mamba" and config["squeeze"]
 
@@ -189,19 +208,23 @@ def test_the_recipe_runs_from_photos_to_submission(recipe_run):
 def test_a_score_whose_fold_chose_the_epoch_is_called_optimistic(recipe_run):
     run, _ = recipe_run
     table = {"r2": 0.5, "interval_95": None, "r2_by_target": dict.fromkeys(TARGETS, 0.5), "photos": 9}
-    scores = {"oof": {"dinov3": {"grouped": table}}, "constant": {"grouped": table}, "test": {}, "optimistic": is_optimistic(run)}
-    assert "optimistic" in summarise_scores(scores) and "optimistic" not in summarise_scores(scores | {"optimistic": False})
+    scores = {"oof": {"dinov3": {"grouped": table}}, "constant": {"grouped": table}, "test": {}}
+    assert "optimistic" in summarise_scores(scores | {"optimistic": is_optimistic(run)})
+    assert "optimistic" not in summarise_scores(scores | {"optimistic": False})
     assert not is_optimistic(replace(run, settings=load_settings("laptop")))
 
 
 def test_features_that_are_not_there_are_named(recipe_run):
-    from nbs_lib.boosting import wanted_features
+    from nbs_lib.boosting import select_features
 
     run, _ = recipe_run
-    odd = replace(run, settings=replace(run.settings, boosting=replace(run.settings.boosting, features=("eyes",))), warnings=[])
-    assert set(wanted_features(odd)) >= {"siglip", "frozen"} and "boosting.features: no such features (eyes)" in odd.warnings[0]
+    section = replace(run.settings.boosting, features=("other",))
+    odd = replace(run, settings=replace(run.settings, boosting=section), warnings=[])
+    assert set(select_features(odd)) >= {"siglip", "frozen"}
+    assert "boosting.features: no such features (other)" in odd.warnings[0]
 
 
 def test_unknown_presets_are_refused():
-    with pytest.raises(InputError, match="unknown preset .recipe_v100.; settings.ini knows recipe, recipe_t4"):
+    message = "unknown preset 'recipe_v100'; settings.ini knows: recipe, recipe_t4"
+    with pytest.raises(InputError, match=message):
         load_settings("kaggle", "recipe_v100")
