@@ -31,7 +31,7 @@ from nbs_lib.runtime import InputError, read_json
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import open_run
 from nbs_lib.tables import read_competition, read_draws, read_oof
-from nbs_lib.targets import TARGETS, TARGET_WEIGHTS, from_parts, imbalance, reconcile, weighted_r2_score
+from nbs_lib.targets import TARGET_WEIGHTS, TARGETS, from_parts, imbalance, reconcile, weighted_r2_score
 from nbs_lib.validation import (
     conformal_radius,
     group_folds,

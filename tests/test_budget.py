@@ -20,8 +20,17 @@ from nbs_lib.settings import load_settings
 from nbs_lib.store import half_shape
 from nbs_lib.train_dinov3 import model_config
 from nbs_lib.trainer import (
-    EMA, TrainConfig, TrainerState, make_accelerator, biomass_loss, cast_frozen_layers, save_final_weights, read_checkpoint, parameter_groups,
-    write_checkpoint, unfreeze,
+    EMA,
+    TrainConfig,
+    TrainerState,
+    biomass_loss,
+    cast_frozen_layers,
+    make_accelerator,
+    parameter_groups,
+    read_checkpoint,
+    save_final_weights,
+    unfreeze,
+    write_checkpoint,
 )
 
 TWIN = ("train_dinov3.weights=random", "train_dinov3.size=128", "train_dinov3.unfreeze=-1",

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from nbs_lib.hub import download_file, find_repository, list_profile_weights
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
-from nbs_lib.hub import download_file, find_repository, list_profile_weights
 
 REPOSITORY = "owner/some-model"
 WEIGHTS = bytes(range(256)) * 4096  # 1 MB

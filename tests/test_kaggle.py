@@ -18,10 +18,10 @@ import pytest
 from conftest import ROOT
 
 from nbs_lib import kaggle, wheelhouse
-from nbs_lib.runtime import InputError, mount_candidates, resolve_mount
-from nbs_lib.settings import load_settings
 from nbs_lib.demo import write_demo
 from nbs_lib.run import STAGES
+from nbs_lib.runtime import InputError, mount_candidates, resolve_mount
+from nbs_lib.settings import load_settings
 
 SETTINGS = load_settings("kaggle", path=ROOT / "settings.ini")
 NEW, OLD = 0, 1  # layouts of mounts

@@ -22,14 +22,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbs_lib import ledger
-from nbs_lib.runtime import InputError, write_json
-from nbs_lib.tables import read_competition, read_oof
 from nbs_lib.ensemble import run_ensemble
 from nbs_lib.ledger import (
-    Candidates, add_entry, add_run, advise_selection, amend_entry, append_lines, choose_finals, encode_grams,
-    estimate_scores, explain_choice, import_submissions, list_entries, main, make_line, parse_ledger,
-    parse_submissions, read_candidates, read_ledger, record, record_sent, try_record,
+    Candidates,
+    add_entry,
+    add_run,
+    advise_selection,
+    amend_entry,
+    append_lines,
+    choose_finals,
+    encode_grams,
+    estimate_scores,
+    explain_choice,
+    import_submissions,
+    list_entries,
+    main,
+    make_line,
+    parse_ledger,
+    parse_submissions,
+    read_candidates,
+    read_ledger,
+    record,
+    record_sent,
+    try_record,
 )
+from nbs_lib.runtime import InputError, write_json
+from nbs_lib.tables import read_competition, read_oof
 from nbs_lib.targets import weighted_r2_score
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

@@ -38,8 +38,8 @@ from kagglesdk.kernels.types.kernels_api_service import (
 from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
 
 from nbs_lib import hub, kaggle
-from nbs_lib.settings import load_settings
 from nbs_lib.ledger import add_entry, read_ledger
+from nbs_lib.settings import load_settings
 
 SETTINGS = load_settings("kaggle", path=ROOT / "settings.ini", overrides=["kaggle.username=ann"])
 DATASETS = {folder: dataset.ref(SETTINGS) for folder, dataset in kaggle.KAGGLE_DATASETS.items()}

@@ -9,13 +9,13 @@ import tiny
 import torch
 
 from nbs_lib.biomass_net import Head, ModelConfig, build_model
-from nbs_lib.ensemble import PART_COLUMNS, Blend, ModelPredictions, Policy, apply_blend, choose_policy
+from nbs_lib.ensemble import Blend, ModelPredictions, Policy, apply_blend, choose_policy
 from nbs_lib.inpaint import clean_photo, orange_rule
 from nbs_lib.runtime import InputError
 from nbs_lib.scores import is_optimistic, summarise_scores
 from nbs_lib.settings import load_settings
 from nbs_lib.store import augment
-from nbs_lib.targets import TARGETS
+from nbs_lib.targets import PART_COLUMNS, TARGETS
 from nbs_lib.trainer import lr_factor
 
 # section.key: the recipe's value, its source. README shows this table (`python tests/readme.py`).
@@ -225,6 +225,6 @@ def test_features_that_are_not_there_are_named(recipe_run):
 
 
 def test_unknown_presets_are_refused():
-    message = "unknown preset 'recipe_v100'; settings.ini knows: recipe, recipe_t4"
+    message = "unknown preset .recipe_v100.; settings.ini knows recipe, recipe_t4"
     with pytest.raises(InputError, match=message):
         load_settings("kaggle", "recipe_v100")

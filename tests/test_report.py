@@ -18,7 +18,13 @@ from nbs_lib import ensemble, report, scores
 from nbs_lib.runtime import read_json, write_json
 from nbs_lib.stages import Run
 from nbs_lib.tables import (
-    to_long, read_competition, read_draws, read_oof, write_draws, write_oof, write_submission,
+    read_competition,
+    read_draws,
+    read_oof,
+    to_long,
+    write_draws,
+    write_oof,
+    write_submission,
 )
 from nbs_lib.targets import TARGETS, constant_prediction, from_parts, weighted_r2_score
 from nbs_lib.validation import bootstrap_scores, left_out_coverage, random_site_folds

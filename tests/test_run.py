@@ -20,11 +20,11 @@ from conftest import ROOT, command
 
 import nbs_lib.isolation
 import nbs_lib.run
+from nbs_lib.isolation import choose_isolation
+from nbs_lib.run import STAGES, open_here
 from nbs_lib.runtime import read_json
 from nbs_lib.settings import load_settings
 from nbs_lib.tables import read_oof
-from nbs_lib.isolation import choose_isolation
-from nbs_lib.run import STAGES, open_here
 from nbs_lib.targets import TARGETS, imbalance, weighted_r2_score
 
 # Every stage for real, with the least work.

@@ -32,11 +32,11 @@ from nbs_lib.store import (
     FULL,
     augment,
     half_shape,
-    to_panorama,
     open_store,
     photo_weights,
     quarter_turns,
     to_halves,
+    to_panorama,
     to_tensor,
     tta_views,
 )
