@@ -306,9 +306,9 @@ def memory_gpu(run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cpu = torch.device("cpu")
     monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [deadline.Device(torch.device("cuda", 0), batch, warn)])
-    for module in (submit.siglip, submit.frozen):
-        compute = module.compute_features
-        monkeypatch.setattr(module, "compute_features", lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
+    for module, name in ((submit.siglip, "compute_siglip_features"), (submit.frozen, "compute_frozen_features")):
+        compute = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
     opened = submit.frozen.open_extractor
     monkeypatch.setattr(submit.frozen, "open_extractor", lambda run, device=None, photos=0: opened(run, cpu, photos))
 
