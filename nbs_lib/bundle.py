@@ -40,7 +40,7 @@ from .weights import find_weights, is_keyword
 # %% ../notebooks/60_bundle.ipynb #0dabdc82
 @dataclass(frozen=True)
 class FeatureDistance:
-    "Distance of photos to the training photos in feature space; 1: the 98 % quantile of photos of unseen sites."
+    "Distance to the training photos in feature space; 1: the 98 % quantile of photos of unseen sites."
     mean: np.ndarray  # (d,)
     sd: np.ndarray  # (d,)
     axes: np.ndarray  # (k, d) orthonormal
@@ -84,7 +84,7 @@ def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float
 
 
 def fit_axes(gram: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "Return (n, k) whose product with a Gram matrix gives coordinates on the principal axes, and their scale (k,)."
+    "Return (n, k) that turns a Gram matrix into coordinates on the principal axes, and their scale (k,)."
     values, vectors = np.linalg.eigh(gram)
     k = min(k, max(1, len(gram) // 4))
     values, vectors = np.maximum(values[::-1][:k], 1e-9), vectors[:, ::-1][:, :k]
@@ -241,7 +241,8 @@ def collect_bundle(model: PastureModel, to: Path) -> dict[str, str]:
     if (source / "boosting" / "model.joblib").is_file():
         (artefacts / "boosting").mkdir(parents=True, exist_ok=True)
         shutil.copy2(source / "boosting" / "model.joblib", artefacts / "boosting" / "model.joblib")
-        copy_metadata(source / "boosting" / "model.json", artefacts / "boosting" / "model.json", ESTIMATOR_KEYS)
+        meta = "boosting/model.json"
+        copy_metadata(source / meta, artefacts / meta, ESTIMATOR_KEYS)
     for path in sorted((source / "features").glob("*.json")):
         copy_metadata(path, artefacts / "features" / path.name, FEATURE_META_KEYS)
     if (source / "siglip-tiny").is_dir():
@@ -251,8 +252,8 @@ def collect_bundle(model: PastureModel, to: Path) -> dict[str, str]:
 
 # %% ../notebooks/60_bundle.ipynb #a670bf1f
 CARD = """# Model card: pasture biomass from a photo
-nbs_lib {version}, profile {profile}{preset}. Predicts dry green, dead and clover matter, GDM and total in grams on a quadrat of 0.70 m x 0.30 m,
-photographed from above so that it fills a 2:1 picture.
+nbs_lib {version}, profile {profile}{preset}. Predicts dry green, dead and clover matter,
+GDM and total in grams on a quadrat of 0.70 m x 0.30 m, photographed from above: it fills a 2:1 picture.
 
 ## Scores
 {scores}
@@ -260,18 +261,22 @@ photographed from above so that it fills a 2:1 picture.
 Intervals: {coverage:.0%} nominal; measured with each training site left out: {measured}.
 
 ## Limits
-- It has learned one camera height, the species, states and dates of its training photos. Photos flagged `unlike the training photos` are
-  outside of what was tested.
-- Scores on photos of new sites are lower than on photos of known sites. The scores above are out of fold, grouped by site.
+- It has learned one camera height, the species, states and dates of its training photos. Photos flagged
+  `unlike the training photos` are outside of what was tested.
+- Scores on photos of new sites are lower than on photos of known sites. Of the scores above those called
+  grouped are for new sites.
 - Grams per hectare assume that the photo shows the area given by --area (0.21 m2 by default).
 
 ## Licences
-The code is under the licence of nbs_lib. Networks and estimators are derived from their pretrained weights and training data, whose licences
-apply: backbone {backbone} ({weights}), frozen features {frozen} ({frozen_weights}), SigLIP: {siglip}. DINOv3 weights have Meta's DINOv3
-licence; tf_efficientnet_lite0 and SigLIP are Apache-2.0; the CSIRO photos have the licence of the competition.
+The code is under the licence of nbs_lib. Networks and estimators are derived from their pretrained weights
+and training data, whose licences apply: backbone {backbone} ({weights}),
+frozen features {frozen} ({frozen_weights}), SigLIP: {siglip}.
+DINOv3 weights have Meta's DINOv3 licence; tf_efficientnet_lite0 and SigLIP are Apache-2.0; the CSIRO photos
+have the licence of the competition.
 
 ## Use
-`python -m nbs_lib.predict --model model.zip photos/`. The estimators are a pickle: open only bundles of people you trust.
+`python -m nbs_lib.predict --model model.zip photos/`. The estimators are a pickle: open only bundles
+of people you trust.
 """
 
 
@@ -335,7 +340,7 @@ def hash_bytes(path: Path) -> str:
 
 # %% ../notebooks/60_bundle.ipynb #b7aebfa0
 def check_versions(path: Path, manifest: dict) -> None:
-    "Raise `InputError` naming both versions when the bundle is of another library or of another estimator's package."
+    "Raise `InputError` naming both versions when the library or an estimator's package is another."
     if manifest["nbs_lib"] != version:
         raise InputError(f"{path}: is of nbs_lib {manifest['nbs_lib']} (here {version}); "
                          "install that version or pack the run again")
@@ -375,7 +380,7 @@ def read_settings(raw: dict) -> Settings:
 
 
 def open_bundle(path: Path, work: Path) -> PastureModel:
-    "Return the model of a bundle, extracted below `work`; raise `InputError` when it is broken or of other versions."
+    "Return the model of a bundle, extracted below `work`; raise `InputError` for a broken or foreign one."
     extract_bundle(path, work)
     try:
         record, statistics = read_json(work / "settings.json"), read_json(work / "statistics.json")
@@ -388,8 +393,9 @@ def open_bundle(path: Path, work: Path) -> PastureModel:
         distance = None
         if (work / "distance.npz").is_file():
             with np.load(work / "distance.npz", allow_pickle=False) as file:
-                distance = FeatureDistance(**{f.name: file[f.name] for f in dataclasses.fields(FeatureDistance)})
+                distance = FeatureDistance(**file)
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: is not a bundle of this library ({e!r}); pack it again") from e
-    blend, numbers = load_blend(work / "artefacts" / "blend.json"), (statistics["measured"], statistics["limits"])
+    blend = load_blend(work / "artefacts" / "blend.json")
+    numbers = statistics["measured"], statistics["limits"]
     return PastureModel(work, settings, blend, statistics["coverage"], radii, *numbers, distance)

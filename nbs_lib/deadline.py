@@ -35,7 +35,7 @@ class Clock:
         return self.end - self.now()
 
     def affords(self, kind: str, photos: int, keep: float = 0.0) -> int:
-        "Return how many of `photos` photos fit in the time left less `keep` seconds; all while the pace is unknown."
+        "Return how many of `photos` photos fit in the time left less `keep` seconds."
         left = self.left() - keep
         return 0 if left <= 0 else int(min(photos, left / max(1.1 * self.pace.get(kind, 0.0), 1e-9)))
 
@@ -48,9 +48,9 @@ class Clock:
 
 
 def open_clock(run: Run) -> Clock:
-    """Return the clock of this submission: it ends limits.hours, less submit.margin_minutes, after the session began.
+    """Return the clock of this submission, ending limits.hours less submit.margin_minutes after its start.
 
-    The session began at $NBS_STARTED (seconds since 1970); else, on Kaggle, with this process; elsewhere now.
+    It started at $NBS_STARTED (seconds since 1970); else, on Kaggle, with this process; elsewhere now.
     """
     start = psutil.Process().create_time() if on_kaggle() else time.time()
     started = float(os.environ.get("NBS_STARTED") or start)
@@ -147,7 +147,9 @@ def find_devices(batch: int, warn: Callable = print) -> list[Device]:
     return [Device(d, batch, warn) for d in gpus or [torch.device("cpu")]]
 
 
-def split_over_devices(devices: Sequence[Device], index: Sequence[int], work: Callable) -> list[tuple[Sequence[int], object]]:
+def split_over_devices(
+    devices: Sequence[Device], index: Sequence[int], work: Callable,
+) -> list[tuple[Sequence[int], object]]:
     "Run `work` on an equal part of `index` on each device at once; return (part, result) pairs."
     if len(devices) == 1:
         return list(devices[0].each(index, work))

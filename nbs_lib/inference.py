@@ -27,7 +27,9 @@ import torch
 from . import boosting, frozen, siglip
 from .backbones import FeatureExtractor
 from .biomass_net import BiomassNet
-from .deadline import Clock, Device, is_out_of_memory, plan_chunks, run_or_warn, split_over_devices, warn_left_out
+from nbs_lib.deadline import (
+    Clock, Device, is_out_of_memory, plan_chunks, run_or_warn, split_over_devices, warn_left_out,
+)
 from .ensemble import Blend, apply_blend
 from .features import blocks_of, warn_version_drift
 from .inpaint import build_stores
@@ -48,7 +50,7 @@ class PredictionCollector:
         self.lock = threading.RLock()
 
     def take(self, model: str, rows: Sequence[int] | slice, grams: np.ndarray) -> int:
-        "Keep the finite, non-negative rows of `grams` (m, 5) for photos `rows`; return how many were refused."
+        "Keep finite, non-negative rows of `grams` (m, 5) for photos `rows`; return how many were refused."
         grams = np.asarray(grams, float)
         with np.errstate(invalid="ignore"):
             valid = np.isfinite(grams).all(axis=1) & (grams >= 0).all(axis=1)
@@ -92,12 +94,13 @@ class FoldGroup:
                 nets = self.nets
                 if device.type != "cpu":
                     nets = tuple(net.to(device) for net in copy.deepcopy(nets))
-                extractor = make_extractor(nets[0], device, self.cache, self.warn, keep_grid=False, expected=self.expected)
+                more = {"keep_grid": False, "expected": self.expected}
+                extractor = make_extractor(nets[0], device, self.cache, self.warn, **more)
                 self.copies[device] = nets, extractor
             return self.copies[device]
 
     def predict_view(self, store, index: Sequence[int], view: str, device: torch.device) -> np.ndarray:
-        "Return (folds, m, 5) grams of photos `index` of `store` in one view, from features computed once for all folds."
+        "Return (folds, m, 5) grams of photos `index` in one view, from features computed once for all folds."
         (nets, extractor), rows = self.on(device), np.arange(len(index))
         widest = max(nets, key=lambda net: net.config.head != "none")  # a probe alone reads no tokens
         features = extract_store(widest, store, (view,), len(rows), device, extractor, index)
@@ -117,14 +120,17 @@ def plan_fold_groups(artefacts: Path) -> list[tuple[int, ...]]:
         k = int(path.stem.removeprefix("fold"))
         try:
             meta = read_json(path)
-            key = (meta["shared"], *(str(meta["config"][name]) for name in FEATURE_KEYS)) if meta["shared"] else k
+            config = [str(meta["config"][name]) for name in FEATURE_KEYS]
+            key = (meta["shared"], *config) if meta["shared"] else k
         except (InputError, KeyError, TypeError):
             key = k  # `load_fold_group` warns of it
         groups.setdefault(key, []).append(k)
     return [tuple(folds) for folds in groups.values()]
 
 
-def load_fold_group(artefacts: Path, folds: Sequence[int], warn: Callable = print, expected: int = 0) -> FoldGroup | None:
+def load_fold_group(
+    artefacts: Path, folds: Sequence[int], warn: Callable = print, expected: int = 0,
+) -> FoldGroup | None:
     "Load the folds that can be loaded, with one backbone among them; None when none can."
     nets = {}
     for k in folds:
@@ -152,7 +158,7 @@ class PredictionAverager:
         self.counts: dict[int, np.ndarray] = {}  # fold -> (n, 1) views
 
     def add(self, fold: int, index: Sequence[int], grams: np.ndarray) -> int:
-        "Add one view's predictions (m, 5) of `fold` for photos `index`; return how many rows are not finite and left out."
+        "Add predictions (m, 5) of `fold` in one view; return how many rows are not finite."
         total = self.sums.setdefault(fold, np.zeros((self.n, 5)))
         count = self.counts.setdefault(fold, np.zeros((self.n, 1)))
         finite = np.isfinite(grams).all(axis=1, keepdims=True)
@@ -185,7 +191,7 @@ class MultiStore:
 
     def __getitem__(self, i: int) -> np.ndarray:
         store, j = self.where[int(i)]
-        return replace(store)[j]  # mapped for this one read: a lasting map keeps every page it has read in memory
+        return replace(store)[j]  # mapped for this read only: a lasting map keeps all pages in memory
 
     def key(self, i: int) -> str | None:
         store, j = self.where[int(i)]
@@ -220,7 +226,9 @@ class StoreSlice:
 class PhotoLoader:
     "Read photo files to full-size halves, some at a time, into stores below `folder`."
 
-    def __init__(self, run: Run, ids: Sequence[str], paths: Sequence[Path], folder: Path, split: str = "test"):
+    def __init__(
+        self, run: Run, ids: Sequence[str], paths: Sequence[Path], folder: Path, split: str = "test",
+    ):
         self.run, self.ids, self.paths, self.folder, self.split = run, list(ids), list(paths), folder, split
         self.store = MultiStore(self.ids)
         self.read = np.zeros(len(self.ids), bool)  # tried
@@ -264,7 +272,7 @@ class InferenceContext:
     clock: Clock = field(default_factory=lambda: Clock(math.inf))
     name: str = "submit"  # that warnings begin with
     dropped: list[str] = field(default_factory=list)
-    pending: list[tuple[tuple[int, ...], str]] = field(default_factory=list)  # folds and view of model 1 still to do
+    pending: list[tuple[tuple[int, ...], str]] = field(default_factory=list)  # folds and view to do
 
     @property
     def n(self) -> int:
@@ -290,11 +298,11 @@ PREPROCESSING_KEYS = (("inpaint", "rule"), ("inpaint", "crop_bottom"))
 
 def current_preprocessing(run: Run) -> dict[tuple[str, str], object]:
     "Return the values of `PREPROCESSING_KEYS` in the settings."
-    return {(section, key): getattr(getattr(run.settings, section), key) for section, key in PREPROCESSING_KEYS}
+    return {name: getattr(getattr(run.settings, name[0]), name[1]) for name in PREPROCESSING_KEYS}
 
 
 def fitted_preprocessing(run: Run, path: Path) -> dict[tuple[str, str], object]:
-    "Return the values of `PREPROCESSING_KEYS` that a model was fitted with, as far as its .json at `path` has them."
+    "Return the `PREPROCESSING_KEYS` that a model was fitted with, as far as its .json at `path` has them."
     try:
         settings = read_json(path)["settings"]
     except (InputError, KeyError, TypeError):
@@ -315,9 +323,9 @@ def changed_preprocessing(run: Run, path: Path) -> dict[tuple[str, str], object]
 
 
 def with_fitted_preprocessing(run: Run, warn: Callable = print) -> Run:
-    "Return the run with the preprocessing of most folds of model 1, else of model 2; warn when the settings differ."
-    folds = [path for k in range(count_folds(run)) if (path := run.artefacts / "dinov3" / f"fold{k}.json").is_file()]
-    paths = folds or sorted((run.artefacts / "features").glob("*.json"))
+    "Return the run with the preprocessing of most folds, else of model 2; warn when the settings differ."
+    folds = [run.artefacts / "dinov3" / f"fold{k}.json" for k in range(count_folds(run))]
+    paths = [path for path in folds if path.is_file()] or sorted((run.artefacts / "features").glob("*.json"))
     known = [values for path in paths if (values := fitted_preprocessing(run, path))]
     fitted = max(known, key=known.count, default={})  # of several equally frequent ones, the first
     current, settings, words = current_preprocessing(run), run.settings, []
@@ -343,10 +351,11 @@ def name_part(folds: tuple[int, ...], view: str) -> str:
 
 
 def select_folds(context: InferenceContext) -> list[tuple[int, ...]]:
-    "Return the fold groups to use; warn of folds that are missing, of an earlier division or of other preprocessing."
+    "Return the fold groups to use; warn of folds that are missing, of another division or preprocessing."
     run, plans = context.run, plan_fold_groups(context.run.artefacts)
     there, wanted = {k for plan in plans for k in plan}, set(range(count_folds(run)))
-    odd = {k for k in there & wanted if changed_preprocessing(run, run.artefacts / "dinov3" / f"fold{k}.json")}
+    folder = run.artefacts / "dinov3"
+    odd = {k for k in there & wanted if changed_preprocessing(run, folder / f"fold{k}.json")}
     kept = [folds for plan in plans if (folds := tuple(k for k in plan if k in wanted - odd))]
 
     def warn(folds: set[int], text: str) -> None:
@@ -428,7 +437,9 @@ class FeatureMakers:
 
     def __init__(self, context: InferenceContext):
         self.context, self.lock = context, threading.Lock()
-        self.makers: dict[str, Callable] = {"SigLIP": siglip.compute_siglip_features, "the frozen backbone": self.frozen_features}
+        self.makers: dict[str, Callable] = {
+            "SigLIP": siglip.compute_siglip_features, "the frozen backbone": self.frozen_features,
+        }
         self.extractors: dict[torch.device, FeatureExtractor] = {}
 
     def frozen_features(self, run: Run, store: StoreSlice, device: torch.device) -> siglip.Features:
@@ -467,8 +478,8 @@ class Model2:
     def __init__(self, context: InferenceContext):
         for path in sorted((context.run.artefacts / "features").glob("*.json")):
             if changed_preprocessing(context.run, path):
-                raise InputError(f"{path}: these features are of photos cleaned otherwise than those of model 1; "
-                                 "run their stage again")
+                raise InputError(f"{path}: these features are of photos cleaned otherwise than those of "
+                                 "model 1; run their stage again")
         self.context, self.described, self.predicted = context, 0, 0
         self.blocks: dict[str, list] = {}  # features -> [(ids, embedding, semantic)], a piece each
         self.makers, self.fitted = FeatureMakers(context), {}  # fitted: blocks of features -> estimators
@@ -477,8 +488,11 @@ class Model2:
     def describe(self, piece: np.ndarray) -> None:
         "Compute the features of photos `piece`."
         store = self.context.loader.store
-        parts = split_over_devices(self.devices, piece, lambda part, d: self.makers.compute(StoreSlice(store, part), d))
-        for _, features in parts:
+
+        def work(part: np.ndarray, device: torch.device) -> siglip.Features:
+            return self.makers.compute(StoreSlice(store, part), device)
+
+        for _, features in split_over_devices(self.devices, piece, work):
             for name, block in features.items():
                 self.blocks.setdefault(name, []).append(block)
         self.described += len(piece)
@@ -486,7 +500,7 @@ class Model2:
     def features(self) -> siglip.Features:
         "Return the features that all photos described so far have."
         counts = {name: sum(len(ids) for ids, _, _ in blocks) for name, blocks in self.blocks.items()}
-        return {name: join_blocks(self.blocks[name]) for name, count in counts.items() if count == self.described}
+        return {name: join_blocks(self.blocks[name]) for name, n in counts.items() if n == self.described}
 
     def predict_and_write(self) -> None:
         "Predict grams and states of all photos described so far; then write."
@@ -512,7 +526,11 @@ class Model2:
         "Predict all readable photos, as far as the clock allows."
         kind, index, clock = "model 2", np.flatnonzero(self.context.loader.readable), self.context.clock
         size = max(self.context.chunk, len(index) // 6)
-        for piece in plan_chunks(index, size, clock, kind, lambda: 1.2 * clock.pace.get("model 2 predicts", 0.0), first=8):
+
+        def reserve() -> float:  # seconds for the last prediction
+            return 1.2 * clock.pace.get("model 2 predicts", 0.0)
+
+        for piece in plan_chunks(index, size, clock, kind, reserve, first=8):
             clock.timed(kind, len(piece), lambda piece=piece: self.describe(piece))
             if not self.predicted:
                 clock.timed("model 2 predicts", 1, self.predict_and_write)
@@ -537,14 +555,16 @@ def predict_first_pass(context: InferenceContext) -> Model1:
 
 
 def predict_remaining(context: InferenceContext, model1: Model1) -> Model2 | None:
-    "Predict by model 2, then by the other folds and views of model 1; return model 2, None when it cannot be used."
+    "Predict by model 2, then by the other folds and views; return model 2, None when it cannot be used."
     model2 = run_or_warn(context.warn, "model 2", lambda: Model2(context))
     if model2 is not None:
         run_or_warn(context.warn, "model 2", model2.run)
     while context.pending:
         folds, view = context.pending[0]
-        run_or_warn(context.warn, f"view {view} of model 1", lambda folds=folds, view=view: model1.predict_all(folds, view))
+        work = functools.partial(model1.predict_all, folds, view)
+        run_or_warn(context.warn, f"view {view} of model 1", work)
         context.pending.pop(0)
     if model1.nan_count:
-        context.warn(f"model 1 gave {model1.nan_count} answers that are no numbers; the other folds and views answer")
+        context.warn(f"model 1 gave {model1.nan_count} answers that are no numbers; "
+                     "the other folds and views answer")
     return model2

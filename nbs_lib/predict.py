@@ -57,7 +57,7 @@ def is_photo(path: Path) -> bool:
 
 
 def find_photos(places: Sequence[str | Path]) -> list[Path]:
-    "Return the photo files in `places` (files and folders), each once; raise `InputError` when there is none."
+    "Return the photo files in `places` (files and folders), each once; raise `InputError` without any."
     found: dict[Path, Path] = {}
     for place in map(Path, places):
         if not place.exists():
@@ -68,7 +68,8 @@ def find_photos(places: Sequence[str | Path]) -> list[Path]:
             if path == place or (not hidden and is_photo(path)):
                 found.setdefault(path.resolve(), path)
     if not found:
-        raise InputError(f"{', '.join(map(str, places))}: no photo found; give photo files or a folder with some")
+        named = ", ".join(map(str, places))
+        raise InputError(f"{named}: no photo found; give photo files or a folder with some")
     return list(found.values())
 
 
@@ -137,10 +138,16 @@ def open_inference(model: PastureModel, paths: Sequence[Path]) -> InferenceConte
     run = with_fitted_preprocessing(run, run.warn)
     loader = PhotoLoader(run, [str(p) for p in paths], paths, model.folder / "halves", "given")
     devices = find_devices(run.settings.submit.batch, run.warn)
-    return InferenceContext(run, loader, PredictionCollector(len(paths), model.blend), devices, name="predict")
+    results = PredictionCollector(len(paths), model.blend)
+    return InferenceContext(run, loader, results, devices, name="predict")
 
 
-def predict_photos(model: PastureModel, paths: Sequence[Path], area: float = QUADRAT_M2, maps: int = 60) -> Predictions:
+def predict_photos(
+    model: PastureModel,
+    paths: Sequence[Path],
+    area: float = QUADRAT_M2,  # m² that a photo shows
+    maps: int = 60,  # photos that get an overlay
+) -> Predictions:
     "Predict the photos at `paths`; raise `InputError` when none can be read or no model predicts."
     context = open_inference(model, paths)
     try:
@@ -216,7 +223,7 @@ def overlay_parts(photo: np.ndarray, density: np.ndarray) -> np.ndarray:
 
 
 def read_density(context: InferenceContext, model1: Model1, i: int) -> np.ndarray | None:
-    "Return (3, h, w) g/m² of green, clover, dead on photo `i` by the first fold; None where model 1 makes no map."
+    "Return (3, h, w) g/m² of green, clover, dead on photo `i` by the first fold; None without a map."
     group = model1.group(model1.plans[0]) if model1.plans else None
     if group is None or group.nets[0].config.head not in ("none", "density"):
         return None
@@ -239,7 +246,7 @@ def draw_photo(context: InferenceContext, model1: Model1, i: int, grams: np.ndar
 
 # %% ../notebooks/61_predict.ipynb #2f82dc4d
 def bounds_table(grams: np.ndarray, radius: np.ndarray, area: float) -> dict[str, np.ndarray]:
-    "Return the columns of grams a quadrat and kg of dry matter a hectare, each with the ends of its interval."
+    "Return columns of grams a quadrat and kg of dry matter a hectare, each with the ends of its interval."
     low, high = intervals(grams, radius)
     columns = {}
     for unit, factor in (("_g", 1.0), ("_kg_ha", 10 / area)):
@@ -251,7 +258,7 @@ def bounds_table(grams: np.ndarray, radius: np.ndarray, area: float) -> dict[str
 
 
 def tabulate_photos(p: Predictions, location: bool = True) -> pd.DataFrame:
-    "Return a row a photo: file, paddock, flags, distance, time and place where known, predictions and intervals."
+    "Return a row a photo: file, paddock, flags, distance, time and place, predictions and intervals."
     table = pd.DataFrame({"file": [str(path) for path in p.paths], "paddock": p.paddocks,
                           "flags": ["; ".join(flags) for flags in p.flags], "distance": p.distances.round(3)})
     if location:
@@ -285,7 +292,8 @@ def round_cell(row: pd.Series, name: str) -> str:
 
 def describe_row(row: pd.Series) -> list[tuple[str, str, str]]:
     "Return name, grams and kg/ha of each target, as text."
-    return [(label, round_cell(row, f"{name}_g"), round_cell(row, f"{name}_kg_ha")) for name, label in NAMES.items()]
+    units = ("_g", "_kg_ha")
+    return [(label, *(round_cell(row, name + unit) for unit in units)) for name, label in NAMES.items()]
 
 
 def render_page(p: Predictions, location: bool = True) -> str:
@@ -312,7 +320,7 @@ def write_predictions(p: Predictions, output: Path, location: bool = True) -> No
         with atomic(output / "predictions.html") as temporary:
             temporary.write_text(render_page(p, location), encoding="utf-8")
     except OSError as e:
-        raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another or free space") from e
+        raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
 
 # %% ../notebooks/61_predict.ipynb #e9018503
 def calibrate(p: Predictions, cuts: str | Path) -> Predictions:
@@ -334,7 +342,7 @@ def parse_area(args: argparse.Namespace) -> float:
         if text is not None:
             value = parse_value(text, float, option)
             if not 0 < value < 1e4:
-                raise InputError(f"{option}: must be above 0 ({text}); give m² of a photo, or m of its width")
+                raise InputError(f"{option}: must be above 0 ({text}); give m² or m, such as 0.21")
             return value if option == "--area" else value**2 / 2
     return QUADRAT_M2
 
@@ -342,17 +350,17 @@ def parse_area(args: argparse.Namespace) -> float:
 def parse_call(argv: Sequence[str]) -> argparse.Namespace:
     "Return the arguments of a call; `pack` is a command of its own."
     if argv and argv[0] == "pack":
-        pack = argparse.ArgumentParser("python -m nbs_lib.predict pack", description="Pack a run into one file.")
+        pack = argparse.ArgumentParser("python -m nbs_lib.predict pack", description="Pack a run.")
         pack.add_argument("run", help="output folder of a finished run")
         pack.add_argument("--to", required=True, metavar="model.zip")
         return pack.parse_args(argv[1:])
     p = argparse.ArgumentParser("python -m nbs_lib.predict", description="Predict any photos.")
-    p.add_argument("--model", required=True, metavar="RUN_OR_BUNDLE", help="a finished run, or a bundle (.zip)")
+    p.add_argument("--model", required=True, metavar="RUN_OR_BUNDLE", help="a finished run, or its bundle")
     p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
     p.add_argument("--output", default="predictions", metavar="DIR")
     area = p.add_mutually_exclusive_group()
     area.add_argument("--area", metavar="M2", help="square metres that a photo shows; 0.21 by default")
-    area.add_argument("--ground-width", metavar="M", help="metres along the long side of a photo: area = width² / 2")
+    area.add_argument("--ground-width", metavar="M", help="metres along the long side: area = width² / 2")
     p.add_argument("--no-location", action="store_true", help="leave out time and position of the photos")
     p.add_argument("--calibrate", metavar="cuts.csv", help="weighed quadrats of some of the photos")
     return p.parse_args(argv)
@@ -381,7 +389,8 @@ def run_predict(args: argparse.Namespace) -> None:
     write_predictions(p, output, not args.no_location)
     print_summary(p, output)
     if not p.readable.all():
-        print(f"warning: {int((~p.readable).sum())} of {len(paths)} photos were not predicted", file=sys.stderr)
+        missing = int((~p.readable).sum())
+        print(f"warning: {missing} of {len(paths)} photos were not predicted", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -50,10 +50,11 @@ def read_task(folder: Path, warn: Callable = print) -> Task:
 
 # %% ../notebooks/60_submit.ipynb #93d939f8
 def is_whole(path: Path, sample: pd.DataFrame) -> bool:
-    "Return whether `path` is a submission with just the rows of `sample`, finite, not negative, balanced to 1e-6 g."
+    "Return whether `path` has just the rows of `sample`, finite, not negative, balanced to 1e-6 g."
     try:
         table = pd.read_csv(path)
-        if list(table.columns) != ["sample_id", "target"] or list(table["sample_id"]) != list(sample["sample_id"]):
+        rows = list(sample["sample_id"])
+        if list(table.columns) != ["sample_id", "target"] or list(table["sample_id"]) != rows:
             return False
         grams = table["target"].to_numpy(float)
         names = table["sample_id"].str.rpartition("__")
@@ -86,9 +87,9 @@ class SubmissionWriter(PredictionCollector):
 
 # %% ../notebooks/60_submit.ipynb #8e8bfdae
 def open_small(path: str | Path, side: int = 250) -> np.ndarray | None:
-    """Return a photo as (32, 64, 3) uint8 RGB, decoded at about `side` pixels; None when nothing of it can be read.
+    """Return a photo as (32, 64, 3) uint8 RGB, decoded at about `side` pixels; None when it cannot be read.
 
-    A file that ends too early is read as far as it goes; what Pillow cannot open, such as HEIC, is read as the models read it.
+    A file that ends early is read as far as it goes; what Pillow cannot open is read as the models read it.
     """
     try:
         image = Image.open(io.BytesIO(Path(path).read_bytes() + END))  # a cut JPEG gets the mark of its end
@@ -102,7 +103,7 @@ def open_small(path: str | Path, side: int = 250) -> np.ndarray | None:
 
 
 def thumb_features(path: str | Path) -> np.ndarray:
-    "Return (14,) colours and texture of a photo at an eighth of its size; NaN when nothing of it can be read."
+    "Return (14,) colours and texture of a photo at an eighth of its size; NaN when it cannot be read."
     small = open_small(path)
     if small is not None:
         busy = small.std(axis=(1, 2)) > 1  # a cut file ends in rows of one grey
@@ -114,7 +115,8 @@ def thumb_features(path: str | Path) -> np.ndarray:
     r, g, b = np.moveaxis(rgb / np.maximum(total, 1e-3)[..., None], 2, 0)
     excess = 2 * g - r - b
     texture = np.abs(np.diff(total, axis=1)).mean(), np.abs(np.diff(total, axis=0)).mean()
-    return np.array([r.mean(), r.std(), g.mean(), g.std(), b.mean(), b.std(), *np.quantile(excess, [0.1, 0.5, 0.9]),
+    colours = [f(c) for c in (r, g, b) for f in (np.mean, np.std)]
+    return np.array([*colours, *np.quantile(excess, [0.1, 0.5, 0.9]),
                      (excess > 0.1).mean(), total.mean(), total.std(), *texture])
 
 
@@ -142,7 +144,8 @@ def nearest_mean(
     return out
 
 # %% ../notebooks/60_submit.ipynb #06df76df
-PUBLISHED_MEANS = (26.62, 12.04, 6.65, 33.27, 45.32)  # grams, of the competition's 357 training photos: the last resort
+# Grams, of the competition's 357 training photos: the last resort.
+PUBLISHED_MEANS = (26.62, 12.04, 6.65, 33.27, 45.32)
 
 
 def train_targets(run: Run) -> np.ndarray:
@@ -150,7 +153,7 @@ def train_targets(run: Run) -> np.ndarray:
 
 
 def open_blend(run: Run, warn: Callable) -> Blend:
-    "Return the blend of blend.json; where it is missing or broken warn, and use fixed weights and the training means."
+    "Return the blend of blend.json; without it warn, and use fixed weights and the training means."
     try:
         return load_blend(run.artefacts / "blend.json")
     except InputError as e:
@@ -160,7 +163,8 @@ def open_blend(run: Run, warn: Callable) -> Blend:
         y = run_or_warn(warn, "the mean of train.csv", lambda: train_targets(run))
         means = np.array(PUBLISHED_MEANS) if y is None else y.mean(axis=0)
         weights = fixed_weights(name, models, s.recipe_weights)
-        return Blend(models, weights, np.ones(5), means, np.eye(5), np.eye(5)[list(PARTS)], s.rules[:1], s.state_threshold)
+        carry = np.eye(5)[list(PARTS)]
+        return Blend(models, weights, np.ones(5), means, np.eye(5), carry, s.rules[:1], s.state_threshold)
 
 
 def add_colour(run: Run, writer: SubmissionWriter) -> None:
@@ -190,7 +194,8 @@ def open_context(run: Run) -> InferenceContext:
     def warn(text: str) -> None:
         run.warn(f"submit: {text}")
 
-    run = run_or_warn(warn, "what the models learned from", lambda: with_fitted_preprocessing(run, warn)) or run
+    fitted = run_or_warn(warn, "what the models learned from", lambda: with_fitted_preprocessing(run, warn))
+    run = fitted or run
     task = read_task(run.input, run.warn)
     writer = SubmissionWriter(run.output / "submission.csv", task, open_blend(run, warn))
     writer.write()
@@ -216,7 +221,8 @@ def run_until_deadline(context: InferenceContext) -> None:
 
 # %% ../notebooks/60_submit.ipynb #aafe4069
 READS = ("input/test.csv", "input/sample_submission.csv", "input/train*.csv", "input/test/*",
-         "artefacts/blend*.json", "artefacts/dinov3/*.safetensors", "artefacts/boosting/model*.joblib", "artefacts/features/*.npz")
+         "artefacts/blend*.json", "artefacts/dinov3/*.safetensors", "artefacts/boosting/model*.joblib",
+         "artefacts/features/*.npz")
 SECTIONS = ("limits", "photos", "inpaint", "train_dinov3", "siglip", "frozen", "boosting", "ensemble",
             "kaggle")
 

@@ -454,11 +454,11 @@ def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_pa
     run = copy_run(trained, tmp_path)
     with_another_fold(run, k, **changes)
     seen = {}
-    monkeypatch.setattr(inference.SubmissionWriter, "take", lambda self, model, rows, grams, real=inference.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     assert run_submit(run)["models"] == ALL
     assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     run_inpaint(run)
-    task = inference.read_task(run.input)
+    task = submit.read_task(run.input)
     store = open_store(run, "test", FULL)
     wanted = np.mean([predict(inference.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids)) for k in range(3)], axis=0)
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-4
@@ -564,7 +564,7 @@ def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkey
     rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
     monkeypatch.setattr(inference, "plan_fold_groups", lambda artefacts: [(1,)])
     seen = {}
-    monkeypatch.setattr(inference.SubmissionWriter, "take", lambda self, model, rows, grams, real=inference.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     run_submit(run)
     wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[[list(comp.train["image_id"]).index(i) for i in sorted(ids)]]
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-5
@@ -708,7 +708,7 @@ def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trai
     assert (run.output / "submission.csv").read_bytes() == before
     seen = []
     real = submit.add_colour
-    monkeypatch.setattr(submit, "add_colour", lambda job: (real(job), seen.append((run.output / "submission.csv").read_bytes())))
+    monkeypatch.setattr(submit, "add_colour", lambda *args: (real(*args), seen.append((run.output / "submission.csv").read_bytes())))
     run_submit(run, force=True)
     assert seen == [before], "means and colours do not replace what models said"
 
