@@ -207,6 +207,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.budget.trains_backbone': ('budget.html#trains_backbone', 'nbs_lib/budget.py'),
                                 'nbs_lib.budget.write_forecast': ('budget.html#write_forecast', 'nbs_lib/budget.py')},
             'nbs_lib.bundle': { 'nbs_lib.bundle.FeatureDistance': ('bundle.html#featuredistance', 'nbs_lib/bundle.py'),
+                                'nbs_lib.bundle.FeatureDistance.distances': ('bundle.html#featuredistance.distances', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.FeatureDistance.measure': ('bundle.html#featuredistance.measure', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.PastureModel': ('bundle.html#pasturemodel', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.check_versions': ('bundle.html#check_versions', 'nbs_lib/bundle.py'),

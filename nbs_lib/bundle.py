@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COUNTS', 'LEAST', 'USED', 'FOLD_KEYS', 'ESTIMATOR_KEYS', 'FEATURE_META_KEYS', 'CARD', 'FeatureDistance',
-           'nearest_distance', 'fit_distance', 'fit_axes', 'fit_radii', 'mean_radius', 'PastureModel', 'read_labels',
+           'nearest_distance', 'fit_axes', 'fit_distance', 'fit_radii', 'mean_radius', 'PastureModel', 'read_labels',
            'fit_quality_limits', 'describe_training', 'run_settings', 'open_run_model', 'open_model', 'copy_metadata',
            'copy_weights', 'collect_bundle', 'write_card', 'write_statistics', 'pack_bundle', 'hash_bytes',
            'check_versions', 'extract_bundle', 'read_settings', 'open_bundle']
@@ -44,17 +44,20 @@ class FeatureDistance:
     mean: np.ndarray  # (d,)
     sd: np.ndarray  # (d,)
     axes: np.ndarray  # (k, d) orthonormal
-    known: np.ndarray  # (n, k) training photos along the axes, scaled to unit variance
-    scale: np.ndarray  # (k,) that scales them
+    scale: np.ndarray  # (k,) that brings coordinates along the axes to unit variance
+    known: np.ndarray  # (n, k) scaled coordinates of the training photos
     limits: np.ndarray  # (2,) quantiles of the distances along and off the axes
 
-    def measure(self, X: np.ndarray) -> np.ndarray:
-        "Return the distances (m,) of features (m, d)."
+    def distances(self, X: np.ndarray) -> np.ndarray:
+        "Return the distances (m, 2) of features (m, d) along and off the axes."
         Z = (X - self.mean) / self.sd
         coordinates = Z @ self.axes.T
-        along = nearest_distance(coordinates * self.scale, self.known)
         off = np.sqrt(np.maximum((Z**2).sum(1) - (coordinates**2).sum(1), 0))
-        return np.maximum(along / self.limits[0], off / self.limits[1])
+        return np.column_stack([nearest_distance(coordinates * self.scale, self.known), off])
+
+    def measure(self, X: np.ndarray) -> np.ndarray:
+        "Return the larger distance (m,) of features (m, d), relative to its limit."
+        return (self.distances(X) / self.limits).max(1)
 
 
 def nearest_distance(X: np.ndarray, known: np.ndarray, k: int = 3) -> np.ndarray:
@@ -63,32 +66,26 @@ def nearest_distance(X: np.ndarray, known: np.ndarray, k: int = 3) -> np.ndarray
     return np.sqrt(np.maximum(np.sort(squared, axis=1)[:, :k], 0)).mean(1)
 
 
-def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float = 0.98) -> FeatureDistance:
-    "Fit the axes on features (n, d) and the limits on photos whose site is left out."
-    X = np.asarray(X, np.float64)
+def fit_axes(X: np.ndarray, k: int) -> FeatureDistance:
+    "Fit standardisation and principal axes on features (n, d), without limits."
     mean, sd = X.mean(0), X.std(0)
-    Z = (X - mean) / (sd := np.where(sd > 1e-6, sd, 1.0))
-    gram, distances = Z @ Z.T, np.zeros((len(Z), 2))
-    fold = group_folds(groups, min(10, len(np.unique(groups))), 0)
-    for f in np.unique(fold):
-        out, rest = fold == f, fold != f
-        basis, scale = fit_axes(gram[np.ix_(rest, rest)], k)
-        inside, held = gram[np.ix_(rest, rest)] @ basis, gram[np.ix_(out, rest)] @ basis
-        off = np.diag(gram)[out] - (held**2).sum(1)
-        distances[out, 0] = nearest_distance(held * scale, inside * scale)
-        distances[out, 1] = np.sqrt(np.maximum(off, 0))
-    basis, scale = fit_axes(gram, k)
-    limits = np.maximum(np.quantile(distances, quantile, axis=0), 1e-9)
-    single = [a.astype(np.float32) for a in (mean, sd, basis.T @ Z, gram @ basis * scale, scale, limits)]
-    return FeatureDistance(*single)
-
-
-def fit_axes(gram: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    "Return (n, k) that turns a Gram matrix into coordinates on the principal axes, and their scale (k,)."
-    values, vectors = np.linalg.eigh(gram)
-    k = min(k, max(1, len(gram) // 4))
+    sd = np.where(sd > 1e-6, sd, 1.0)
+    Z = (X - mean) / sd
+    values, vectors = np.linalg.eigh(Z @ Z.T)  # (n, n): there are fewer photos than features
+    k = min(k, max(1, len(Z) // 4))
     values, vectors = np.maximum(values[::-1][:k], 1e-9), vectors[:, ::-1][:, :k]
-    return vectors / np.sqrt(values), np.sqrt(len(gram) / values)
+    axes, scale = (vectors / np.sqrt(values)).T @ Z, np.sqrt(len(Z) / values)
+    return FeatureDistance(mean, sd, axes, scale, Z @ axes.T * scale, np.ones(2))
+
+
+def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float = 0.98) -> FeatureDistance:
+    "Fit axes on features (n, d) and limits on photos whose site is left out."
+    X, fold = np.asarray(X, np.float32), group_folds(groups, min(10, len(np.unique(groups))), 0)
+    left_out = np.zeros((len(X), 2))
+    for f in np.unique(fold):
+        left_out[fold == f] = fit_axes(X[fold != f], k).distances(X[fold == f])
+    limits = np.maximum(np.quantile(left_out, quantile, axis=0), 1e-9)
+    return dataclasses.replace(fit_axes(X, k), limits=limits)
 
 # %% ../notebooks/60_bundle.ipynb #f9614526
 COUNTS = (1, 2, 4, 8)  # photos of a mean
