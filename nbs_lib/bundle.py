@@ -40,7 +40,7 @@ from .weights import find_weights, is_keyword
 # %% ../notebooks/60_bundle.ipynb #0dabdc82
 @dataclass(frozen=True)
 class FeatureDistance:
-    "Distance to the training photos in feature space; 1: the 98 % quantile of photos of unseen sites."
+    "Distance to the training photos in feature space; 1: the 95 % quantile of photos of unseen sites."
     mean: np.ndarray  # (d,)
     sd: np.ndarray  # (d,)
     axes: np.ndarray  # (k, d) orthonormal
@@ -78,7 +78,7 @@ def fit_axes(X: np.ndarray, k: int) -> FeatureDistance:
     return FeatureDistance(mean, sd, axes, scale, Z @ axes.T * scale, np.ones(2))
 
 
-def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float = 0.98) -> FeatureDistance:
+def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float = 0.95) -> FeatureDistance:
     "Fit axes on features (n, d) and limits on photos whose site is left out."
     X, fold = np.asarray(X, np.float32), group_folds(groups, min(10, len(np.unique(groups))), 0)
     left_out = np.zeros((len(X), 2))

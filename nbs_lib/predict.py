@@ -187,7 +187,7 @@ def flag_photo(context: InferenceContext, i: int, distance: float, limits: dict[
     short, long = sorted(int(side) for side in record["size"])
     quality = dict(zip(QUALITY, record["quality"].tolist(), strict=True))
     checks = {
-        "unlike the training photos": distance > 1,
+        "unlike the training photos": distance > 1 or quality["sharpness"] < 0.01,  # or a frame of one colour
         f"not 2:1 ({long} x {short}: stretched)": not 1.9 <= long / short <= 2.1,
         f"small ({long} x {short})": short < 500,
         "blurred": quality["sharpness"] < limits["sharpness"],

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import ExifTags, Image
+from skimage import data
 from test_submit import SMALL, copy_run, train_small
 
 from nbs_lib import bundle, predict
@@ -42,10 +43,21 @@ def photos(trained, tmp_path_factory) -> Path:
     (folder / "hill" / "broken.jpg").write_text("no photo")
     (folder / "hill" / "notes.txt").write_text("no photo, and not called one")
     (folder / "odd").mkdir()
-    noise = np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), dtype=np.uint8)
-    for name, picture in (("noise", noise), ("black", noise * 0), ("white", noise * 0 + 255)):
+    for name, picture in odd_pictures().items():
         cv2.imwrite(str(folder / "odd" / f"{name}.png"), picture)
     return folder
+
+
+def odd_pictures() -> dict[str, np.ndarray]:
+    "Pictures that are no photo of a quadrat, 1000 x 2000."
+    black = np.zeros((1000, 2000, 3), np.uint8)
+    landscape, face = black + np.uint8((235, 180, 120)), black + np.uint8(200)
+    landscape[500:] = (40, 140, 60)
+    cv2.ellipse(face, (1000, 500), (300, 420), 0, 0, 360, (140, 170, 220), -1)
+    bricks = cv2.resize(np.repeat(data.brick()[..., None], 3, axis=2), (2000, 1000))
+    noise = cv2.resize(np.random.default_rng(0).integers(0, 256, (25, 50, 3), dtype=np.uint8), (2000, 1000))
+    frames = {"black": black, "white": black + 255, "landscape": landscape}
+    return {**frames, "face": face, "bricks": bricks, "noise": noise}
 
 
 def call(*argv) -> int:
@@ -93,7 +105,7 @@ def test_a_run_and_its_bundle_give_the_numbers_of_submit(trained, photos, predic
 
 def test_the_table_and_the_page(photos, predicted):
     table = read_table(predicted)
-    assert len(table) == 10 and table["paddock"].nunique() == 3
+    assert len(table) == 13 and table["paddock"].nunique() == 3
     assert table.loc["broken", "flags"] == "not readable" and np.isnan(table.loc["broken", "Dry_Total_g"])
     known = table.drop(index="broken")
     for name in ("Dry_Green", "Dry_Dead", "Dry_Clover", "GDM", "Dry_Total"):
@@ -101,13 +113,13 @@ def test_the_table_and_the_page(photos, predicted):
         low, value, high = (known[f"{name}_g{end}"] for end in ("_low", "", "_high"))
         assert (low <= value).all() and (value <= high).all()
     page = (predicted / "predictions.html").read_text(encoding="utf-8")
-    assert page.count("<article") == 3 + 10 and "<script" not in page and "river flat" in page
-    assert page.count("Density of") == 9, "model 1 makes maps"
+    assert page.count("<article") == 3 + 13 and "<script" not in page and "river flat" in page
+    assert page.count("Density of") == 12, "model 1 makes maps"
 
 
 def test_odd_pictures_are_flagged(predicted):
     flags = read_table(predicted)["flags"]
-    assert all("unlike the training photos" in flags[name] for name in ("noise", "black", "white"))
+    assert all("unlike the training photos" in flags[name] for name in odd_pictures())
     assert "dark" in flags["black"] and "over- or underexposed" in flags["white"]
 
 
