@@ -27,7 +27,7 @@ from .stages import Run
 @dataclass
 class Clock:
     "The deadline, and how long a photo takes in each kind of work."
-    end: float  # seconds since 1970
+    end: float  # seconds since 1970; infinity: none
     now: Callable[[], float] = time.time
     pace: dict[str, float] = field(default_factory=dict)  # kind of work -> seconds a photo
 
@@ -35,12 +35,12 @@ class Clock:
         return self.end - self.now()
 
     def affords(self, kind: str, photos: int, keep: float = 0.0) -> int:
-        "How many of `photos` more of that kind end in time, `keep` seconds spared; unknown work fits while there is time."
+        "Return how many of `photos` photos fit in the time left less `keep` seconds."
         left = self.left() - keep
-        return 0 if left <= 0 else min(photos, int(left / max(1.1 * self.pace.get(kind, 0.0), 1e-9)))
+        return 0 if left <= 0 else int(min(photos, left / max(1.1 * self.pace.get(kind, 0.0), 1e-9)))
 
     def timed(self, kind: str, photos: int, work: Callable):
-        "Do `work()`, and remember how long it took for each of `photos`."
+        "Run `work()` and record how many seconds it took for each of `photos` photos."
         start = self.now()
         result = work()
         self.pace[kind] = (self.now() - start) / max(photos, 1)
@@ -48,16 +48,24 @@ class Clock:
 
 
 def open_clock(run: Run) -> Clock:
-    """The clock of this submission: it ends limits.hours, less submit.margin_minutes, after the session began.
+    """Return the clock of this submission, ending limits.hours less submit.margin_minutes after its start.
 
-    That is $NBS_STARTED, seconds since 1970; else, on Kaggle, the start of this process; elsewhere now: at home nobody counts the hours of training.
+    It started at $NBS_STARTED (seconds since 1970); else, on Kaggle, with this process; elsewhere now.
     """
-    started = float(os.environ.get("NBS_STARTED") or (psutil.Process().create_time() if on_kaggle() else time.time()))
+    start = psutil.Process().create_time() if on_kaggle() else time.time()
+    started = float(os.environ.get("NBS_STARTED") or start)
     return Clock(started + 3600 * run.settings.limits.hours - 60 * run.settings.submit.margin_minutes)
 
 
-def plan_chunks(index: np.ndarray, size: int, clock: Clock, kind: str, keep: Callable[[], float] = lambda: 0.0, first: int = 2) -> Iterator[np.ndarray]:
-    "`index` in pieces of at most `size`, the first ones small to learn the pace, as long as the clock affords them."
+def plan_chunks(
+    index: np.ndarray,
+    size: int,  # of a piece, at most
+    clock: Clock,
+    kind: str,  # of work
+    keep: Callable[[], float] = lambda: 0.0,  # seconds to spare
+    first: int = 2,  # size of the first piece, which measures the pace
+) -> Iterator[np.ndarray]:
+    "Yield `index` in pieces that grow up to `size`, as long as the clock affords them."
     done, step = 0, first
     while done < len(index):
         fits = clock.affords(kind, min(step, size, len(index) - done), keep())
@@ -68,12 +76,12 @@ def plan_chunks(index: np.ndarray, size: int, clock: Clock, kind: str, keep: Cal
 
 # %% ../notebooks/58_deadline.ipynb #ffa1bbf8
 class DeadlinePassed(BaseException):
-    "Raised by the alarm inside whatever is running; not an `Exception`, so that nothing on the way takes it for a fault."
+    "Raised by the alarm in running code; not an `Exception`, so that no handler of faults catches it."
 
 
 @contextlib.contextmanager
 def raise_at_deadline(clock: Clock) -> Iterator[None]:
-    "Raise `DeadlinePassed` inside the block when the clock ends; without effect outside the main thread or without SIGALRM."
+    "Raise `DeadlinePassed` inside the block when the clock ends; needs SIGALRM and the main thread."
     if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -82,7 +90,8 @@ def raise_at_deadline(clock: Clock) -> Iterator[None]:
         raise DeadlinePassed
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, max(clock.left(), 0.01), 0.2)  # again and again: a ring inside a finaliser or a callback of the garbage collector is lost
+    # repeated: an exception inside a finaliser or a callback of the garbage collector is lost
+    signal.setitimer(signal.ITIMER_REAL, max(clock.left(), 0.01), 0.2)
     try:
         yield
     finally:
@@ -91,10 +100,11 @@ def raise_at_deadline(clock: Clock) -> Iterator[None]:
 
 # %% ../notebooks/58_deadline.ipynb #ea522432
 def is_out_of_memory(error: BaseException | None) -> bool:
-    "Whether `error`, or what it was raised from, says that memory ran out."
+    "Return whether `error`, or what it was raised from, means that memory ran out."
     if error is None or isinstance(error, torch.OutOfMemoryError | MemoryError):
         return error is not None
-    return (isinstance(error, RuntimeError) and "out of memory" in str(error).lower()) or is_out_of_memory(error.__cause__)
+    named = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    return named or is_out_of_memory(error.__cause__)
 
 
 @dataclass
@@ -105,56 +115,60 @@ class Device:
     warn: Callable = print
 
     def each(self, index: Sequence[int], work: Callable) -> Iterator[tuple[Sequence[int], object]]:
-        "`work(part, device)` on parts of `index` that fit; yields (part, answer)."
+        "Run `work(part, device)` on parts of `index` that fit; yield (part, result)."
         start = 0
         while start < len(index):
             part = index[start : start + self.batch]
             try:
-                answer = work(part, self.device)
+                result = work(part, self.device)
             except Exception as e:
                 if not is_out_of_memory(e) or (self.batch == 1 and self.device.type == "cpu"):
                     raise
                 self.shrink()
                 continue
-            yield part, answer
+            yield part, result
             start += len(part)
 
     def shrink(self) -> None:
-        "Half the batch; from a batch of one to the CPU."
+        "Halve the batch; move to the CPU from a batch of one."
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         if self.batch > 1:
             self.batch //= 2
-            self.warn(f"submit: out of memory on {self.device}; the batch is now {self.batch}")
+            self.warn(f"out of memory on {self.device}; the batch is now {self.batch}")
         else:
-            self.warn(f"submit: out of memory on {self.device} with one photo; going on with the CPU")
+            self.warn(f"out of memory on {self.device} with one photo; going on with the CPU")
             self.device = torch.device("cpu")
 
 
 def find_devices(batch: int, warn: Callable = print) -> list[Device]:
-    "Every GPU that can run, else the CPU."
+    "Return every GPU that can run, else the CPU."
     gpus = [torch.device("cuda", i) for i in usable_gpus()]
     return [Device(d, batch, warn) for d in gpus or [torch.device("cpu")]]
 
 
-def split_over_devices(devices: Sequence[Device], index: Sequence[int], work: Callable) -> list[tuple[Sequence[int], object]]:
-    "The parts of `index` and their answers, an equal part on each device, all devices at once."
+def split_over_devices(
+    devices: Sequence[Device], index: Sequence[int], work: Callable,
+) -> list[tuple[Sequence[int], object]]:
+    "Run `work` on an equal part of `index` on each device at once; return (part, result) pairs."
     if len(devices) == 1:
         return list(devices[0].each(index, work))
+    shares = np.array_split(index, len(devices))
     with ThreadPoolExecutor(len(devices)) as pool:
-        done = pool.map(lambda device, part: list(device.each(part, work)), devices, np.array_split(index, len(devices)))
-        return [answer for answers in done for answer in answers]
+        done = pool.map(lambda device, share: list(device.each(share, work)), devices, shares)
+        return [pair for pairs in done for pair in pairs]
 
 # %% ../notebooks/58_deadline.ipynb #f1f74dbe
 def run_or_warn(warn: Callable, what: str, work: Callable):
-    "`work()`, or None and a warning that names `what` and the fault: one part must never take the others down."
+    "Run `work()`; on a fault warn that `what` is left out and return None."
     try:
         return work()
-    except Exception as e:  # whatever it is, the file must still be finished
+    except Exception as e:  # whatever it is, the other parts go on
         warn_left_out(warn, what, e)
         return None
 
 
 def warn_left_out(warn: Callable, what: str, fault: Exception) -> None:
-    told = str(fault) if isinstance(fault, InputError) else f"{type(fault).__name__}: {fault}"
-    warn(f"submit: {what} is left out: {' '.join(told.split())}")
+    "Warn in one line that `what` is left out and why."
+    reason = str(fault) if isinstance(fault, InputError) else f"{type(fault).__name__}: {fault}"
+    warn(f"{what} is left out: {' '.join(reason.split())}")

@@ -236,7 +236,7 @@ def no_backbone(run, monkeypatch):
 def others_features(run, _):
     "Someone put a file of their own into features/ before boosting was trained: here nobody can make it."
     np.savez(run.artefacts / "features" / "dinov2.npz", **{k: v for k, v in np.load(run.artefacts / "features" / "colour.npz").items()})
-    submit.boosting.run_boosting(run)
+    inference.boosting.run_boosting(run)
 
 
 def other_version(run, _):
@@ -305,23 +305,23 @@ def memory_gpu(run, monkeypatch):
     monkeypatch.setattr(inference.FoldGroup, "predict_view", predict_view)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cpu = torch.device("cpu")
-    monkeypatch.setattr(deadline, "find_devices", lambda batch, warn: [deadline.Device(torch.device("cuda", 0), batch, warn)])
-    for module in (submit.siglip, submit.frozen):
-        compute = module.compute_features
-        monkeypatch.setattr(module, "compute_features", lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
+    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [deadline.Device(torch.device("cuda", 0), batch, warn)])
+    for module, name in ((submit.siglip, "compute_siglip_features"), (submit.frozen, "compute_frozen_features")):
+        compute = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
     opened = submit.frozen.open_extractor
     monkeypatch.setattr(submit.frozen, "open_extractor", lambda run, device=None, photos=0: opened(run, cpu, photos))
 
 
 def nan_boosting(run, monkeypatch):
-    real = submit.boosting.predict_fitted
+    real = inference.boosting.predict_fitted
 
     def predict(*args):
         grams, proba, names = real(*args)
         grams[0] = np.nan
         return grams, proba, names
 
-    monkeypatch.setattr(submit.boosting, "predict_fitted", predict)
+    monkeypatch.setattr(inference.boosting, "predict_fitted", predict)
 
 
 def full_disk(run, monkeypatch):
@@ -454,13 +454,13 @@ def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_pa
     run = copy_run(trained, tmp_path)
     with_another_fold(run, k, **changes)
     seen = {}
-    monkeypatch.setattr(inference.SubmissionWriter, "take", lambda self, model, rows, grams, real=inference.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     assert run_submit(run)["models"] == ALL
     assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     run_inpaint(run)
-    task = inference.read_task(run.input)
+    task = submit.read_task(run.input)
     store = open_store(run, "test", FULL)
-    wanted = np.mean([predict(submit.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids)) for k in range(3)], axis=0)
+    wanted = np.mean([predict(inference.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids)) for k in range(3)], axis=0)
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-4
 
 
@@ -564,7 +564,7 @@ def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkey
     rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
     monkeypatch.setattr(inference, "plan_fold_groups", lambda artefacts: [(1,)])
     seen = {}
-    monkeypatch.setattr(inference.SubmissionWriter, "take", lambda self, model, rows, grams, real=inference.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
     run_submit(run)
     wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[[list(comp.train["image_id"]).index(i) for i in sorted(ids)]]
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-5
@@ -600,7 +600,7 @@ def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, t
     assert inference.plan_fold_groups(run.artefacts) == [(0,), (1,), (2,)]
     cpu = torch.device("cpu")
     used = set()
-    monkeypatch.setattr(deadline, "find_devices", lambda batch, warn: [deadline.Device(cpu, 2, warn), deadline.Device(cpu, 2, warn)])
+    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [deadline.Device(cpu, 2, warn), deadline.Device(cpu, 2, warn)])
     real = deadline.Device.each
     monkeypatch.setattr(deadline.Device, "each", lambda self, index, work: (used.add((id(self), threading.get_ident())), real(self, index, work))[1])
     run_submit(run)
@@ -610,13 +610,13 @@ def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, t
 
 # ---- the clock ----
 def slowed(monkeypatch, seconds: float) -> None:
-    real = submit.extract_store
+    real = inference.extract_store
 
     def extract(net, store, views, batch, device, extractor, index):
         time.sleep(seconds * len(index))
         return real(net, store, views, batch, device, extractor, index)
 
-    monkeypatch.setattr(submit, "extract_store", extract)
+    monkeypatch.setattr(inference, "extract_store", extract)
 
 
 def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
@@ -656,7 +656,7 @@ def test_where_the_hours_count_from(trained, tmp_path, monkeypatch):
     run = copy_run(trained, tmp_path, ["limits.hours=2", "submit.margin_minutes=30"])
     monkeypatch.delenv("NBS_STARTED", raising=False)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
-    monkeypatch.setattr(submit.psutil.Process, "create_time", lambda self: time.time() - 3600)
+    monkeypatch.setattr(deadline.psutil.Process, "create_time", lambda self: time.time() - 3600)
     assert deadline.open_clock(run).left() == pytest.approx(1.5 * 3600, abs=5), "at home from the stage's start"
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert deadline.open_clock(run).left() == pytest.approx(0.5 * 3600, abs=5), "on Kaggle from the session's"
@@ -708,7 +708,7 @@ def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trai
     assert (run.output / "submission.csv").read_bytes() == before
     seen = []
     real = submit.add_colour
-    monkeypatch.setattr(submit, "add_colour", lambda job: (real(job), seen.append((run.output / "submission.csv").read_bytes())))
+    monkeypatch.setattr(submit, "add_colour", lambda *args: (real(*args), seen.append((run.output / "submission.csv").read_bytes())))
     run_submit(run, force=True)
     assert seen == [before], "means and colours do not replace what models said"
 

@@ -1,0 +1,227 @@
+"""61_predict and 60_bundle: any photos, the numbers of submit, one line for whatever is wrong."""
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import cv2
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import ExifTags, Image
+from skimage import data
+from test_submit import SMALL, copy_run, train_small
+
+from nbs_lib import bundle, predict
+from nbs_lib.submit import run_submit
+from nbs_lib.targets import TARGETS
+
+NUMBERS = [t.removesuffix("_g") + "_g" for t in TARGETS]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    "A folder with in/ (a competition) and out/ (a finished run)."
+    source = os.environ.get("NBS_TRAINED")
+    folder = Path(source) if source else train_small(tmp_path_factory.mktemp("trained"))
+    run = copy_run(folder, tmp_path_factory.mktemp("run"))
+    record = {"profile": "demo", "preset": "", "overrides": list(SMALL)}
+    (run.output / "run.json").write_text(json.dumps(record))
+    return run.output.parent
+
+
+@pytest.fixture(scope="module")
+def photos(trained, tmp_path_factory) -> Path:
+    "The six test photos under other names in two folders, one file that is no photo, and three odd pictures."
+    folder = tmp_path_factory.mktemp("farm")
+    for i, path in enumerate(sorted((trained / "in" / "test").iterdir())):
+        target = folder / ("river flat" if i < 4 else "hill") / f"{path.stem} ü{'.JPG' if i else ''}"
+        target.parent.mkdir(exist_ok=True)
+        shutil.copy(path, target)
+    (folder / "hill" / "broken.jpg").write_text("no photo")
+    (folder / "hill" / "notes.txt").write_text("no photo, and not called one")
+    (folder / "odd").mkdir()
+    for name, picture in odd_pictures().items():
+        cv2.imwrite(str(folder / "odd" / f"{name}.png"), picture)
+    return folder
+
+
+def odd_pictures() -> dict[str, np.ndarray]:
+    "Pictures that are no photo of a quadrat, 1000 x 2000."
+    black = np.zeros((1000, 2000, 3), np.uint8)
+    landscape, face = black + np.uint8((235, 180, 120)), black + np.uint8(200)
+    landscape[500:] = (40, 140, 60)
+    cv2.ellipse(face, (1000, 500), (300, 420), 0, 0, 360, (140, 170, 220), -1)
+    bricks = cv2.resize(np.repeat(data.brick()[..., None], 3, axis=2), (2000, 1000))
+    noise = cv2.resize(np.random.default_rng(0).integers(0, 256, (25, 50, 3), dtype=np.uint8), (2000, 1000))
+    frames = {"black": black, "white": black + 255, "landscape": landscape}
+    return {**frames, "face": face, "bricks": bricks, "noise": noise}
+
+
+def call(*argv) -> int:
+    return predict.main([str(a) for a in argv])
+
+
+def read_table(folder: Path) -> pd.DataFrame:
+    table = pd.read_csv(folder / "predictions.csv", keep_default_na=True)
+    table["flags"] = table["flags"].fillna("")
+    return table.set_index(pd.Index([Path(f).stem.removesuffix(" ü") for f in table["file"]]))
+
+
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bundle") / "model.zip"
+    assert call("pack", trained / "out", "--to", path) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def predicted(model, photos, tmp_path_factory) -> Path:
+    "The output of a call with the bundle."
+    out = tmp_path_factory.mktemp("predicted")
+    assert call("--model", model, photos, "--output", out) == 0
+    return out
+
+
+def list_files(folder: Path) -> dict[str, tuple]:
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_and_its_bundle_give_the_numbers_of_submit(trained, photos, predicted, tmp_path):
+    before = list_files(trained / "out")
+    places = photos / "hill", photos / "river flat"
+    assert call("--model", trained / "out", *places, "--output", tmp_path / "run") == 0
+    assert list_files(trained / "out") == before, "the run stays as it is"
+    run = copy_run(trained, tmp_path / "submit")
+    run_submit(run)
+    grams = pd.read_csv(run.output / "submission.csv").set_index("sample_id")["target"]
+    for table in (read_table(tmp_path / "run"), read_table(predicted)):
+        names = [n for n in table.index if n.startswith("ID")]
+        wanted = [[grams[f"{name}__{t}"] for t in TARGETS] for name in names]
+        assert len(names) == 6 and np.abs(table.loc[names, NUMBERS].to_numpy() - wanted).max() <= 1e-5
+
+
+def test_the_table_and_the_page(photos, predicted):
+    table = read_table(predicted)
+    assert len(table) == 13 and table["paddock"].nunique() == 3
+    assert table.loc["broken", "flags"] == "not readable" and np.isnan(table.loc["broken", "Dry_Total_g"])
+    known = table.drop(index="broken")
+    for name in ("Dry_Green", "Dry_Dead", "Dry_Clover", "GDM", "Dry_Total"):
+        assert np.allclose(known[f"{name}_kg_ha"], known[f"{name}_g"] * 10 / 0.21, atol=1e-3)
+        low, value, high = (known[f"{name}_g{end}"] for end in ("_low", "", "_high"))
+        assert (low <= value).all() and (value <= high).all()
+    page = (predicted / "predictions.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 3 + 13 and "<script" not in page and "river flat" in page
+    assert page.count("Density of") == 12, "model 1 makes maps"
+
+
+def test_odd_pictures_are_flagged(predicted):
+    flags = read_table(predicted)["flags"]
+    assert all("unlike the training photos" in flags[name] for name in odd_pictures())
+    assert "dark" in flags["black"] and "over- or underexposed" in flags["white"]
+
+
+def test_a_bundle_holds_no_photo_and_no_label(trained, model, tmp_path):
+    labels = np.load(trained / "out" / "artefacts" / "boosting" / "labels.npz")
+    with zipfile.ZipFile(model) as archive:
+        names = archive.namelist()
+        text = b"".join(archive.read(n) for n in names if n.endswith((".json", ".md")))
+        archive.extract("artefacts/boosting/model.joblib", tmp_path)
+    forbidden = (".jpg", ".png", "labels.npz", ".parquet", "halves.npy", "folds.csv")
+    assert not any(n.endswith(forbidden) for n in names)
+    assert not any(str(i).encode() in text for i in labels["image_id"]), "names of training photos"
+    columns = [f(column) for column in labels["y"].T for f in (np.asarray, np.sqrt)]
+    for array in list_arrays(joblib.load(tmp_path / "artefacts/boosting/model.joblib")):
+        assert not any(len(array) == len(c) and np.allclose(array, c, atol=1e-3) for c in columns)
+
+
+def list_arrays(thing, seen=None):
+    "Yield every column of every numeric array inside `thing`."
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if isinstance(thing, np.ndarray) and thing.dtype.kind == "f" and 1 <= thing.ndim <= 2:
+        yield from thing.reshape(len(thing), -1).T
+    elif isinstance(thing, dict | list | tuple):
+        for part in thing.values() if isinstance(thing, dict) else thing:
+            yield from list_arrays(part, seen)
+    elif hasattr(thing, "__dict__"):
+        yield from list_arrays(vars(thing), seen)
+
+
+def change_manifest(model: Path, to: Path, **changes) -> Path:
+    with zipfile.ZipFile(model) as old, zipfile.ZipFile(to, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "manifest.json":
+                content = json.dumps(json.loads(content) | changes).encode()
+            new.writestr(name, content)
+    return to
+
+
+def test_another_version_or_a_broken_bundle_is_refused(model, photos, tmp_path, capsys):
+    half = tmp_path / "half.zip"
+    half.write_bytes(model.read_bytes()[: model.stat().st_size // 2])
+    refused(capsys, tmp_path, "is not a whole bundle", "--model", half, photos)
+    cases = {
+        "is of nbs_lib 0.0.9 (here 0.1.0)": {"nbs_lib": "0.0.9"},
+        "scikit-learn 0.99 (here ": {"estimators": {"scikit-learn": "0.99"}},
+        "blend.json is broken": {"files": {"artefacts/blend.json": "0"}},
+        "is not a whole bundle": {"files": {"../x": "0"}},
+    }
+    for message, changes in cases.items():
+        path = change_manifest(model, tmp_path / "changed.zip", **changes)
+        refused(capsys, tmp_path, message, "--model", path, photos)
+
+
+def refused(capsys, tmp_path: Path, message: str, *argv) -> None:
+    "The call ends with 2, one line, and no output."
+    assert call(*argv, "--output", tmp_path / "nothing") == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], lines
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_bad_calls_are_refused_in_one_line(model, photos, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jpg").write_text("no photo")
+    refused(capsys, tmp_path, "no photo found", "--model", model, tmp_path / "empty")
+    refused(capsys, tmp_path, "there is no such photo or folder", "--model", model, tmp_path / "gone")
+    refused(capsys, tmp_path, "none could be read", "--model", model, tmp_path / "texts")
+    refused(capsys, tmp_path, "there is no such run or bundle", "--model", tmp_path / "gone", photos)
+    refused(capsys, tmp_path, "holds no artefacts/blend.json", "--model", tmp_path / "empty", photos)
+    refused(capsys, tmp_path, "not a whole bundle", "--model", photos / "hill" / "notes.txt", photos)
+    refused(capsys, tmp_path, "--area: must be above 0", "--model", model, photos, "--area", "-1")
+    refused(capsys, tmp_path, "--ground-width: 'wide'", "--model", model, photos, "--ground-width", "wide")
+    with pytest.raises(SystemExit) as e:
+        call(photos)
+    assert e.value.code == 2
+
+
+def test_area_location_and_heic(model, photos, tmp_path):
+    heif = pytest.importorskip("pillow_heif")
+    source, exif = next((photos / "hill").glob("ID*")), Image.Exif()
+    exif[ExifTags.Base.DateTime] = "2015:09:04 10:30:00"
+    exif[ExifTags.IFD.GPSInfo] = {1: "S", 2: (41.0, 30.0, 0.0), 3: "E", 4: (147.0, 0.0, 0.0)}
+    heif.from_pillow(Image.open(source)).save(tmp_path / "IMG_1.HEIC", exif=exif.tobytes(), quality=95)
+    call("--model", model, tmp_path / "IMG_1.HEIC", "--output", tmp_path / "a", "--ground-width", "1")
+    row, = read_table(tmp_path / "a").to_dict("records")
+    assert row["latitude"] == -41.5 and row["time"].startswith("2015-09-04")
+    assert row["Dry_Total_kg_ha"] == pytest.approx(row["Dry_Total_g"] * 10 / 0.5, abs=1e-3)
+    call("--model", model, tmp_path / "IMG_1.HEIC", "--output", tmp_path / "b", "--no-location")
+    assert not {"time", "latitude", "longitude"} & set(read_table(tmp_path / "b").columns)
+    page = (tmp_path / "b" / "predictions.html").read_text()
+    assert "147.0" not in page and "2015-09-04" not in page
+
+
+def test_the_distance_counts_whole_sites():
+    "Photos alike within a site: the limits come from other sites, so an unseen site is mostly not flagged."
+    rng = np.random.default_rng(1)
+    sites = np.repeat(np.arange(20), 6)
+    X = rng.normal(0, 1, (20, 60))[sites] + rng.normal(0, 0.2, (120, 60))
+    distance = bundle.fit_distance(X[:90], sites[:90])
+    assert (distance.measure(X[90:]) > 1).mean() <= 0.3 and (distance.measure(X[:90]) <= 1).all()
