@@ -6,8 +6,8 @@
 __all__ = ['COUNTS', 'LEAST', 'USED', 'FOLD_KEYS', 'ESTIMATOR_KEYS', 'FEATURE_META_KEYS', 'CARD', 'FeatureDistance',
            'nearest_distance', 'fit_axes', 'fit_distance', 'fit_radii', 'mean_radius', 'PastureModel', 'read_labels',
            'fit_quality_limits', 'describe_training', 'run_settings', 'open_run_model', 'open_model', 'copy_metadata',
-           'copy_weights', 'collect_bundle', 'write_card', 'write_statistics', 'pack_bundle', 'hash_bytes',
-           'check_versions', 'extract_bundle', 'read_settings', 'open_bundle']
+           'copy_weights', 'collect_bundle', 'write_card', 'write_statistics', 'check_estimators', 'pack_bundle',
+           'hash_bytes', 'check_versions', 'extract_bundle', 'read_settings', 'open_bundle']
 
 # %% ../notebooks/60_bundle.ipynb #c6499be7
 import contextlib
@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 
 from . import __version__ as version
-from .boosting import estimator_versions
+from .boosting import estimator_versions, find_mismatch
 from .ensemble import Blend, load_blend
 from .features import read_features
 from .inference import count_folds
@@ -306,6 +307,20 @@ def write_statistics(model: PastureModel, to: Path, paths: dict[str, str]) -> No
         np.savez(to / "distance.npz", **dataclasses.asdict(model.distance))
 
 
+def check_estimators(folder: Path) -> None:
+    "Raise `InputError` when the estimators in `folder` cannot be used here: a bundle cannot fit them anew."
+    path = folder / "model.joblib"
+    if not path.is_file():
+        return
+    fault = find_mismatch(read_json(path.with_suffix(".json")), [])
+    try:
+        fault = fault or (joblib.load(path) and "")
+    except Exception as e:  # a broken pickle raises whatever its bytes happen to mean
+        fault = f"cannot be read ({type(e).__name__})"
+    if fault:
+        raise InputError(f"{path}: {fault}; run the stage boosting again, then pack")
+
+
 def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
     "Write the bundle of a finished run to the zip `to`, in one step."
     run_folder, to = Path(run_folder), Path(to)
@@ -313,6 +328,7 @@ def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
         raise InputError(f"pack {run_folder}: there is no such run; give the output folder of a finished run")
     with open_model(run_folder) as model, tempfile.TemporaryDirectory(prefix="nbs-pack-") as work:
         folder = Path(work)
+        check_estimators(run_folder / "artefacts" / "boosting")
         write_statistics(model, folder, collect_bundle(model, folder))
         (folder / "MODEL_CARD.md").write_text(write_card(model, run_folder), encoding="utf-8")
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
