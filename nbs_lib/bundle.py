@@ -78,7 +78,7 @@ def fit_axes(X: np.ndarray, k: int) -> FeatureDistance:
     axes, scale = (vectors / np.sqrt(values)).T @ Z, np.sqrt(len(Z) / values)
     return FeatureDistance(mean, sd, axes, scale, Z @ axes.T * scale, np.ones(2))
 
-
+# %% ../notebooks/60_bundle.ipynb #a98fbbfc
 def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float = 0.95) -> FeatureDistance:
     "Fit axes on features (n, d) and limits on photos whose site is left out."
     X, fold = np.asarray(X, np.float32), group_folds(groups, min(10, len(np.unique(groups))), 0)
@@ -145,7 +145,7 @@ def fit_quality_limits(artefacts: Path) -> dict[str, float]:
     low = {name: float(table[name].quantile(0.01)) for name in ("sharpness", "exposure")}
     return low | {name: max(least, float(table[name].quantile(0.99))) for name, least in LEAST.items()}
 
-
+# %% ../notebooks/60_bundle.ipynb #5dea3561
 def describe_training(artefacts: Path, coverage: float) -> dict:
     "Return radii, measured coverage, quality limits and feature distance, from the artefacts of a run."
     ids, y, groups = read_labels(artefacts)
@@ -227,7 +227,7 @@ def copy_weights(settings: Settings, run: Run, to: Path) -> dict[str, str]:
         paths[f"{section}.weights"] = target.relative_to(to).as_posix()
     return paths
 
-
+# %% ../notebooks/60_bundle.ipynb #9788045a
 def collect_bundle(model: PastureModel, to: Path) -> dict[str, str]:
     "Copy the files of a bundle below `to`; return the settings that name a file in it."
     source, artefacts = model.folder / "artefacts", to / "artefacts"
@@ -277,7 +277,7 @@ have the licence of the competition.
 of people you trust.
 """
 
-
+# %% ../notebooks/60_bundle.ipynb #3f1e971d
 def write_card(model: PastureModel, run_folder: Path) -> str:
     "Return MODEL_CARD.md."
     s, lines = model.settings, ["Not recorded: the run has no scores.json."]
@@ -320,7 +320,7 @@ def check_estimators(folder: Path) -> None:
     if fault:
         raise InputError(f"{path}: {fault}; run the stage boosting again, then pack")
 
-
+# %% ../notebooks/60_bundle.ipynb #883971eb
 def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
     "Write the bundle of a finished run to the zip `to`, in one step."
     run_folder, to = Path(run_folder), Path(to)
@@ -391,7 +391,7 @@ def read_settings(raw: dict) -> Settings:
         sections[name] = kind(**values)
     return Settings(profile=raw["profile"], preset=raw["preset"], **sections)
 
-
+# %% ../notebooks/60_bundle.ipynb #25c8f622
 def open_bundle(path: Path, work: Path) -> PastureModel:
     "Return the model of a bundle, extracted below `work`; raise `InputError` for a broken or foreign one."
     extract_bundle(path, work)
