@@ -224,6 +224,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.bundle.FeatureDistance.distances': ('bundle.html#featuredistance.distances', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.FeatureDistance.measure': ('bundle.html#featuredistance.measure', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.PastureModel': ('bundle.html#pasturemodel', 'nbs_lib/bundle.py'),
+                                'nbs_lib.bundle.check_estimators': ('bundle.html#check_estimators', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.check_versions': ('bundle.html#check_versions', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.collect_bundle': ('bundle.html#collect_bundle', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.copy_metadata': ('bundle.html#copy_metadata', 'nbs_lib/bundle.py'),

@@ -6,8 +6,8 @@
 __all__ = ['COUNTS', 'LEAST', 'USED', 'FOLD_KEYS', 'ESTIMATOR_KEYS', 'FEATURE_META_KEYS', 'CARD', 'FeatureDistance',
            'nearest_distance', 'fit_axes', 'fit_distance', 'fit_radii', 'mean_radius', 'PastureModel', 'read_labels',
            'fit_quality_limits', 'describe_training', 'run_settings', 'open_run_model', 'open_model', 'copy_metadata',
-           'copy_weights', 'collect_bundle', 'write_card', 'write_statistics', 'pack_bundle', 'hash_bytes',
-           'check_versions', 'extract_bundle', 'read_settings', 'open_bundle']
+           'copy_weights', 'collect_bundle', 'write_card', 'write_statistics', 'check_estimators', 'pack_bundle',
+           'hash_bytes', 'check_versions', 'extract_bundle', 'read_settings', 'open_bundle']
 
 # %% ../notebooks/60_bundle.ipynb #c6499be7
 import contextlib
@@ -21,11 +21,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
 import pandas as pd
 
 from . import __version__ as version
-from .boosting import estimator_versions
+from .boosting import estimator_versions, find_mismatch
 from .ensemble import Blend, load_blend
 from .features import read_features
 from .inference import count_folds
@@ -77,7 +78,7 @@ def fit_axes(X: np.ndarray, k: int) -> FeatureDistance:
     axes, scale = (vectors / np.sqrt(values)).T @ Z, np.sqrt(len(Z) / values)
     return FeatureDistance(mean, sd, axes, scale, Z @ axes.T * scale, np.ones(2))
 
-
+# %% ../notebooks/60_bundle.ipynb #a98fbbfc
 def fit_distance(X: np.ndarray, groups: np.ndarray, k: int = 16, quantile: float = 0.95) -> FeatureDistance:
     "Fit axes on features (n, d) and limits on photos whose site is left out."
     X, fold = np.asarray(X, np.float32), group_folds(groups, min(10, len(np.unique(groups))), 0)
@@ -144,7 +145,7 @@ def fit_quality_limits(artefacts: Path) -> dict[str, float]:
     low = {name: float(table[name].quantile(0.01)) for name in ("sharpness", "exposure")}
     return low | {name: max(least, float(table[name].quantile(0.99))) for name, least in LEAST.items()}
 
-
+# %% ../notebooks/60_bundle.ipynb #5dea3561
 def describe_training(artefacts: Path, coverage: float) -> dict:
     "Return radii, measured coverage, quality limits and feature distance, from the artefacts of a run."
     ids, y, groups = read_labels(artefacts)
@@ -226,7 +227,7 @@ def copy_weights(settings: Settings, run: Run, to: Path) -> dict[str, str]:
         paths[f"{section}.weights"] = target.relative_to(to).as_posix()
     return paths
 
-
+# %% ../notebooks/60_bundle.ipynb #9788045a
 def collect_bundle(model: PastureModel, to: Path) -> dict[str, str]:
     "Copy the files of a bundle below `to`; return the settings that name a file in it."
     source, artefacts = model.folder / "artefacts", to / "artefacts"
@@ -276,7 +277,7 @@ have the licence of the competition.
 of people you trust.
 """
 
-
+# %% ../notebooks/60_bundle.ipynb #3f1e971d
 def write_card(model: PastureModel, run_folder: Path) -> str:
     "Return MODEL_CARD.md."
     s, lines = model.settings, ["Not recorded: the run has no scores.json."]
@@ -306,6 +307,20 @@ def write_statistics(model: PastureModel, to: Path, paths: dict[str, str]) -> No
         np.savez(to / "distance.npz", **dataclasses.asdict(model.distance))
 
 
+def check_estimators(folder: Path) -> None:
+    "Raise `InputError` when the estimators in `folder` cannot be used here: a bundle cannot fit them anew."
+    path = folder / "model.joblib"
+    if not path.is_file():
+        return
+    fault = find_mismatch(read_json(path.with_suffix(".json")), [])
+    try:
+        fault = fault or (joblib.load(path) and "")
+    except Exception as e:  # a broken pickle raises whatever its bytes happen to mean
+        fault = f"cannot be read ({type(e).__name__})"
+    if fault:
+        raise InputError(f"{path}: {fault}; run the stage boosting again, then pack")
+
+# %% ../notebooks/60_bundle.ipynb #883971eb
 def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
     "Write the bundle of a finished run to the zip `to`, in one step."
     run_folder, to = Path(run_folder), Path(to)
@@ -313,6 +328,7 @@ def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
         raise InputError(f"pack {run_folder}: there is no such run; give the output folder of a finished run")
     with open_model(run_folder) as model, tempfile.TemporaryDirectory(prefix="nbs-pack-") as work:
         folder = Path(work)
+        check_estimators(run_folder / "artefacts" / "boosting")
         write_statistics(model, folder, collect_bundle(model, folder))
         (folder / "MODEL_CARD.md").write_text(write_card(model, run_folder), encoding="utf-8")
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
@@ -375,7 +391,7 @@ def read_settings(raw: dict) -> Settings:
         sections[name] = kind(**values)
     return Settings(profile=raw["profile"], preset=raw["preset"], **sections)
 
-
+# %% ../notebooks/60_bundle.ipynb #25c8f622
 def open_bundle(path: Path, work: Path) -> PastureModel:
     "Return the model of a bundle, extracted below `work`; raise `InputError` for a broken or foreign one."
     extract_bundle(path, work)

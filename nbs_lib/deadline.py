@@ -56,7 +56,7 @@ def open_clock(run: Run) -> Clock:
     started = float(os.environ.get("NBS_STARTED") or start)
     return Clock(started + 3600 * run.settings.limits.hours - 60 * run.settings.submit.margin_minutes)
 
-
+# %% ../notebooks/58_deadline.ipynb #597304f1
 def plan_chunks(
     index: np.ndarray,
     size: int,  # of a piece, at most
@@ -106,7 +106,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     named = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
     return named or is_out_of_memory(error.__cause__)
 
-
+# %% ../notebooks/58_deadline.ipynb #51d105e3
 @dataclass
 class Device:
     "Where a model runs and how many photos it takes at once; both shrink when memory runs out."
@@ -146,7 +146,7 @@ def find_devices(batch: int, warn: Callable = print) -> list[Device]:
     gpus = [torch.device("cuda", i) for i in usable_gpus()]
     return [Device(d, batch, warn) for d in gpus or [torch.device("cpu")]]
 
-
+# %% ../notebooks/58_deadline.ipynb #507690d1
 def split_over_devices(
     devices: Sequence[Device], index: Sequence[int], work: Callable,
 ) -> list[tuple[Sequence[int], object]]:

@@ -202,7 +202,7 @@ class MultiStore:
         store, j = self.where[int(i)]
         return store.rows[j]
 
-
+# %% ../notebooks/59_inference.ipynb #e9d8bbdf
 @dataclass(frozen=True)
 class StoreSlice:
     "Some photos of a store, as a store of their own."
@@ -321,7 +321,7 @@ def changed_preprocessing(run: Run, path: Path) -> dict[tuple[str, str], object]
     current = current_preprocessing(run)
     return {name: value for name, value in fitted_preprocessing(run, path).items() if value != current[name]}
 
-
+# %% ../notebooks/59_inference.ipynb #5dbf13b3
 def with_fitted_preprocessing(run: Run, warn: Callable = print) -> Run:
     "Return the run with the preprocessing of most folds, else of model 2; warn when the settings differ."
     folds = [run.artefacts / "dinov3" / f"fold{k}.json" for k in range(count_folds(run))]
@@ -538,7 +538,7 @@ class Model2:
             self.predict_and_write()
         self.context.drop(kind, len(index) - self.described)
 
-
+# %% ../notebooks/59_inference.ipynb #17982b29
 def join_blocks(blocks: list[tuple]) -> tuple:
     "Concatenate pieces of one features table."
     ids, embedding, semantic = zip(*blocks, strict=True)

@@ -141,7 +141,7 @@ def open_inference(model: PastureModel, paths: Sequence[Path]) -> InferenceConte
     results = PredictionCollector(len(paths), model.blend)
     return InferenceContext(run, loader, results, devices, name="predict")
 
-
+# %% ../notebooks/61_predict.ipynb #d3b11cf1
 def predict_photos(
     model: PastureModel,
     paths: Sequence[Path],
@@ -229,7 +229,7 @@ def read_density(context: InferenceContext, model1: Model1, i: int) -> np.ndarra
         return None
     return predict_maps(group.nets[0], context.loader.store, [i], context.devices[0].device)[0]
 
-
+# %% ../notebooks/61_predict.ipynb #ad983e29
 def draw_photo(context: InferenceContext, model1: Model1, i: int, grams: np.ndarray, with_map: bool) -> dict:
     "Return {'photo': URI, 'overlay': URI} of photo `i` as the models see it, as far as they can be drawn."
     if not context.loader.readable[i]:
@@ -311,7 +311,7 @@ def render_page(p: Predictions, location: bool = True) -> str:
     return page.render(paddocks=paddocks, cards=cards, coverage=p.coverage, area=p.area, quadrat=QUADRAT_M2,
                        photos=int(p.readable.sum()))
 
-
+# %% ../notebooks/61_predict.ipynb #30feebc7
 def write_predictions(p: Predictions, output: Path, location: bool = True) -> None:
     "Write predictions.csv and predictions.html into `output`, each in one step."
     try:
@@ -365,7 +365,7 @@ def parse_call(argv: Sequence[str]) -> argparse.Namespace:
     p.add_argument("--calibrate", metavar="cuts.csv", help="weighed quadrats of some of the photos")
     return p.parse_args(argv)
 
-
+# %% ../notebooks/61_predict.ipynb #ab43b280
 def print_summary(p: Predictions, output: Path) -> None:
     "Print a line a photo (the first 30) and a line a paddock."
     photos, paddocks = tabulate_photos(p), tabulate_paddocks(p)
@@ -392,7 +392,7 @@ def run_predict(args: argparse.Namespace) -> None:
         missing = int((~p.readable).sum())
         print(f"warning: {missing} of {len(paths)} photos were not predicted", file=sys.stderr)
 
-
+# %% ../notebooks/61_predict.ipynb #9c3f7550
 def main(argv: Sequence[str] | None = None) -> int:
     "Run `python -m nbs_lib.predict`; return 0, or 2 for a wrong call or when no photo could be read."
     try:

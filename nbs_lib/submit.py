@@ -203,7 +203,7 @@ def open_context(run: Run) -> InferenceContext:
     loader = PhotoLoader(run, task.ids, task.paths, run.artefacts / "photos" / "submit")
     return InferenceContext(run, loader, writer, find_devices(run.settings.submit.batch, warn), clock)
 
-
+# %% ../notebooks/60_submit.ipynb #9a1e97e5
 def run_until_deadline(context: InferenceContext) -> None:
     "Run the models until they are done or the deadline interrupts them; record what is unfinished."
     try:

@@ -225,3 +225,13 @@ def test_the_distance_counts_whole_sites():
     X = rng.normal(0, 1, (20, 60))[sites] + rng.normal(0, 0.2, (120, 60))
     distance = bundle.fit_distance(X[:90], sites[:90])
     assert (distance.measure(X[90:]) > 1).mean() <= 0.3 and (distance.measure(X[:90]) <= 1).all()
+
+
+def test_a_run_whose_model_2_cannot_be_read_is_not_packed(trained, tmp_path, capsys):
+    shutil.copytree(trained / "out", tmp_path / "run", copy_function=os.link)
+    broken = tmp_path / "run" / "artefacts" / "boosting" / "model.joblib"
+    broken.unlink()
+    broken.write_bytes(b"\x80\x05garbage")
+    assert call("pack", tmp_path / "run", "--to", tmp_path / "model.zip") == 2
+    assert "run the stage boosting again, then pack" in capsys.readouterr().err
+    assert not (tmp_path / "model.zip").exists()
