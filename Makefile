@@ -4,6 +4,7 @@ PROFILE ?= laptop
 GPU ?= T4x2
 OUT ?= runs/$(PROFILE)
 TO ?= weights
+MODEL ?= runs/demo/model.zip
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := $(shell cat constraints.txt pyproject.toml | cksum | cut -d' ' -f1)
@@ -21,7 +22,7 @@ KAGGLE := $(BIN)/python -m nbs_lib.kaggle
 SPREAD := -n logical --maxprocesses 3 --dist loadfile  # a process a core, two gigabytes each; what a file's tests share is made once
 SENDING := $(if $(filter 1 yes,$(SEND)),--send)
 
-.PHONY: demo test run bench results budget wheelhouse test-kaggle test-lowest weights push submit data notebooks clean help
+.PHONY: demo test run predict bench results budget wheelhouse test-kaggle test-lowest weights push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -33,16 +34,21 @@ $(READY):
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: $(READY)   ## the whole chain on a synthetic paddock -> runs/demo
+demo: $(READY)   ## the whole chain on a synthetic paddock, and a bundle of it -> runs/demo, runs/demo/model.zip
 	$(RUN) --profile demo --output runs/demo $(ARGS)
+	$(BIN)/python -m nbs_lib.predict pack runs/demo --to runs/demo/model.zip
 
 test: $(READY)   ## every check
-	$(BIN)/python -m ruff check nbs_lib tests tools benchmarks
+	$(BIN)/python -m ruff check nbs_lib tests tools benchmarks notebooks
 	$(BIN)/python -m pytest $(SPREAD)
 
 run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop
 	@test -n "$(DATA)" || { echo "error: say where the competition's folder is: make run DATA=path/to/csiro-biomass PROFILE=laptop" >&2; exit 2; }
 	$(RUN) --profile $(PROFILE) --input "$(DATA)" --output "$(OUT)" $(ARGS)
+
+predict: $(READY) ## MODEL=runs/laptop (or a bundle), PHOTOS=folder: grams and kg/ha of any photos -> runs/predictions
+	@test -n "$(PHOTOS)" || { echo "error: PHOTOS is empty; make predict MODEL=runs/laptop PHOTOS=folder" >&2; exit 2; }
+	$(BIN)/python -m nbs_lib.predict --model "$(MODEL)" $(PHOTOS) --output runs/predictions $(ARGS)
 
 budget: PROFILE = kaggle
 budget: $(READY) ## will it fit? GPU memory, hours, disk of PROFILE=kaggle, GPU=T4x2 -> runs/budget
@@ -78,7 +84,7 @@ test-kaggle: $(READY) $(IMAGE_READY)  ## the tests with the versions of Kaggle's
 PYTHON311 ?= python3.11
 LOWEST := .venv-lowest
 LOWEST_READY := $(LOWEST)/ready-$(shell cat pyproject.toml tools/floors.py | cksum | cut -d' ' -f1)
-LOWEST_TESTS := $(patsubst %,tests/test_%.py,reading demo photos features weights model boosting balance ensemble train report budget) \
+LOWEST_TESTS := $(patsubst %,tests/test_%.py,images demo store inpaint features weights model boosting targets ensemble train report budget) \
 	tests/test_run.py::test_a_stage_runs_in_this_interpreter tests/test_run.py::test_lessons_run_in_this_interpreter
 
 $(LOWEST_READY):

@@ -28,7 +28,7 @@ from PIL import ExifTags
 
 from .bundle import PastureModel, mean_radius, open_model, pack_bundle
 from .deadline import find_devices
-from .images import QUALITY, file_format, open_image, quiet_pillow, read_bytes
+from .images import QUALITY, file_format, open_image, read_bytes
 from nbs_lib.inference import (
     InferenceContext, Model1, Model2, PhotoLoader, PredictionCollector, predict_first_pass, predict_remaining,
     with_fitted_preprocessing,
@@ -89,7 +89,7 @@ def to_degrees(parts: Sequence, reference: str) -> float:
 def read_place(path: Path) -> dict[str, str | float]:
     "Return time, latitude and longitude of a photo, as far as its EXIF data have them."
     place = {}
-    with contextlib.suppress(Exception), quiet_pillow():  # odd EXIF data is no reason to lose the photo
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # odd EXIF data is no reason to lose the photo
         content = read_bytes(path)
         exif = open_image(content, file_format(content), path).getexif()
         taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
