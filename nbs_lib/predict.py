@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,18 +28,19 @@ import pandas as pd
 from PIL import ExifTags
 
 from .bundle import PastureModel, mean_radius, open_model, pack_bundle
+from .calibration import fit_calibration, read_cuts
 from .deadline import find_devices
-from .images import QUALITY, file_format, open_image, read_bytes
+from .images import EXIF_ERRORS, QUALITY, file_format, open_image, read_bytes
 from nbs_lib.inference import (
     InferenceContext, Model1, Model2, PhotoLoader, PredictionCollector, predict_first_pass, predict_remaining,
     with_fitted_preprocessing,
 )
+from .prediction import predict_maps
 from .runtime import InputError, atomic_write, progress
 from .settings import parse_value
 from .stages import Run, is_hidden_file
 from .store import to_panorama
 from .targets import CLOVER, DEAD, GREEN, QUADRAT_M2, TARGETS
-from .train_dinov3 import predict_maps
 from .validation import intervals
 
 # %% ../notebooks/61_predict.ipynb #7a8de3bd
@@ -89,7 +91,8 @@ def to_degrees(parts: Sequence, reference: str) -> float:
 def read_place(path: Path) -> dict[str, str | float]:
     "Return time, latitude and longitude of a photo, as far as its EXIF data have them."
     place = {}
-    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):  # odd EXIF data is no reason to lose the photo
+    errors = (InputError, ZeroDivisionError, *EXIF_ERRORS)  # odd EXIF data is no reason to lose the photo
+    with contextlib.suppress(*errors), warnings.catch_warnings(action="ignore"):
         content = read_bytes(path)
         exif = open_image(content, file_format(content), path).getexif()
         taken = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.DateTimeOriginal)
@@ -323,14 +326,17 @@ def write_predictions(p: Predictions, output: Path, location: bool = True) -> No
         raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
 
 # %% ../notebooks/61_predict.ipynb #e9018503
-def calibrate(p: Predictions, cuts: str | Path) -> Predictions:
-    "Return the predictions corrected by the weighed quadrats in the table `cuts`."
-    from nbs_lib.calibration import fit_calibration, read_cuts
-
+def calibrate(p: Predictions, cuts: str | Path, output: Path) -> Predictions:
+    "Return the predictions corrected by the weighed quadrats in the table `cuts`; write calibration.json."
     files = [str(path) for path in p.paths]
-    table = read_cuts(cuts, files)
+    table = read_cuts(cuts, [file for file, ok in zip(files, p.readable, strict=True) if ok])
     rows = [files.index(file) for file in table["file"]]
     calibration = fit_calibration(table[list(TARGETS)].to_numpy(float), p.grams[rows])
+    print(calibration.summary().round(1).to_string(index=False))
+    if calibration.message:
+        print(f"warning: {calibration.message}", file=sys.stderr)
+    with atomic_write(output / "calibration.json") as temporary:
+        temporary.write_text(calibration.to_json(), encoding="utf-8")
     grams = p.grams.copy()
     grams[p.readable] = calibration.apply(p.grams[p.readable])
     return dataclasses.replace(p, grams=grams)
@@ -385,7 +391,7 @@ def run_predict(args: argparse.Namespace) -> None:
     with open_model(args.model) as model:
         p = predict_photos(model, paths, area)
     if args.calibrate:
-        p = calibrate(p, args.calibrate)
+        p = calibrate(p, args.calibrate, output)
     write_predictions(p, output, not args.no_location)
     print_summary(p, output)
     if not p.readable.all():

@@ -235,3 +235,19 @@ def test_a_run_whose_model_2_cannot_be_read_is_not_packed(trained, tmp_path, cap
     assert call("pack", tmp_path / "run", "--to", tmp_path / "model.zip") == 2
     assert "run the stage boosting again, then pack" in capsys.readouterr().err
     assert not (tmp_path / "model.zip").exists()
+
+
+def test_own_cuts_correct_the_predictions(model, photos, predicted, tmp_path, capsys):
+    "Six quadrats that weigh twice what was predicted raise all predictions, and three lines say by how much."
+    before = read_table(predicted)
+    weighed = before[before["Dry_Total_g"].notna() & (before["paddock"] != "odd")]
+    cuts = weighed.assign(Dry_Total_g=2 * weighed["Dry_Total_g"])[["file", "Dry_Total_g"]]
+    cuts.to_csv(tmp_path / "cuts.csv", index=False)
+    words = ("--model", model, photos, "--output", tmp_path / "out", "--calibrate")
+    assert call(*words, tmp_path / "cuts.csv") == 0
+    after = read_table(tmp_path / "out").loc[weighed.index]
+    assert (after["Dry_Total_g"] > 1.1 * weighed["Dry_Total_g"]).all()
+    assert (tmp_path / "out" / "calibration.json").is_file() and "error without" in capsys.readouterr().out
+    cuts.assign(file="nowhere.jpg").to_csv(tmp_path / "cuts.csv", index=False)
+    assert call(*words, tmp_path / "cuts.csv") == 2
+    assert "nowhere.jpg" in capsys.readouterr().err
