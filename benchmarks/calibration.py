@@ -19,7 +19,7 @@ from nbs_lib.demo import Site, plan_shots, render_photo
 from nbs_lib.images import crop_bottom, resize_half, split_halves
 from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.store import half_shape
-from nbs_lib.targets import SUMS, TARGETS, TARGET_WEIGHTS, reconcile
+from nbs_lib.targets import SUMS, TARGET_WEIGHTS, TARGETS, reconcile
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "calibration_study.csv"
 SHAPE = half_shape(400)

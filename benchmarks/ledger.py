@@ -9,11 +9,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from nbs_lib.ledger import (
+    SCHEMA,
+    Candidates,
+    choose_finals,
+    encode_grams,
+    list_entries,
+    make_line,
+    read_candidates,
+    read_ledger,
+)
 from nbs_lib.runtime import atomic_write
 from nbs_lib.settings import library_file
-from nbs_lib.ledger import (
-    SCHEMA, Candidates, choose_finals, encode_grams, list_entries, make_line, read_candidates, read_ledger,
-)
 from nbs_lib.targets import TARGETS, weighted_r2_score
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import psutil
 
-from nbs_lib.runtime import read_json
 from nbs_lib.demo import write_demo
 from nbs_lib.isolation import measure_memory
 from nbs_lib.run import notebook_path
+from nbs_lib.runtime import read_json
 
 BARE = """
 import io, json, sys

@@ -21,7 +21,7 @@ from nbs_lib.inference import (
 )
 from nbs_lib.inpaint import clean_halves
 from nbs_lib.prediction import predict
-from nbs_lib.settings import load_settings, library_file
+from nbs_lib.settings import library_file, load_settings
 from nbs_lib.stages import Run
 from nbs_lib.store import FULL
 from nbs_lib.submit import SubmissionWriter, Task, open_blend, read_task
@@ -112,7 +112,7 @@ def bench_submit(demo: str | Path = "", photos: int = 800, few: int = 12) -> lis
 
 
 def _bench_run(demo: Path, input: Path, output: Path) -> tuple[Run, Task]:
-    "The demo's models and settings on another input."
+    "Open a run with the demo's models and settings on another input."
     output.mkdir(parents=True)
     (output / "artefacts").symlink_to((demo / "artefacts").resolve())
     run = Run(input, output, load_settings("demo"))
@@ -120,7 +120,7 @@ def _bench_run(demo: Path, input: Path, output: Path) -> tuple[Run, Task]:
 
 
 def _measure_submit(demo: Path, folder: Path, n: int) -> dict:
-    "The whole of submit in a fresh process."
+    "Measure the whole of submit in a fresh process."
     source = many_photos(demo / "input" / "csiro-biomass", folder / "in", n)
     (folder / "out" / "artefacts").mkdir(parents=True)
     for part in Path(demo, "artefacts").iterdir():

@@ -403,7 +403,8 @@ def open_here(
     earlier = list(STAGES)[: list(STAGES).index(name)]
     stale = [n for n in earlier if not is_fresh(run, n)]
     if not input and profile == "demo" and stale:
-        print(f"running {len(stale)} stages first: {', '.join(stale)} (two to six minutes in all on two cores)")
+        names = ", ".join(stale)
+        print(f"running {len(stale)} stages first: {names} (two to six minutes on two cores)")
         run_chain(run, earlier, overrides)
     return run
 

@@ -30,7 +30,8 @@ from nbs_lib.tables import (
 from .validation import SCHEMES, read_folds
 from .images import read_photo, to_landscape
 from nbs_lib.targets import (
-    TARGETS, TOTAL, TARGET_WEIGHTS, constant_prediction, per_target_r2_score, per_target_rmse, weighted_r2_score,
+    TARGET_WEIGHTS, TARGETS, TOTAL, constant_prediction, per_target_r2_score, per_target_rmse,
+    weighted_r2_score,
 )
 from .validation import mean_score, score_interval
 

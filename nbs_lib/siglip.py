@@ -24,7 +24,8 @@ from torch.nn.functional import logsigmoid, normalize
 
 from .backbones import run_autocast
 from nbs_lib.runtime import (
-    BUILD_LOCK, InputError, find_attached_files, kaggle_input, pick_device, progress, read_json, select_attached,
+    BUILD_LOCK, InputError, find_attached_files, kaggle_input, pick_device, progress, read_json,
+    select_attached,
 )
 from .settings import SiglipSettings
 from .stages import Run, installed_versions, stage

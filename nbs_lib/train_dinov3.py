@@ -38,7 +38,8 @@ from nbs_lib.biomass_net import (
 from .fold_training import FoldData, add_unlabelled, check_train_settings, fit_fold
 from .prediction import extract_store, make_extractor, predict, predict_maps, require_finite
 from nbs_lib.runtime import (
-    InputError, atomic_write, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus, write_json,
+    InputError, atomic_write, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus,
+    write_json,
 )
 from .settings import TrainDinov3Settings
 from .stages import Run, open_run, stage

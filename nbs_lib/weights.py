@@ -23,7 +23,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .runtime import InputError, find_attached_files, kaggle_input, read_json, select_attached, walk_files
+from nbs_lib.runtime import (
+    InputError, find_attached_files, kaggle_input, read_json, select_attached, walk_files,
+)
 from .settings import KaggleSettings
 
 # %% ../notebooks/29_weights.ipynb #88ebc5ba

@@ -154,8 +154,9 @@ def verify_wheelhouse(wheelhouse: Path, image: Path, s: Settings) -> str:
             shutil.copytree(wheelhouse / name, mount)
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         environment |= {"NBS_KAGGLE_INPUT": f"{folder}/input", "HOME": folder, "PIP_NO_INDEX": "1"}
-        test = ("import nbs_lib.submit, nbs_lib.settings as c; assert c.library_file('settings.ini').is_file(); "
-                "c.load_settings('kaggle'); print(c.version, nbs_lib.__file__)")
+        test = ("import nbs_lib.submit; from nbs_lib import settings; "
+                "assert settings.library_file('settings.ini').is_file(); settings.load_settings('kaggle'); "
+                "print(nbs_lib.__version__, nbs_lib.__file__)")
         for code in (read_install_cell(), test):
             done = subprocess.run([*offline, python, "-c", code], cwd=folder, env=environment,
                                   capture_output=True, text=True)

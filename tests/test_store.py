@@ -62,11 +62,11 @@ def run_in(folder: Path, *overrides: str):
     return open_run(folder / "in", folder / "out", overrides=["photos.workers=2", *overrides])
 
 
-# --- cleaning --------------------------------------------------------------------------------------------------------------
+# ---- cleaning
 def test_a_build_without_the_networks_says_so(folder, monkeypatch):
     monkeypatch.setattr(inpaint, "networks_path", lambda: folder / "nets.safetensors")
     inpaint.code_key.cache_clear(), inpaint.load_networks.cache_clear()
-    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the Finder"):  # no grey picture stands in for each photo
+    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the StampDetector"):
         build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
 
 

@@ -1,7 +1,9 @@
-"""60_submit: a fault drill. Whatever is missing, broken or slow at test time, the file is whole, and the fault is named.
+"""60_submit: a fault drill.
 
-`python tests/test_submit.py --table` runs the drill and writes the table between the marks `faults` of the README.
+Whatever is missing, broken or slow at test time, the file is whole, and the fault is named.
+`python tests/test_submit.py --table` runs the drill and writes the table of docs/robustness.md.
 """
+
 import contextlib
 import dataclasses
 import json
@@ -37,16 +39,35 @@ from nbs_lib.submit import run_submit
 from nbs_lib.tables import read_competition, read_oof
 from nbs_lib.targets import TARGETS
 
-README = Path(__file__).parent.parent / "README.md"
+ROBUSTNESS = Path(__file__).parent.parent / "docs" / "robustness.md"
 BEGIN, END = "<!-- faults:begin -->\n", "<!-- faults:end -->\n"
 # Every stage for real, with the least work: a probe alone, narrow features, one regressor.
-SMALL = ("run.folds=3", "train_dinov3.size=96", "train_dinov3.probe_sizes=", "train_dinov3.head=none", "train_dinov3.views=id,H", "train_dinov3.schemes=grouped", "train_dinov3.depths=2",
-         "frozen.widths=96", "frozen.depths=2", "frozen.poolings=mean", "frozen.colour_width=64", "boosting.members=ridge", "boosting.inner_folds=2", "run.draws=2",
-         "ensemble.judge=no", "ensemble.weights=equal", "ensemble.rules=WA:Dry_Dead_g", "ensemble.shrink=no", "ensemble.draws=100", "run.workers=2")
+SMALL = (
+    "run.folds=3",
+    "train_dinov3.size=96",
+    "train_dinov3.probe_sizes=",
+    "train_dinov3.head=none",
+    "train_dinov3.views=id,H",
+    "train_dinov3.schemes=grouped",
+    "train_dinov3.depths=2",
+    "frozen.widths=96",
+    "frozen.depths=2",
+    "frozen.poolings=mean",
+    "frozen.colour_width=64",
+    "boosting.members=ridge",
+    "boosting.inner_folds=2",
+    "run.draws=2",
+    "ensemble.judge=no",
+    "ensemble.weights=equal",
+    "ensemble.rules=WA:Dry_Dead_g",
+    "ensemble.shrink=no",
+    "ensemble.draws=100",
+    "run.workers=2",
+)
 
 
 def whole(path: Path, folder: Path) -> pd.Series:
-    "The grams of a submission, after checking all that Kaggle checks and that the five agree; independent of the library."
+    "Return the grams of a submission, after checking all that Kaggle checks and that the five agree."
     table = pd.read_csv(path)
     wanted = pd.read_csv(folder / "sample_submission.csv")
     assert list(table.columns) == ["sample_id", "target"]
@@ -62,8 +83,12 @@ def whole(path: Path, folder: Path) -> pd.Series:
 def copy_run(source: Path, target: Path, overrides=(), links=True):
     "A run on a copy of the input and of the artefacts, to break things in."
     shutil.copytree(source / "in", target / "in")
-    shutil.copytree(source / "out" / "artefacts", target / "out" / "artefacts", ignore=shutil.ignore_patterns("test_*", "submit.json"),
-                    copy_function=os.link if links else shutil.copy2)
+    shutil.copytree(
+        source / "out" / "artefacts",
+        target / "out" / "artefacts",
+        ignore=shutil.ignore_patterns("test_*", "submit.json"),
+        copy_function=os.link if links else shutil.copy2,
+    )
     return tiny.run_on(target / "in", target / "out", *SMALL, *overrides)
 
 
@@ -118,7 +143,7 @@ def no_internet(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-# ---- the drill: what is done to the run, what must be said (a part of a warning), which models must answer ----
+# ---- the drill: what is done to the run, a part of the warning, which models must predict
 def text_photo(run, _):
     next((run.input / "test").iterdir()).write_text("this is no photo")
 
@@ -152,7 +177,9 @@ def whole_chain(run, _):
     missing_photo(run, _)
     cut_photo(run, _)
     eda, *others = before_submit()
-    eda(run, force=True)  # it looks for the test photos but does not open them: nothing that it reads has changed
+    eda(
+        run, force=True
+    )  # it looks for the test photos but does not open them: nothing that it reads has changed
     for stage in others:
         stage(run)
 
@@ -166,7 +193,9 @@ def shuffled_rows(run, _):
 def odd_paths(run, _):
     path = run.input / "test.csv"
     table = pd.read_csv(path)
-    table["image_path"] = ["\\".join(p.split("/")) if k % 2 else p.split("/")[1] for k, p in enumerate(table["image_path"])]
+    table["image_path"] = [
+        "\\".join(p.split("/")) if k % 2 else p.split("/")[1] for k, p in enumerate(table["image_path"])
+    ]
     table.to_csv(path, index=False)
 
 
@@ -174,7 +203,9 @@ def tables_apart(run, _):
     "A photo that only one of the tables knows, a row that stands twice, and one of another competition."
     path = run.input / "test.csv"
     table = pd.read_csv(path).sort_values("sample_id")
-    odd = pd.DataFrame([table.iloc[-1].to_dict(), {"sample_id": "remark", "image_path": "", "target_name": ""}])
+    odd = pd.DataFrame(
+        [table.iloc[-1].to_dict(), {"sample_id": "remark", "image_path": "", "target_name": ""}]
+    )
     pd.concat([table.iloc[5:], odd]).to_csv(path, index=False)
 
 
@@ -211,14 +242,18 @@ def no_model1(run, _):
 
 def nan_fold(run, _):
     path = run.artefacts / "dinov3" / "fold2.safetensors"
-    state = {k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in load_file(path).items()}
+    state = {
+        k: torch.full_like(v, torch.nan) if v.is_floating_point() else v for k, v in load_file(path).items()
+    }
     replace(path, None)
     save_file(state, path)
 
 
 def no_siglip(run, monkeypatch):
     shutil.rmtree(run.artefacts / "siglip-tiny")
-    monkeypatch.setattr(submit.siglip, "find_siglip", lambda run: submit.siglip.check_folder(run.artefacts / "siglip-tiny"))
+    monkeypatch.setattr(
+        submit.siglip, "find_siglip", lambda run: submit.siglip.check_folder(run.artefacts / "siglip-tiny")
+    )
 
 
 def no_siglip_nor_training_features(run, monkeypatch):
@@ -235,7 +270,10 @@ def no_backbone(run, monkeypatch):
 
 def others_features(run, _):
     "Someone put a file of their own into features/ before boosting was trained: here nobody can make it."
-    np.savez(run.artefacts / "features" / "dinov2.npz", **{k: v for k, v in np.load(run.artefacts / "features" / "colour.npz").items()})
+    np.savez(
+        run.artefacts / "features" / "dinov2.npz",
+        **{k: v for k, v in np.load(run.artefacts / "features" / "colour.npz").items()},
+    )
     inference.boosting.run_boosting(run)
 
 
@@ -305,12 +343,23 @@ def memory_gpu(run, monkeypatch):
     monkeypatch.setattr(inference.FoldGroup, "predict_view", predict_view)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     cpu = torch.device("cpu")
-    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [deadline.Device(torch.device("cuda", 0), batch, warn)])
-    for module, name in ((submit.siglip, "compute_siglip_features"), (submit.frozen, "compute_frozen_features")):
+    monkeypatch.setattr(
+        submit, "find_devices", lambda batch, warn: [deadline.Device(torch.device("cuda", 0), batch, warn)]
+    )
+    for module, name in (
+        (submit.siglip, "compute_siglip_features"),
+        (submit.frozen, "compute_frozen_features"),
+    ):
         compute = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more))
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda run, store, device=None, compute=compute, **more: compute(run, store, cpu, **more),
+        )
     opened = submit.frozen.open_extractor
-    monkeypatch.setattr(submit.frozen, "open_extractor", lambda run, device=None, photos=0: opened(run, cpu, photos))
+    monkeypatch.setattr(
+        submit.frozen, "open_extractor", lambda run, device=None, photos=0: opened(run, cpu, photos)
+    )
 
 
 def nan_boosting(run, monkeypatch):
@@ -338,29 +387,69 @@ ALL = {"dinov3": 6, "boosting": 6}
 DRILL: dict[str, tuple[Callable | None, str, dict]] = {
     "nothing is wrong": (None, "", ALL),
     "rows in a strange order": (shuffled_rows, "", ALL),
-    "photos of another size, format, ending": (odd_photos, "1 of 6 test photos are found under another name", ALL),
+    "photos of another size, format, ending": (
+        odd_photos,
+        "1 of 6 test photos are found under another name",
+        ALL,
+    ),
     "odd paths in the table": (odd_paths, "6 of 6 test photos are found under another name", ALL),
-    "one table lacks a photo and has odd rows": (tables_apart, "5 rows stand in only one of test.csv and sample_submission.csv", ALL),
+    "one table lacks a photo and has odd rows": (
+        tables_apart,
+        "5 rows stand in only one of test.csv and sample_submission.csv",
+        ALL,
+    ),
     "one test photo": (one_photo, "", {"dinov3": 1, "boosting": 1}),
     "a photo that is no photo": (text_photo, "1 test photos cannot be read", {"dinov3": 5, "boosting": 5}),
     "a photo cut in half": (cut_photo, "1 test photos cannot be read", {"dinov3": 5, "boosting": 5}),
-    "a photo that is not there": (missing_photo, "1 of 6 test photos are not there", {"dinov3": 5, "boosting": 5}),
-    "a photo gone and one cut in half, all stages": (whole_chain, "1 of 6 test photos are not there", {"dinov3": 4, "boosting": 4}),
+    "a photo that is not there": (
+        missing_photo,
+        "1 of 6 test photos are not there",
+        {"dinov3": 5, "boosting": 5},
+    ),
+    "a photo gone and one cut in half, all stages": (
+        whole_chain,
+        "1 of 6 test photos are not there",
+        {"dinov3": 4, "boosting": 4},
+    ),
     "no photo can be read": (all_photos, "6 test photos cannot be read", {}),
     "a fold of model 1 is missing": (missing_fold, "fold 1 of model 1 is missing", ALL),
     "a checkpoint is half written": (corrupt_fold, "fold 1 of model 1 is left out", ALL),
     "a fold gives NaN": (nan_fold, "answers that are no numbers", ALL),
     "the shared backbone is broken": (corrupt_backbone, "fold 0 of model 1 is left out", {"boosting": 6}),
     "no model 1": (no_model1, "of model 1 is missing", {"boosting": 6}),
-    "no SigLIP weights": (no_siglip, "model.joblib needs the features siglip, siglip:semantic as training made them", ALL),
-    "no SigLIP weights, no training features": (no_siglip_nor_training_features, "model 2 is left out", {"dinov3": 6}),
-    "no weights for the frozen features": (no_backbone, "the frozen backbone (features of model 2) is left out", ALL),
-    "features that nobody can make here": (others_features, "model.joblib needs the features dinov2 as training made them", ALL),
+    "no SigLIP weights": (
+        no_siglip,
+        "model.joblib needs the features siglip, siglip:semantic as training made them",
+        ALL,
+    ),
+    "no SigLIP weights, no training features": (
+        no_siglip_nor_training_features,
+        "model 2 is left out",
+        {"dinov3": 6},
+    ),
+    "no weights for the frozen features": (
+        no_backbone,
+        "the frozen backbone (features of model 2) is left out",
+        ALL,
+    ),
+    "features that nobody can make here": (
+        others_features,
+        "model.joblib needs the features dinov2 as training made them",
+        ALL,
+    ),
     "model 2 of another scikit-learn": (other_version, "model.joblib was saved under scikit-learn 0.99", ALL),
     "no model 2": (no_boosting, "model 2 is left out", {"dinov3": 6}),
     "model 2 is half written": (corrupt_boosting, "model.joblib cannot be read", ALL),
-    "the same, no training features": (corrupt_boosting_no_training_features, "model 2 is left out", {"dinov3": 6}),
-    "model 2 gives a NaN": (nan_boosting, "model 2 gave no number for 1 photos", {"dinov3": 6, "boosting": 5}),
+    "the same, no training features": (
+        corrupt_boosting_no_training_features,
+        "model 2 is left out",
+        {"dinov3": 6},
+    ),
+    "model 2 gives a NaN": (
+        nan_boosting,
+        "model 2 gave no number for 1 photos",
+        {"dinov3": 6, "boosting": 5},
+    ),
     "no model at all": (nothing_trained, "of model 1 is missing", {}),
     "no model, no blend, no training table": (nothing_at_all, "the mean of train.csv is left out", {}),
     "blend.json is half written": (no_blend, "blending with weights 'equal'", ALL),
@@ -385,7 +474,13 @@ def drill(name: str, source: Path, folder: Path, monkeypatch) -> dict:
     assert (said is not None) if says else not warnings, warnings
     assert {m: k for m, k in summary["models"].items() if k or m in models} == models, (summary, warnings)
     assert not list((run.artefacts / "photos").glob("submit")), "what was stored for the run is cleaned up"
-    return {"fault": name, "said": tidy(said or "", says), "models": models, "photos": summary["photos"], "grams": grams}
+    return {
+        "fault": name,
+        "said": tidy(said or "", says),
+        "models": models,
+        "photos": summary["photos"],
+        "grams": grams,
+    }
 
 
 def tidy(text: str, says: str) -> str:
@@ -395,7 +490,11 @@ def tidy(text: str, says: str) -> str:
 
 
 def row(result: dict) -> str:
-    answered = [f"{'model 1' if m == 'dinov3' else 'model 2'} {k} of {result['photos']}" for m, k in result["models"].items() if k]
+    answered = [
+        f"{'model 1' if m == 'dinov3' else 'model 2'} {k} of {result['photos']}"
+        for m, k in result["models"].items()
+        if k
+    ]
     return f"| {result['fault']} | {result['said']} | {', '.join(answered) or 'colour or the means'} |"
 
 
@@ -403,29 +502,50 @@ def row(result: dict) -> str:
 def test_fault(name, trained, untouched, tmp_path, monkeypatch):
     result = drill(name, trained, tmp_path, monkeypatch)
     grams, reference = result["grams"], untouched[0]
-    if name in ("nothing is wrong", "rows in a strange order", "odd paths in the table", "one table lacks a photo and has odd rows", "one test photo", "memory for one photo at a time", "no memory on the GPU at all"):
-        assert np.allclose(grams, reference[grams.index], atol=1e-5), "the same photo gets the same five numbers"
+    if name in (
+        "nothing is wrong",
+        "rows in a strange order",
+        "odd paths in the table",
+        "one table lacks a photo and has odd rows",
+        "one test photo",
+        "memory for one photo at a time",
+        "no memory on the GPU at all",
+    ):
+        assert np.allclose(grams, reference[grams.index], atol=1e-5), (
+            "the same photo gets the same five numbers"
+        )
     if "photo" in name and name.startswith("a "):
         odd = [i for i in grams.index if abs(grams[i] - reference[i]) > 1e-5]
-        assert len({i.rpartition("__")[0] for i in odd}) == 6 - max(result["models"].values()), "only a broken photo is predicted otherwise"
+        assert len({i.rpartition("__")[0] for i in odd}) == 6 - max(result["models"].values()), (
+            "only a broken photo is predicted otherwise"
+        )
         assert all(grams[i] > 0 for i in grams.index if i.endswith("Dry_Total_g")), "never zeros"
-    assert row(result) in README.read_text().splitlines(), "the README's table is stale: python tests/test_submit.py --table"
+    assert row(result) in ROBUSTNESS.read_text().splitlines(), (
+        "docs/robustness.md is stale: python tests/test_submit.py --table"
+    )
 
 
 def test_the_test_is_cleaned_as_training_was(trained, untouched, tmp_path):
     "Whatever the settings of the submission say: folds know the photos that they learned from."
-    run = copy_run(trained, tmp_path, ("inpaint.rule=none", "inpaint.crop_bottom=0.3", "train_dinov3.size=160"))
+    run = copy_run(
+        trained, tmp_path, ("inpaint.rule=none", "inpaint.crop_bottom=0.3", "train_dinov3.size=160")
+    )
     assert run_submit(run)["models"] == untouched[1]["models"]
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
-    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
-    assert "inpaint.rule = stamp and not none, inpaint.crop_bottom = 0.1 and not 0.3; the test's are made alike" in said
+    (said,) = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    assert (
+        "inpaint.rule = stamp and not none, inpaint.crop_bottom = 0.1 and not 0.3; the test's are made alike"
+        in said
+    )
 
 
 def told_otherwise(path: Path, section: str, **values) -> None:
     "Let the file beside an artefact tell of other settings; None: of none."
     told = read_json(path)
     told["settings"][section] |= values
-    told["settings"][section] = {key: value for key, value in told["settings"][section].items() if value is not None}
+    told["settings"][section] = {
+        key: value for key, value in told["settings"][section].items() if value is not None
+    }
     replace(path, json.dumps(told).encode())
 
 
@@ -436,31 +556,65 @@ def with_another_fold(run, k: int, **changes) -> None:
     torch.manual_seed(k)
     net = build_model(dataclasses.replace(load_model(path).config, **changes), "wheel:efficientnet_lite0")
     net.backbone.requires_grad_(False)
-    for name, value in {"inv_sd": 1, "weight": torch.randn_like(net.probe.weight) / 1000, "bias": 3, "cap": 9}.items():
+    for name, value in {
+        "inv_sd": 1,
+        "weight": torch.randn_like(net.probe.weight) / 1000,
+        "bias": 3,
+        "cap": 9,
+    }.items():
         getattr(net.probe, name).copy_(torch.as_tensor(value))
     if net.config.head != "none":
         for part in net.head.parts:
             torch.nn.init.normal_(part[-1].weight)
     for old in (path, path.with_suffix(".json")):
         old.unlink()  # a hard link of what all tests share
-    save_model(net, path, run.artefacts / "dinov3" / meta["shared"], **{key: v for key, v in meta.items() if key not in ("config", "shared", "frozen")})
+    save_model(
+        net,
+        path,
+        run.artefacts / "dinov3" / meta["shared"],
+        **{key: v for key, v in meta.items() if key not in ("config", "shared", "frozen")},
+    )
 
 
 @pytest.mark.parametrize("k", [0, 1])
-@pytest.mark.parametrize("changes", [{"size": 160}, {"size": 160, "squeeze": True}, {"head": "density", "dim": 8}, {"depths": 1}, {"poolings": ("mean", "sd")},
-                                     {"probe_sizes": (64, 128)}, {"head": "pooled", "dim": 8, "size": 128, "probe_sizes": (64,)}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"size": 160},
+        {"size": 160, "squeeze": True},
+        {"head": "density", "dim": 8},
+        {"depths": 1},
+        {"poolings": ("mean", "sd")},
+        {"probe_sizes": (64, 128)},
+        {"head": "pooled", "dim": 8, "size": 128, "probe_sizes": (64,)},
+    ],
+    ids=str,
+)
 def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_path, monkeypatch, k, changes):
-    "Training with other settings was broken off after some of its folds; or one fold kept its head and the others did not."
+    "Training with other settings stopped after some of its folds; or one fold alone kept its head."
     run = copy_run(trained, tmp_path)
     with_another_fold(run, k, **changes)
     seen = {}
-    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(
+        submit.SubmissionWriter,
+        "take",
+        lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (
+            seen.__setitem__(model, grams),
+            real(self, model, rows, grams),
+        )[1],
+    )
     assert run_submit(run)["models"] == ALL
     assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     run_inpaint(run)
     task = submit.read_task(run.input)
     store = open_store(run, "test", FULL)
-    wanted = np.mean([predict(inference.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids)) for k in range(3)], axis=0)
+    wanted = np.mean(
+        [
+            predict(inference.load_fold(run.artefacts, k), store, ("id", "H"), index=store.position(task.ids))
+            for k in range(3)
+        ],
+        axis=0,
+    )
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-4
 
 
@@ -468,10 +622,12 @@ def test_folds_of_an_earlier_division_have_no_say(trained, untouched, tmp_path):
     run = copy_run(trained, tmp_path)
     for k in range(3, 10):
         for ending in ("json", "safetensors"):
-            shutil.copy(run.artefacts / "dinov3" / f"fold0.{ending}", run.artefacts / "dinov3" / f"fold{k}.{ending}")
+            shutil.copy(
+                run.artefacts / "dinov3" / f"fold0.{ending}", run.artefacts / "dinov3" / f"fold{k}.{ending}"
+            )
         told_otherwise(run.artefacts / "dinov3" / f"fold{k}.json", "train_dinov3", size=160)
     assert run_submit(run)["models"] == ALL
-    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    (said,) = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     assert "of an earlier division into 10 folds" in said
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
 
@@ -488,7 +644,11 @@ def test_folds_that_do_not_tell_of_their_photos_get_those_of_the_settings(traine
 def test_model_2_alone_is_shown_what_it_learned_from(trained, tmp_path):
     grams = {}
     for rule in ("stamp", "none"):
-        run = copy_run(trained, tmp_path / rule, (f"inpaint.rule={rule}", f"inpaint.crop_bottom={0.1 if rule == 'stamp' else 0.4}"))
+        run = copy_run(
+            trained,
+            tmp_path / rule,
+            (f"inpaint.rule={rule}", f"inpaint.crop_bottom={0.1 if rule == 'stamp' else 0.4}"),
+        )
         no_model1(run, None)
         assert run_submit(run)["models"] == {"boosting": 6}
         grams[rule] = whole(run.output / "submission.csv", run.input)
@@ -500,18 +660,20 @@ def test_model_2_of_another_cleaning_than_model_1_is_left_out(trained, tmp_path)
     for path in (run.artefacts / "features").glob("*.json"):
         told_otherwise(path, "inpaint", crop_bottom=0.4)
     assert run_submit(run)["models"] == {"dinov3": 6}
-    said, = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    (said,) = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     assert "model 2 is left out" in said and "cleaned otherwise than those of model 1" in said
 
 
 def test_a_store_of_another_cleaning_is_told_and_left_as_it_is(trained, tmp_path):
-    "The settings changed and inpaint did not run: training stops, and submit reads the photos anew beside the store."
+    "The settings changed and inpaint did not run: training stops, and submit reads the photos anew."
     from nbs_lib.siglip import run_siglip
     from nbs_lib.train_dinov3 import run_train_dinov3
 
     run = copy_run(trained, tmp_path, ("inpaint.crop_bottom=0.4", "train_dinov3.views=id"))
     for stage in (run_train_dinov3, run_siglip):
-        with pytest.raises(InputError, match=r"were cleaned with .*0\.1.* and the settings say .*0\.4.*--from inpaint"):
+        with pytest.raises(
+            InputError, match=r"were cleaned with .*0\.1.* and the settings say .*0\.4.*--from inpaint"
+        ):
             stage(run)
     run_inpaint(run)
     before = open_store(run, "test", FULL).rows["key"].tolist()
@@ -530,7 +692,14 @@ def test_a_file_that_a_decoder_chokes_on_costs_no_other_its_colour(trained, tmp_
         return real(file, *args, **more)
 
     monkeypatch.setattr(Image, "open", choke)
-    assert np.isnan(submit.read_thumbs(paths)).all(axis=1).tolist() == [False, True, False, False, False, False]
+    assert np.isnan(submit.read_thumbs(paths)).all(axis=1).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]
     assert run_submit(run)["models"] == {"dinov3": 5, "boosting": 5}
     assert (whole(run.output / "submission.csv", run.input).filter(like="Dry_Total_g") > 0).all()
 
@@ -554,19 +723,31 @@ def test_tables_of_something_else_are_refused(trained, tmp_path, name):
 
 # ---- one preprocessing path ----
 def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkeypatch):
-    "Training photos as test photos, asked of the one fold that left them out: the numbers of oof/dinov3.parquet."
+    "Training photos as test photos, predicted by the fold that left them out, give oof/dinov3.parquet."
     run = copy_run(trained, tmp_path)
     comp = read_competition(run.input)
     fold = pd.read_parquet(run.artefacts / "oof" / "dinov3.parquet").set_index("image_id")["fold"]
     ids = [i for i in comp.train["image_id"] if fold[i] == 1]
     rows = pd.DataFrame({"sample_id": [f"{i}__{t}" for i in ids for t in TARGETS]})
-    rows.assign(image_path="train/" + rows["sample_id"].str.partition("__")[0] + ".jpg", target_name=rows["sample_id"].str.partition("__")[2]).to_csv(run.input / "test.csv", index=False)
+    rows.assign(
+        image_path="train/" + rows["sample_id"].str.partition("__")[0] + ".jpg",
+        target_name=rows["sample_id"].str.partition("__")[2],
+    ).to_csv(run.input / "test.csv", index=False)
     rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
     monkeypatch.setattr(inference, "plan_fold_groups", lambda artefacts: [(1,)])
     seen = {}
-    monkeypatch.setattr(submit.SubmissionWriter, "take", lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (seen.__setitem__(model, grams), real(self, model, rows, grams))[1])
+    monkeypatch.setattr(
+        submit.SubmissionWriter,
+        "take",
+        lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (
+            seen.__setitem__(model, grams),
+            real(self, model, rows, grams),
+        )[1],
+    )
     run_submit(run)
-    wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[[list(comp.train["image_id"]).index(i) for i in sorted(ids)]]
+    wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[
+        [list(comp.train["image_id"]).index(i) for i in sorted(ids)]
+    ]
     assert np.abs(seen["dinov3"] - wanted).max() <= 1e-5
 
 
@@ -600,11 +781,21 @@ def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, t
     assert inference.plan_fold_groups(run.artefacts) == [(0,), (1,), (2,)]
     cpu = torch.device("cpu")
     used = set()
-    monkeypatch.setattr(submit, "find_devices", lambda batch, warn: [deadline.Device(cpu, 2, warn), deadline.Device(cpu, 2, warn)])
+    monkeypatch.setattr(
+        submit,
+        "find_devices",
+        lambda batch, warn: [deadline.Device(cpu, 2, warn), deadline.Device(cpu, 2, warn)],
+    )
     real = deadline.Device.each
-    monkeypatch.setattr(deadline.Device, "each", lambda self, index, work: (used.add((id(self), threading.get_ident())), real(self, index, work))[1])
+    monkeypatch.setattr(
+        deadline.Device,
+        "each",
+        lambda self, index, work: (used.add((id(self), threading.get_ident())), real(self, index, work))[1],
+    )
     run_submit(run)
-    assert len({device for device, _ in used}) >= 2 and len({thread for _, thread in used}) >= 2, "both devices worked, each in its thread"
+    assert len({device for device, _ in used}) >= 2 and len({thread for _, thread in used}) >= 2, (
+        "both devices worked, each in its thread"
+    )
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
 
 
@@ -626,7 +817,9 @@ def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
     start = time.time()
     assert not run_submit(whole_run)["dropped"]
     needed = time.time() - start
-    run = copy_run(trained, tmp_path / "half", [f"limits.hours={needed / 2 / 3600}", "submit.margin_minutes=0"])
+    run = copy_run(
+        trained, tmp_path / "half", [f"limits.hours={needed / 2 / 3600}", "submit.margin_minutes=0"]
+    )
     part_ways(run)
     monkeypatch.setenv("NBS_STARTED", str(time.time()))
     start = time.time()
@@ -657,7 +850,9 @@ def test_where_the_hours_count_from(trained, tmp_path, monkeypatch):
     monkeypatch.delenv("NBS_STARTED", raising=False)
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
     monkeypatch.setattr(deadline.psutil.Process, "create_time", lambda self: time.time() - 3600)
-    assert deadline.open_clock(run).left() == pytest.approx(1.5 * 3600, abs=5), "at home from the stage's start"
+    assert deadline.open_clock(run).left() == pytest.approx(1.5 * 3600, abs=5), (
+        "at home from the stage's start"
+    )
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert deadline.open_clock(run).left() == pytest.approx(0.5 * 3600, abs=5), "on Kaggle from the session's"
     monkeypatch.setenv("NBS_STARTED", str(time.time() - 2 * 3600))
@@ -669,7 +864,9 @@ def test_folds_of_an_earlier_division_do_not_answer(trained, untouched, tmp_path
     for ending in (".json", ".safetensors"):
         shutil.copy(run.artefacts / "dinov3" / f"fold1{ending}", run.artefacts / "dinov3" / f"fold3{ending}")
     run_submit(run)
-    assert "fold 3 of model 1 is of an earlier division into 4 folds, and is left out" in capsys.readouterr().out
+    assert (
+        "fold 3 of model 1 is of an earlier division into 4 folds, and is left out" in capsys.readouterr().out
+    )
     assert np.allclose(whole(run.output / "submission.csv", run.input), untouched[0], atol=1e-5)
 
 
@@ -682,12 +879,15 @@ def test_a_stall_is_broken_off(trained, tmp_path, monkeypatch):
     run_submit(run)
     assert time.time() - start < 6
     whole(run.output / "submission.csv", run.input)
-    assert any("the deadline came" in w for w in read_json(run.artefacts / "stages" / "submit.json")["warnings"])
+    assert any(
+        "the deadline came" in w for w in read_json(run.artefacts / "stages" / "submit.json")["warnings"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_lost_ring_is_followed_by_another():
     "What an alarm raises inside a finaliser is printed and forgotten."
+
     class Slow:
         def __del__(self):
             time.sleep(0.4)
@@ -708,7 +908,11 @@ def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trai
     assert (run.output / "submission.csv").read_bytes() == before
     seen = []
     real = submit.add_colour
-    monkeypatch.setattr(submit, "add_colour", lambda *args: (real(*args), seen.append((run.output / "submission.csv").read_bytes())))
+    monkeypatch.setattr(
+        submit,
+        "add_colour",
+        lambda *args: (real(*args), seen.append((run.output / "submission.csv").read_bytes())),
+    )
     run_submit(run, force=True)
     assert seen == [before], "means and colours do not replace what models said"
 
@@ -716,12 +920,18 @@ def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trai
 # ---- kills ----
 def submit_quietly(folder: str) -> None:
     torch.set_num_threads(1)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         run_submit(tiny.run_on(Path(folder) / "in", Path(folder) / "out", *SMALL), force=True)
 
 
-def watched(folder: Path, end: float | None = None, number: int = signal.SIGKILL) -> tuple[float, float | None, int]:
-    "Submit in a process, kill it `end` seconds later, and read the file all the time: seconds, when it came, how often it was read."
+def watched(
+    folder: Path, end: float | None = None, number: int = signal.SIGKILL
+) -> tuple[float, float | None, int]:
+    "Kill a submission `end` seconds after its start, reading its file all the time; return the times."
     process = CONTEXT.Process(target=submit_quietly, args=(str(folder),))
     path, came, reads = folder / "out" / "submission.csv", None, 0
     process.start()
@@ -761,23 +971,27 @@ def kill_ten_times(trained: Path, tmp_path: Path) -> None:
         (run.output / "submission.csv").unlink(missing_ok=True)
         number = (signal.SIGTERM, signal.SIGKILL)[k % 2]
         _, came, _ = watched(tmp_path, moment, number)
-        assert came is not None or moment < first + 2, f"killed after {moment:.2f} s of {needed:.2f}, and no file"
+        assert came is not None or moment < first + 2, (
+            f"killed after {moment:.2f} s of {needed:.2f}, and no file"
+        )
         outcomes.append(came is not None)
     assert any(outcomes)
     watched(tmp_path)
-    assert not list(run.output.glob(".submission.tmp-*")), "half-written temporary files are swept up by the next run"
+    assert not list(run.output.glob(".submission.tmp-*")), (
+        "half-written temporary files are swept up by the next run"
+    )
 
 
 def test_killed_at_ten_random_moments(trained, tmp_path):
     kill_ten_times(trained, tmp_path)
-    assert KILLED in README.read_text().splitlines()
+    assert KILLED in ROBUSTNESS.read_text().splitlines()
 
 
-KILLED = "| killed at ten random moments | | a whole file, whenever there was one |"  # that is what `kill_ten_times` asserts
+KILLED = "| killed at ten random moments | | a whole file, whenever there was one |"
 
 
 def write_table() -> None:
-    "Run the drill and write what came out into the README."
+    "Run the drill and write what came out into docs/robustness.md."
     import tempfile
 
     folder = Path(tempfile.mkdtemp())
@@ -787,8 +1001,8 @@ def write_table() -> None:
         with pytest.MonkeyPatch.context() as monkeypatch:
             lines.append(row(drill(name, source, folder / str(k), monkeypatch)))
     kill_ten_times(source, folder / "killed")
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(before + BEGIN + "\n".join([*lines, KILLED]) + "\n" + END + rest.partition(END)[2])
+    before, _, rest = ROBUSTNESS.read_text().partition(BEGIN)
+    ROBUSTNESS.write_text(before + BEGIN + "\n".join([*lines, KILLED]) + "\n" + END + rest.partition(END)[2])
     shutil.rmtree(folder)
     print(*lines, sep="\n")
 

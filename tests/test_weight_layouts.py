@@ -368,7 +368,7 @@ def test_patches_of_another_size_are_not_resampled(change, tmp_path):
 
 
 def test_metas_dinov2_loads_too(tmp_path):
-    "timm's filter is found beside any model's class, not only DINOv3's."
+    "The filter of timm is found beside any model's class, not only DINOv3's."
     ours = timm.create_model("vit_small_patch14_reg4_dinov2", num_classes=0, depth=1).state_dict()
     theirs = {k.replace("reg_token", "register_tokens"): v.clone() for k, v in ours.items()} | {
         "mask_token": torch.zeros(1, 384)

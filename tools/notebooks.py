@@ -49,7 +49,8 @@ def execute(path: Path, run: Path | None = None, timeout: int = 300) -> nbformat
         if run:  # relative names, so that no path of this machine is shown
             (Path(home) / "runs").symlink_to(run.resolve().parent)
             if parameters:
-                parameters.source += f'\noutput = "runs/{run.name}"\ninput = f"{{output}}/input/csiro-biomass"'
+                folder = f"runs/{run.name}"
+                parameters.source += f'\noutput, input = "{folder}", "{folder}/input/csiro-biomass"'
         NotebookClient(
             nb,
             timeout=timeout,

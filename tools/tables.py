@@ -184,9 +184,8 @@ def format_bench() -> str:
             memory = f"{row['peak_mb']:.0f}" if pd.notna(row.get("peak_mb")) else ""
             notes = [row["note"] if isinstance(row.get("note"), str) else ""]
             notes += [f"{row['times_decode']:.2f} × decode alone"] if row.get("times_decode", 0) > 1 else []
-            lines.append(
-                [name, label_row(row), value, column.replace("_", " "), memory, "; ".join(filter(None, notes))]
-            )
+            note = "; ".join(n for n in notes if n)
+            lines.append([name, label_row(row), value, column.replace("_", " "), memory, note])
     head = format_table(["measurement", "what", "value", "unit", "peak MB", "note"], lines)
     return f"Measured on {table['machine'].iloc[0]}; also [as a picture](../results/bench.png).\n\n" + head
 
