@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from . import __version__ as version
 from .features import Blocks, Table, blocks_of, find_features, join_features, read_features
-from .members import GramFeatures, TrainingData, describe_photos, make_member
+from .members import GramFeatures, TrainingData, photo_statistics, make_member
 from .ridge import draw_inner_folds
 from .runtime import InputError, atomic_write, progress, read_json, write_json
 from .settings import Settings
@@ -119,7 +119,7 @@ class PastureRegressor(RegressorMixin, BaseEstimator):
         groups = np.arange(len(y)) if groups is None else np.asarray(groups)
         self.gram_features_ = GramFeatures(self.blocks or (("features", X.shape[1]),)).fit(X)
         folds = draw_inner_folds(groups, self.inner, seed=self.seed)
-        train = TrainingData(*describe_photos(self.gram_features_, X), y, folds)
+        train = TrainingData(*photo_statistics(self.gram_features_, X), y, folds)
         compact = {key: getattr(self, key) for key in ("pca_variance", "pls", "gmm", "gmm_columns")}
         tree = dict(rounds=self.rounds, seed=self.seed, compact=compact)
         self.members_ = [make_member(name, self.transform, **tree).fit(train) for name in self.members]
@@ -133,7 +133,7 @@ class PastureRegressor(RegressorMixin, BaseEstimator):
 
     def predict(self, X) -> np.ndarray:
         "Return grams (m, 5), none negative; they add up unless `reconcile` is no."
-        gram, columns, _ = describe_photos(self.gram_features_, X)
+        gram, columns, _ = photo_statistics(self.gram_features_, X)
         used = [(w, m) for w, m in zip(self.weights_, self.members_) if w > 0]
         return self._reconcile(sum(w * m.predict(gram, columns) for w, m in used))
 

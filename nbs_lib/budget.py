@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTATION', 'WEEK_HOURS', 'SESSION_HOURS', 'FLOPS', 'SO400M', 'SO400M_TEXT',
            'SO400M_VISION', 'CPU_SECONDS', 'LOAD_SECONDS', 'CHECKPOINT_BYTES', 'WRITE_GB_S', 'COLOURS', 'Gpu',
-           'parse_gpus', 'MemoryTracker', 'fake_tensors', 'build_fake', 'Simulation', 'summarise', 'simulate_step',
-           'create_training_state', 'simulate_inference', 'simulate_features', 'simulate_frozen', 'has_cached_features',
-           'simulate_siglip', 'estimate_loading_hours', 'count_forward_passes', 'trains_backbone', 'count_trainings',
-           'estimate_saving_hours', 'estimate_disk_gb', 'Simulations', 'simulate', 'count_tflop', 'split_memory',
-           'estimate_hours', 'Forecast', 'forecast', 'plot_forecast', 'write_forecast', 'read_measured_hours',
-           'print_forecast', 'main']
+           'parse_gpus', 'MemoryTracker', 'fake_tensors', 'build_fake', 'Simulation', 'summarise_forecast',
+           'simulate_step', 'create_training_state', 'simulate_inference', 'simulate_features', 'simulate_frozen',
+           'has_cached_features', 'simulate_siglip', 'estimate_loading_hours', 'count_forward_passes',
+           'trains_backbone', 'count_trainings', 'estimate_saving_hours', 'estimate_disk_gb', 'Simulations', 'simulate',
+           'count_tflop', 'split_memory', 'estimate_hours', 'Forecast', 'forecast', 'plot_forecast', 'write_forecast',
+           'read_measured_hours', 'print_forecast', 'main']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
@@ -145,7 +145,7 @@ class Simulation:
         return {**self.gb, "fragmentation": fragmentation, "context": CONTEXT_GB}
 
 
-def summarise(tracker: MemoryTracker, photos: int) -> Simulation:
+def summarise_forecast(tracker: MemoryTracker, photos: int) -> Simulation:
     "Convert what `tracker` counted for so many photos."
     gb = {kind: size / 1e9 for kind, size in sorted(tracker.peak.items()) if size}
     return Simulation(gb, tracker.flops / 1e12 / photos)
@@ -171,7 +171,7 @@ def simulate_step(
         loss.sum().backward()
         del parts, x
         optimiser.step()
-    return summarise(tracker, s.batch)
+    return summarise_forecast(tracker, s.batch)
 
 # %% ../notebooks/80_budget.ipynb #be2b7443
 def create_training_state(tracker: MemoryTracker, net: nn.Module, optimiser, s: TrainDinov3Settings) -> tuple:
@@ -198,7 +198,7 @@ def simulate_inference(net: nn.Module, call: Callable[[nn.Module], object], phot
     with MemoryTracker() as tracker, torch.no_grad(), torch.autocast("cpu", torch.float16):
         tracker.track([*net.parameters(), *net.buffers()], "weights")
         call(net.eval())
-    return summarise(tracker, photos)
+    return summarise_forecast(tracker, photos)
 
 
 def simulate_features(net: Backbone, shape: tuple[int, int], photos: int) -> Simulation:

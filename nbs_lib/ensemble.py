@@ -6,10 +6,10 @@
 __all__ = ['RECIPE_MODEL', 'DRAWS_FILES', 'OOF_FILES', 'STATE_FILES', 'SCORE_NAMES', 'ModelPredictions', 'find_oof_files',
            'check_folds', 'read_states', 'read_models', 'read_model_draws', 'fixed_weights', 'weighted_mean',
            'learn_weights', 'Policy', 'Blend', 'apply_rules', 'fit_carry', 'subtract_parts', 'fit_shrinkage',
-           'fit_blend', 'apply_blend', 'cross_fitted_predictions', 'compare_policies', 'choose_policy', 'list_weights',
-           'list_refinements', 'try_refinement', 'compare_weights', 'nested_cv_predictions', 'format_evidence',
-           'make_score_table', 'save_blend', 'load_blend', 'write_ensemble_oof', 'write_ensemble_draws', 'run_ensemble',
-           'describe_ensemble', 'show_ensemble']
+           'fit_blend', 'apply_blend', 'cross_fitted_predictions', 'compare_policies', 'choose_policy',
+           'list_blend_weights', 'list_refinements', 'try_refinement', 'compare_weights', 'nested_cv_predictions',
+           'format_evidence', 'make_score_table', 'save_blend', 'load_blend', 'write_ensemble_oof',
+           'write_ensemble_draws', 'run_ensemble', 'describe_ensemble', 'show_ensemble']
 
 # %% ../notebooks/51_ensemble.ipynb #0fd5bed5
 from collections.abc import Mapping, Sequence
@@ -289,7 +289,7 @@ def choose_policy(oof: ModelPredictions, settings: EnsembleSettings, seed: int) 
     """
     if not settings.weights or not settings.weighting:
         raise InputError("ensemble: weights and weighting are empty; name at least one candidate each")
-    names = list_weights(settings.weights, list(oof.predictions))
+    names = list_blend_weights(settings.weights, list(oof.predictions))
     policy, trials = Policy(names[0], settings.weighting[0]), []
     if not settings.judge:
         fixed = {key: getattr(settings, key) for key in ("rules", "shrink", "rules_last")}
@@ -302,7 +302,7 @@ def choose_policy(oof: ModelPredictions, settings: EnsembleSettings, seed: int) 
     return policy, trials
 
 
-def list_weights(names: Sequence[str], models: Sequence[str]) -> list[str]:
+def list_blend_weights(names: Sequence[str], models: Sequence[str]) -> list[str]:
     "List the candidate weights, each once; `single` stands for each model alone."
     return list(dict.fromkeys(m for name in names for m in (models if name == "single" else [name])))
 
@@ -331,7 +331,7 @@ def try_refinement(
 
 def compare_weights(oof: ModelPredictions, used: str, settings: EnsembleSettings, seed: int) -> list[dict]:
     "Compare all candidate weights with the recipe's, or with the first if the recipe is no candidate."
-    names = list_weights(settings.weights, list(oof.predictions))
+    names = list_blend_weights(settings.weights, list(oof.predictions))
     first = "recipe" if "recipe" in names else names[0]
     policies = {name: Policy(name, settings.weighting[0]) for name in names}
     compared = {n: compare_policies(oof, policies[first], p, settings, seed) for n, p in policies.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['READ_ONLY_SCRIPT', 'OFFLINE', 'GUARD_KERNEL', 'Isolation', 'isolate_command', 'raise_loopback', 'can_isolate',
-           'choose_isolation', 'guard_sockets', 'enter_isolation', 'list_files', 'describe_changes', 'list_tree',
+           'choose_isolation', 'guard_sockets', 'enter_isolation', 'snapshot_files', 'describe_changes', 'list_tree',
            'measure_memory', 'PeakMemory', 'adopt_orphans', 'end_with_parent', 'kill_processes', 'end_tree_after']
 
 # %% ../notebooks/89_isolation.ipynb #8c5cbce4
@@ -109,7 +109,7 @@ def enter_isolation(isolation: Isolation) -> None:
     os.environ.update(OFFLINE)
 
 # %% ../notebooks/89_isolation.ipynb #672bf498
-def list_files(folder: Path) -> dict[str, tuple]:
+def snapshot_files(folder: Path) -> dict[str, tuple]:
     "Return name → (size, time, hash of a table) of all below `folder`; links at its top are followed."
     found = {}
     for path in {*folder.rglob("*"), *folder.glob("*/**/*")}:

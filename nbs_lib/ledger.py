@@ -9,8 +9,8 @@ __all__ = ['SCHEMA', 'IDENTITY', 'FIELDS', 'PRINT_COMMAND', 'TYPICAL_ERROR', 'AD
            'try_record', 'merge_ledger', 'open_finished_run', 'add_run', 'record_sent', 'parse_submissions',
            'match_row', 'import_submissions', 'Candidates', 'get_oof_score', 'name_entry', 'read_candidates',
            'bootstrap_differences', 'estimate_gap_error', 'estimate_scores', 'correlate_predictions', 'choose_finals',
-           'find_default', 'explain_choice', 'advise_selection', 'describe_deadline', 'parse_call', 'list_entries',
-           'main']
+           'find_default', 'explain_choice', 'advise_selection', 'describe_deadline', 'parse_ledger_call',
+           'list_entries', 'main']
 
 # %% ../notebooks/70_ledger.ipynb #efc8ea80
 import argparse
@@ -568,7 +568,7 @@ ADD_FACTS = {"message": "Kaggle's description of the submission", "reference": "
              "public": "public score", "private": "private score"}
 
 
-def parse_call(argv: Sequence[str]) -> argparse.Namespace:
+def parse_ledger_call(argv: Sequence[str]) -> argparse.Namespace:
     "Parse the command line; raise `InputError`."
     p = _Parser(prog="python -m nbs_lib.ledger", description="Record submissions; choose the final two.")
     sub = p.add_subparsers(dest="command", required=True, metavar="add|import|list|pick|check")
@@ -657,7 +657,7 @@ def _read(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     "Run the command line; return the exit code."
     try:
-        args = parse_call(sys.argv[1:] if argv is None else argv)
+        args = parse_ledger_call(sys.argv[1:] if argv is None else argv)
         {"add": _add, "import": _import}.get(args.command, _read)(args)
         return 0
     except InputError as e:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SUFFIXES', 'COLOURS', 'NAMES', 'is_photo', 'find_photos', 'label_paddocks', 'to_degrees', 'read_place', 'PredictRun',
            'Predictions', 'open_inference', 'predict_photos', 'measure_distances', 'flag_photo', 'to_uri',
-           'overlay_parts', 'read_density', 'draw_photo', 'bounds_table', 'tabulate_photos', 'tabulate_paddocks',
-           'round_cell', 'describe_row', 'render_page', 'write_predictions', 'calibrate', 'parse_area', 'parse_call',
-           'print_summary', 'run_predict', 'main']
+           'overlay_parts', 'read_density', 'draw_overlay', 'bounds_table', 'tabulate_photos', 'tabulate_paddocks',
+           'round_cell', 'describe_row', 'render_predictions', 'write_predictions', 'calibrate', 'parse_area',
+           'parse_predict_call', 'print_summary', 'run_predict', 'main']
 
 # %% ../notebooks/61_predict.ipynb #77a59cbb
 import argparse
@@ -76,7 +76,7 @@ def find_photos(places: Sequence[str | Path]) -> list[Path]:
 
 
 def label_paddocks(paths: Sequence[Path]) -> list[str]:
-    "Return the paddock of each photo: its folder, as short as tells all of them apart."
+    "Return the paddock of each photo: its folder, as short as keeps all of them distinct."
     folders = [path.resolve().parent for path in paths]
     top = Path(os.path.commonpath(folders)).parent
     return [folder.relative_to(top).as_posix() or "photos" for folder in folders]
@@ -164,7 +164,7 @@ def predict_photos(
         distances = measure_distances(model, context, model2)
         flags = [flag_photo(context, i, distances[i], model.limits) for i in range(len(paths))]
         rows = progress(range(len(paths)), label="pictures")
-        pictures = [draw_photo(context, model1, i, grams[i], i < maps) for i in rows]
+        pictures = [draw_overlay(context, model1, i, grams[i], i < maps) for i in rows]
         places = [read_place(path) for path in paths]
     finally:
         context.loader.close()
@@ -233,7 +233,9 @@ def read_density(context: InferenceContext, model1: Model1, i: int) -> np.ndarra
     return predict_maps(group.nets[0], context.loader.store, [i], context.devices[0].device)[0]
 
 # %% ../notebooks/61_predict.ipynb #ad983e29
-def draw_photo(context: InferenceContext, model1: Model1, i: int, grams: np.ndarray, with_map: bool) -> dict:
+def draw_overlay(
+    context: InferenceContext, model1: Model1, i: int, grams: np.ndarray, with_map: bool,
+) -> dict:
     "Return {'photo': URI, 'overlay': URI} of photo `i` as the models see it, as far as they can be drawn."
     if not context.loader.readable[i]:
         return {}
@@ -299,7 +301,7 @@ def describe_row(row: pd.Series) -> list[tuple[str, str, str]]:
     return [(label, *(round_cell(row, name + unit) for unit in units)) for name, label in NAMES.items()]
 
 
-def render_page(p: Predictions, location: bool = True) -> str:
+def render_predictions(p: Predictions, location: bool = True) -> str:
     "Return predictions.html."
     environment = jinja2.Environment(loader=jinja2.PackageLoader("nbs_lib", "templates"), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True)
@@ -321,7 +323,7 @@ def write_predictions(p: Predictions, output: Path, location: bool = True) -> No
         with atomic_write(output / "predictions.csv") as temporary:
             tabulate_photos(p, location).to_csv(temporary, index=False, float_format="%.6f")
         with atomic_write(output / "predictions.html") as temporary:
-            temporary.write_text(render_page(p, location), encoding="utf-8")
+            temporary.write_text(render_predictions(p, location), encoding="utf-8")
     except OSError as e:
         raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
 
@@ -353,7 +355,7 @@ def parse_area(args: argparse.Namespace) -> float:
     return QUADRAT_M2
 
 
-def parse_call(argv: Sequence[str]) -> argparse.Namespace:
+def parse_predict_call(argv: Sequence[str]) -> argparse.Namespace:
     "Return the arguments of a call; `pack` is a command of its own."
     if argv and argv[0] == "pack":
         pack = argparse.ArgumentParser("python -m nbs_lib.predict pack", description="Pack a run.")
@@ -402,7 +404,7 @@ def run_predict(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     "Run `python -m nbs_lib.predict`; return 0, or 2 for a wrong call or when no photo could be read."
     try:
-        args = parse_call(list(sys.argv[1:] if argv is None else argv))
+        args = parse_predict_call(list(sys.argv[1:] if argv is None else argv))
         if "run" in args:
             print(f"written: {pack_bundle(args.run, args.to)}")
         else:

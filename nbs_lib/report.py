@@ -7,7 +7,7 @@ __all__ = ['INK', 'HUES', 'MARKERS', 'SVG_STYLE', 'INKED', 'RC', 'FLAGS', 'LEAST
            'ENDINGS', 'Picture', 'open_figure', 'to_svg', 'to_jpeg', 'style_states', 'scatter_states',
            'plot_predictions', 'describe_predictions', 'group_errors', 'plot_residuals', 'shorten', 'flag_photos',
            'compare_quality', 'describe_errors', 'interval_coverage', 'plot_coverage', 'describe_intervals',
-           'describe_photo', 'describe_worst', 'overlay_density', 'draw_map', 'describe_maps', 'describe_blend',
+           'caption_photo', 'describe_worst', 'overlay_density', 'draw_map', 'describe_maps', 'describe_blend',
            'describe_ablations', 'plot_histogram', 'describe_submission', 'describe_warnings', 'describe_cost',
            'describe_settings', 'load_templates', 'render_section', 'render_sections', 'explain_end', 'render_page',
            'convert_notebook', 'write_pages', 'write_report', 'reopen', 'main']
@@ -37,7 +37,7 @@ from .runtime import InputError, atomic_write, read_json, write_json
 from .stages import Run, open_run
 from nbs_lib.scores import (
     LABELS, RunOutputs, attempt, collect_scores, format_number, format_percent, format_scores, is_synthetic,
-    join_halves, list_stages, open_halves, read_outputs, summarise_scores, write_results,
+    halves_to_photo, list_stages, open_halves, read_outputs, summarise_scores, write_results,
 )
 from .targets import CLOVER, QUADRAT_M2, TARGETS, TOTAL, imbalance
 from .validation import conformal_radius, intervals, left_out_coverage
@@ -257,12 +257,12 @@ def describe_intervals(outputs: RunOutputs) -> dict | None:
             "picture": plot_coverage(levels, observed)}
 
 # %% ../notebooks/82_report.ipynb #4e785f5a
-def describe_photo(outputs: RunOutputs, i: int, halves: dict[str, np.ndarray]) -> dict:
+def caption_photo(outputs: RunOutputs, i: int, halves: dict[str, np.ndarray]) -> dict:
     "Collect what the page shows of labelled photo `i`."
     row, y, predicted = outputs.competition.train.iloc[i], outputs.y[i], outputs.predicted[i]
     name, where = row["image_id"], f"{row['state']}, {row['date'].day} {row['date']:%B %Y}, {row['species']}"
     alt = f"{name}, {where}: total measured {y[TOTAL]:.1f} g, predicted {predicted[TOTAL]:.1f} g."
-    picture = to_jpeg(join_halves(halves[name]), alt) if name in halves else None
+    picture = to_jpeg(halves_to_photo(halves[name]), alt) if name in halves else None
     flags = [FLAGS.get(n, n) for n, values in outputs.quality.items() if flag_photos(values, n)[i]]
     return {"name": name, "where": where, "share": outputs.error_share[i], "flags": flags,
             "measured": y, "predicted": predicted, "picture": picture}
@@ -271,7 +271,7 @@ def describe_photo(outputs: RunOutputs, i: int, halves: dict[str, np.ndarray]) -
 def describe_worst(outputs: RunOutputs, most: int = 10) -> dict:
     "Collect the photos with the largest weighted squared error."
     order, halves = np.argsort(-outputs.error_share, kind="stable")[:most], open_halves(outputs)
-    photos = [describe_photo(outputs, i, halves) for i in order]
+    photos = [caption_photo(outputs, i, halves) for i in order]
     return {"photos": photos, "share": outputs.error_share[order].sum(), "part": len(order) / len(outputs.y)}
 
 # %% ../notebooks/82_report.ipynb #b3014bed
@@ -288,7 +288,7 @@ def draw_map(halves: np.ndarray, density: np.ndarray, top: float, name: str, clo
     "Return photo `name` and its clover density (h, w), full colour at `top`; in g/m², `clover`: measured."
     low, mean, high = density.min(), density.mean(), density.max()
     text = f"{name}: clover predicted {mean:.1f} g/m² ({low:.1f} to {high:.1f}), measured {clover:.1f}"
-    photo = join_halves(halves)
+    photo = halves_to_photo(halves)
     return [to_jpeg(photo, f"Photo {name}."), to_jpeg(overlay_density(photo, density, top), f"{text}.", text)]
 
 # %% ../notebooks/82_report.ipynb #b2ba57d2

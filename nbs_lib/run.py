@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'PHOTO_STAGES', 'PACKAGES', 'choose_stages', 'is_run_cell',
            'notebook_path', 'read_last_cell', 'execute_stage', 'run_worker', 'Session', 'start_session', 'start_worker',
            'LimitPassed', 'measure_folder', 'check_limits', 'watch_stage', 'read_fault', 'keep_results', 'run_stage',
            'describe_run', 'lock_output', 'describe_limits', 'describe_result', 'raise_fault', 'run_chain',
-           'run_stages', 'find_input', 'open_here', 'parse_call', 'plan_budget', 'run_call', 'try_report',
+           'run_stages', 'find_input', 'open_here', 'parse_run_call', 'plan_budget', 'run_call', 'try_report',
            'print_scores', 'prepare_terminal', 'main']
 
 # %% ../notebooks/90_run.ipynb #2a221625
@@ -36,7 +36,7 @@ from .settings import LimitsSettings, load_settings, library_file
 from .stages import FULL_DISK, Run, hash_inputs, installed_versions, is_fresh, manifest_path, open_run
 from nbs_lib.isolation import (
     GUARD_KERNEL, Isolation, PeakMemory, adopt_orphans, choose_isolation, describe_changes, end_tree_after,
-    end_with_parent, enter_isolation, isolate_command, list_files,
+    end_with_parent, enter_isolation, isolate_command, snapshot_files,
 )
 
 # %% ../notebooks/90_run.ipynb #3dc56d56
@@ -180,7 +180,7 @@ def start_session(run: Run, overrides: list[str], sandbox: str, hours: float) ->
     return Session(
         call, choose_isolation(sandbox, run.input, run.settings.limits.cpus),
         deadline=time.monotonic() + 3600 * hours if hours else math.inf,
-        started=time.time() if hours or on_kaggle() else 0.0, files=list_files(run.input))
+        started=time.time() if hours or on_kaggle() else 0.0, files=snapshot_files(run.input))
 
 # %% ../notebooks/90_run.ipynb #983c25af
 def start_worker(run: Run, name: str, session: Session, folder: Path) -> subprocess.Popen:
@@ -243,7 +243,7 @@ def read_fault(run: Run, name: str, session: Session, folder: Path, code: int) -
     fault = {"ename": "Killed", "evalue": f"its worker ended with {code}"}
     if (folder / "result.json").is_file():
         fault = read_json(folder / "result.json")
-    if changes := describe_changes(session.files, list_files(run.input)):
+    if changes := describe_changes(session.files, snapshot_files(run.input)):
         fault = {"ename": "InputChanged", "evalue": changes}
         manifest_path(run, name).unlink(missing_ok=True)
     return fault | read_last_cell(folder) if fault else {}
@@ -414,7 +414,7 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def parse_call(argv: list[str]) -> argparse.Namespace:
+def parse_run_call(argv: list[str]) -> argparse.Namespace:
     "Parse the command line; raise `InputError` for what can be seen without the settings."
     p = _Parser(prog="python -m nbs_lib.run", description=f"Run the stages {', '.join(STAGES)}.")
     many = {"action": "append", "default": []}
@@ -520,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
     "Run the command line and return the exit code."
     prepare_terminal()
     try:
-        args = parse_call(sys.argv[1:] if argv is None else argv)
+        args = parse_run_call(sys.argv[1:] if argv is None else argv)
         if args.worker:
             run_worker(json.loads(args.worker))
         else:

@@ -6,8 +6,8 @@
 __all__ = ['NOT_QUALITY', 'LABELS', 'pick_model', 'RunOutputs', 'is_synthetic', 'truth_path', 'read_grams', 'read_quality',
            'list_models', 'attempt', 'read_outputs', 'score_predictions', 'predict_constant_oof', 'score_test',
            'average_draws', 'is_optimistic', 'collect_scores', 'format_number', 'format_percent', 'format_interval',
-           'tabulate_scores', 'format_scores', 'summarise_scores', 'open_halves', 'join_halves', 'choose_example',
-           'draw_example', 'draw_grams', 'to_small_png', 'draw_photo', 'list_stages', 'describe_run', 'write_results']
+           'tabulate_scores', 'format_scores', 'summarise_scores', 'open_halves', 'halves_to_photo', 'choose_example',
+           'draw_example', 'draw_grams', 'to_small_png', 'draw_photo', 'list_stages', 'describe_setup', 'write_results']
 
 # %% ../notebooks/79_scores.ipynb #c61d97ab
 import functools
@@ -292,7 +292,7 @@ def open_halves(outputs: RunOutputs) -> dict[str, np.ndarray]:
     return dict(zip(store["ids"], np.load(folder / "halves.npy", mmap_mode="r"), strict=True))
 
 
-def join_halves(pair: np.ndarray, width: int = 360) -> np.ndarray:
+def halves_to_photo(pair: np.ndarray, width: int = 360) -> np.ndarray:
     "Return left and right half (2, H, W, 3), each resized to `width` pixels, with a thin gap between them."
     size = width, round(width * pair.shape[1] / pair.shape[2])
     images = (Image.fromarray(np.ascontiguousarray(half)) for half in pair)
@@ -317,7 +317,7 @@ def draw_example(
     predicted: np.ndarray,  # (5,) grams
 ) -> Figure:
     "Draw a photo as taken, as the models see it, and its grams."
-    figure, cleaned = Figure(figsize=(10, 4.4), layout="constrained"), join_halves(pair, 227)
+    figure, cleaned = Figure(figsize=(10, 4.4), layout="constrained"), halves_to_photo(pair, 227)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.05))
     shown = {"the photo": np.asarray(Image.fromarray(photo).resize((460, 230), Image.Resampling.BOX)),
              "cleaned and cut into halves, as the models see it": cleaned}
@@ -367,7 +367,7 @@ def list_stages(record: dict) -> list[dict]:
     return [s for s in record.get("stages", []) if "name" in s]
 
 
-def describe_run(outputs: RunOutputs) -> dict:
+def describe_setup(outputs: RunOutputs) -> dict:
     "Return what the scores of a run rest on: photos, settings, machine, cost."
     record, settings = outputs.record, outputs.run.settings
     stages = [s for s in list_stages(record) if "seconds" in s]
@@ -390,7 +390,7 @@ def write_results(run: Run, record: dict, folder: str | Path) -> list[Path]:
     outputs = read_outputs(run, record)
     if not outputs.model:
         raise InputError(f"{run.output}: no model has predicted out of fold; run stage boosting")
-    about = describe_run(outputs)
+    about = describe_setup(outputs)
     base = Path(folder) / f"{about['photographs']}_{about['profile']}"
     table, facts, picture = (base.with_suffix(suffix) for suffix in (".csv", ".json", ".png"))
     with atomic_write(table) as temporary:

@@ -38,7 +38,7 @@ class RunSettings:
 @dataclass(frozen=True)
 class LimitsSettings:
     "What one Kaggle session allows."
-    hours: float  # wall-clock hours of a submission
+    hours: float  # hours that a submission may take
     memory_gb: float  # memory of the whole process tree in GB
     working_gb: float  # size of the output folder in GB
     stage_hours: float  # wall-clock hours of one stage; 0: no limit

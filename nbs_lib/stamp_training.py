@@ -8,7 +8,7 @@ __all__ = ['TINTS', 'FIT_GROUNDS', 'HELD_GROUNDS', 'PIECE', 'RULES', 'draw_groun
            'Composite', 'composites', 'expose', 'draw_piece', 'draw_pieces', 'detector_targets', 'line_loss',
            'detector_loss', 'stamp_windows', 'empty_windows', 'draw_windows', 'segmenter_targets', 'segmenter_loss',
            'fit_network', 'fit_detector', 'fit_segmenter', 'draw_all', 'save_network', 'box_of', 'score_detectors',
-           'summarise_scores', 'print_detector_scores', 'make_parser', 'main']
+           'summarise_detection', 'print_detector_scores', 'make_parser', 'main']
 
 # %% ../notebooks/21_stamp_training.ipynb #1e0092d0
 import argparse
@@ -429,7 +429,7 @@ def score_detectors(
     return {name: pd.DataFrame(of_rule) for name, of_rule in rows.items()}
 
 
-def summarise_scores(judged: pd.DataFrame) -> dict[str, float]:
+def summarise_detection(judged: pd.DataFrame) -> dict[str, float]:
     """Summarise a table of `score_detectors`.
 
     recall: share of stamps more than half covered; precision: share of masked pictures where it is a stamp;
@@ -448,7 +448,7 @@ def print_detector_scores(count: int, seed: int = 0, keep: str = "") -> None:
         raise InputError(f"judge {count}: at least one composite is needed")
     scores = {}
     for name, judged in score_detectors(RULES, count, seed).items():
-        scores[name] = {"stamps": count, **summarise_scores(judged)}
+        scores[name] = {"stamps": count, **summarise_detection(judged)}
         judged["found"] = judged["covered"] > 0.5
         judged["pixels high"] = pd.cut(judged["height"], (0, 14, 21, 31, 44, 99))
         print(f"{name}: found")

@@ -137,8 +137,8 @@ def test_words_are_those_of_the_field(name):
 def test_a_cell_holds_one_idea(name):
     long = []
     for source in exported_cells(MODULES[name]):
-        body = ast.parse(source).body
-        limit = 66 if len(body) == 1 and isinstance(body[0], ast.ClassDef) else 40  # one class is one idea
+        has_class = any(isinstance(node, ast.ClassDef) for node in ast.parse(source).body)
+        limit = 66 if has_class else 40  # a class is not cut
         long += [source] if len(source.splitlines()) - 1 > limit else []
     assert not long, f"{name}: an exported cell of {len(long[0].splitlines())} lines: {long[0][:80]}"
 

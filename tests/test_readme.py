@@ -25,7 +25,7 @@ from conftest import ROOT
 
 from nbs_lib import fusion
 from nbs_lib.biomass_net import ModelConfig, build_model
-from nbs_lib.run import choose_stages, parse_call
+from nbs_lib.run import choose_stages, parse_run_call
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import SECTIONS, load_settings
 from nbs_lib.targets import TARGETS
@@ -111,7 +111,7 @@ def check_make(words: list[str]) -> None:
 
 def check_python(words: list[str]) -> None:
     if words[1] == "-m" and words[2] == "nbs_lib.run":
-        args = parse_call(words[3:])
+        args = parse_run_call(words[3:])
         load_settings(args.profile, args.preset, args.overrides)
         choose_stages(args.only), choose_stages((), args.start)  # a usage line names both, a call gives one
     elif words[1] == "-m" and words[2] in ("papermill", "pip", "pytest", "venv", "build"):
