@@ -196,9 +196,12 @@ def list_notebooks() -> str:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         title = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").partition("\n")[0]
-        stage = any(c["metadata"].get("tags") == ["parameters"] for c in cells)
+        parameters = any(c["metadata"].get("tags") == ["parameters"] for c in cells)
+        stage = parameters and path.stem != "00_overview"
         name = f"**{path.stem}**" if stage else path.stem
-        lines.append(f"- [{name}](notebooks/{path.name}) {title.partition(': ')[2]}\n")
+        subject = title.partition(": ")[2]
+        subject = subject if len(subject) < 40 else subject.partition(",")[0]
+        lines.append(f"- [{name}](notebooks/{path.name}) {subject}\n")
     return "".join(lines)
 
 
