@@ -1,4 +1,5 @@
 import os
 
 __version__ = "0.1.0"
-os.environ.setdefault("GOMP_SPINCOUNT", "300")  # torch's threads sleep while they wait: said before torch is loaded, see 00_core
+# limit OpenMP's busy waiting; read when torch is loaded, see 01_runtime
+os.environ.setdefault("GOMP_SPINCOUNT", "300")

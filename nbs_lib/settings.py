@@ -41,7 +41,7 @@ class LimitsSettings:
     hours: float  # hours that a submission may take
     memory_gb: float  # memory of the whole process tree in GB
     working_gb: float  # size of the output folder in GB
-    stage_hours: float  # wall-clock hours of one stage; 0: no limit
+    stage_hours: float  # hours that one stage may take; 0: no limit
     cpus: int  # CPU cores that a stage may use; 0: all
 
 
