@@ -362,7 +362,8 @@ def parse_predict_call(argv: Sequence[str]) -> argparse.Namespace:
         pack.add_argument("run", help="output folder of a finished run")
         pack.add_argument("--to", required=True, metavar="model.zip")
         return pack.parse_args(argv[1:])
-    p = argparse.ArgumentParser("python -m nbs_lib.predict", description="Predict any photos.")
+    p = argparse.ArgumentParser("python -m nbs_lib.predict", description="Predict any photos.",
+                                epilog="{pack} RUN --to model.zip makes a bundle of a finished run")
     p.add_argument("--model", required=True, metavar="RUN_OR_BUNDLE", help="a finished run, or its bundle")
     p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER")
     p.add_argument("--output", default="predictions", metavar="DIR")

@@ -424,7 +424,7 @@ def test_artefacts_are_linked_once_and_never_written_through(tmp_path):
 def test_every_stage_notebook_begins_with_the_same_cell():
     for name in STAGES.values():
         code = [source for kind, source in wheelhouse.read_cells(name) if kind == "code"]
-        assert code[0].startswith("#| default_exp") and code[1] == wheelhouse.read_install_cell(), name
+        assert code[0].startswith("#| default_exp") and code[2] == wheelhouse.read_install_cell(), name
     assert SETTINGS.kaggle.library_dataset in wheelhouse.read_install_cell()
 
 
