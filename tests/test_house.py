@@ -1,5 +1,6 @@
 """Notebooks and library agree, imports run one way, no file contains a path of a machine."""
 import ast
+import builtins
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from nbs_lib.run import STAGES
 from nbs_lib.settings import KEYS, SECTIONS, comment_settings, setting_comments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +143,22 @@ def test_a_cell_holds_one_idea(name):
         limit = 66 if has_class else 40  # a class is not cut
         long += [source] if len(source.splitlines()) - 1 > limit else []
     assert not long, f"{name}: an exported cell of {len(long[0].splitlines())} lines: {long[0][:80]}"
+
+
+@pytest.mark.parametrize("stage", STAGES.values())
+def test_run_cells_stand_alone(stage):
+    "A run executes only these: they open the run, call the stage, and import what they use."
+    cells = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4).cells
+    cells = [c for c in cells if c.source.startswith("#| run") or "parameters" in c.metadata.get("tags", [])]
+    sources = [c.source for c in cells]
+    tree = ast.parse("\n".join(sources))
+    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    bound = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    bound |= {a.name.partition(".")[0] for n in imports for a in n.names}
+    assert not {n.id for n in names} - bound - set(dir(builtins))
+    text = "".join(sources)
+    assert "open_here(" in text and f"run_{stage.partition('_')[2]}(run)" in text
 
 
 def test_a_name_has_one_meaning():
