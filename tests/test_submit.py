@@ -672,7 +672,7 @@ def test_a_store_of_another_cleaning_is_told_and_left_as_it_is(trained, tmp_path
     run = copy_run(trained, tmp_path, ("inpaint.crop_bottom=0.4", "train_dinov3.views=id"))
     for stage in (run_train_dinov3, run_siglip):
         with pytest.raises(
-            InputError, match=r"were cleaned with .*0\.1.* and the settings say .*0\.4.*--from inpaint"
+            InputError, match=r"were cleaned with .*0\.1.* not .*0\.4.*--from inpaint"
         ):
             stage(run)
     run_inpaint(run)
