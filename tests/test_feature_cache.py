@@ -432,7 +432,7 @@ def test_the_settings_of_the_demo_let_both_models_read_the_same_features():
 
 def test_a_read_only_folder_costs_one_warning(demo, tmp_path, monkeypatch):
     "On Kaggle the trained models may be in a read-only folder."
-    run, real = copied(demo, tmp_path), backbones.atomic
+    run, real = copied(demo, tmp_path), backbones.atomic_write
     shutil.rmtree(run.artefacts / "cache")
 
     def refuse(path):
