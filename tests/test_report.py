@@ -196,7 +196,7 @@ def test_tables_are_read_once(whole, monkeypatch):
         return read_competition(folder, **options)
 
     monkeypatch.setattr(scores, "read_competition", count)
-    monkeypatch.setattr(report, "render_predictions", lambda outputs, scores, pages: whole[1])
+    monkeypatch.setattr(report, "render_page", lambda outputs, scores, pages: whole[1])
     report.write_report(whole[0], RECORD)
     assert len(read) == 1
 
