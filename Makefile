@@ -111,8 +111,8 @@ submit: $(READY) ## VERSION=3 of the kernel submit; SEND=1 sends it
 data: $(READY)   ## download the competition's data, for users who accepted its rules -> data/csiro-biomass
 	$(KAGGLE) data
 
-notebooks: $(READY)  ## execute the lessons again and export the library
-	$(BIN)/python tools/notebooks.py --write
+notebooks: demo  ## execute lessons and, on the demo, stages again; export the library
+	$(BIN)/python tools/notebooks.py --run runs/demo --write
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 

@@ -64,6 +64,13 @@ def execute(path: Path, run: Path | None = None, timeout: int = 300) -> nbformat
     return nb
 
 
+def drop_last_pictures(nb: nbformat.NotebookNode, limit: int = 590_000) -> None:
+    """Drop the last outputs of cells marked `#| run` until the notebook has at most `limit` bytes."""
+    cells = [c for c in nb.cells if c.cell_type == "code" and RUN.search(c.source)]
+    while len(nbformat.writes(nb).encode()) > limit and any(c.outputs for c in cells):
+        next(c for c in reversed(cells) if c.outputs).outputs.pop()
+
+
 def main() -> None:
     """Execute the named notebooks, all without a name."""
     ap = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -77,6 +84,7 @@ def main() -> None:
         print(path.stem, flush=True)
         nb = execute(path, a.run)
         if a.write:
+            drop_last_pictures(nb)
             temporary = path.with_suffix(".tmp-write")
             nbformat.write(nb, temporary)
             temporary.replace(path)
