@@ -20,7 +20,7 @@ def edit_source(monkeypatch, module, old, new):
     monkeypatch.setattr(stages, "module_sources", sources)
 
 
-DOCSTRING = '"(h, w, 3) uint8 → (H, W, 3): halved by'
+DOCSTRING = '"Resize (h, w, 3) uint8 to `shape`: 2 x 2 means'
 
 
 def test_a_stage_is_repeated_for_a_changed_constant_only(tmp_path, monkeypatch, capsys):
