@@ -196,7 +196,8 @@ def test_bad_calls_are_refused_in_one_line(model, photos, tmp_path, capsys):
     refused(capsys, tmp_path, "holds no artefacts/blend.json", "--model", tmp_path / "empty", photos)
     refused(capsys, tmp_path, "not a whole bundle", "--model", photos / "hill" / "notes.txt", photos)
     refused(capsys, tmp_path, "--area: must be above 0", "--model", model, photos, "--area", "-1")
-    refused(capsys, tmp_path, "--ground-width: 'wide'", "--model", model, photos, "--ground-width", "wide")
+    wide = "--ground-width", "wide"
+    refused(capsys, tmp_path, "--ground-width: not a number (wide)", "--model", model, photos, *wide)
     with pytest.raises(SystemExit) as e:
         call(photos)
     assert e.value.code == 2

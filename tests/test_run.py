@@ -598,7 +598,7 @@ def test_lessons_run_in_this_interpreter(foreign_kernel, tmp_path):
     code = "from notebooks import *; print(execute(Path(sys.argv[1])).cells[0].outputs[0].text)"
     call = [sys.executable, "-c", code, str(tmp_path / "a.ipynb")]
     environment = {**foreign_kernel, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT / "tests", env=environment)
+    done = subprocess.run(call, capture_output=True, text=True, cwd=ROOT / "tools", env=environment)
     assert done.returncode == 0 and done.stdout.strip() == sys.executable, done.stderr[-2000:]
 
 

@@ -195,6 +195,7 @@ def test_simplex_weights_are_shares_that_no_other_shares_beat(seed, m, k, pull, 
         constraints={"type": "eq", "fun": lambda v: v.sum() - 1},
         options={"ftol": 1e-12},
     ).x
+    best = best / best.sum()  # SLSQP may miss the sum by some per mille
     assert loss(w) <= min([*map(loss, others), loss(best)]) * (1 + 1e-4) + 1e-9 * scale**2
 
 
