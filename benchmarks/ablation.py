@@ -12,7 +12,7 @@ import pandas as pd
 from nbs_lib.biomass_net import BiomassNet
 from nbs_lib.fold_training import FoldData, fit_fold
 from nbs_lib.prediction import predict
-from nbs_lib.runtime import InputError, atomic_write, seed_everything
+from nbs_lib.runtime import atomic_write, exit_code_of, seed_everything
 from nbs_lib.settings import TrainDinov3Settings
 from nbs_lib.stages import Run, open_run
 from nbs_lib.targets import weighted_r2_score
@@ -80,13 +80,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     a = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         run = open_run(a.input, a.output, a.profile, a.preset, a.set)
         print(summarise_ablation(run_ablation(run, range(a.seeds))).to_string())
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code_of(work)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pandas as pd
 import psutil
 
 from nbs_lib import __version__ as version
-from nbs_lib.runtime import InputError, atomic_write, write_json
+from nbs_lib.runtime import InputError, atomic_write, exit_code_of, write_json
 
 
 def find_benches(only: Iterable[str] = ()) -> dict[str, Callable[[], list[dict]]]:
@@ -128,14 +128,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--output", default="runs/bench")
     p.add_argument("--only", action="append", default=[], metavar="NAME", help="a file or a bench_…")
     args = p.parse_args(argv)
-    try:
-        table = write_bench(args.output, args.only)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: print_bench(write_bench(args.output, args.only), args.output))
+
+
+def print_bench(table: pd.DataFrame, output: str) -> int:
+    "Print what was measured and what failed; return 1 when a measurement failed."
     with pd.option_context("display.width", 160, "display.max_columns", 20, "display.max_rows", 200):
         print(table.drop(columns="machine").to_string(index=False, na_rep=""))
-    print(f"on {table['machine'].iloc[0]}; written to {args.output}")
+    print(f"on {table['machine'].iloc[0]}; written to {output}")
     failed = table.loc[table["failed"].notna(), "bench"].tolist() if "failed" in table else []
     if failed:
         count = f"{len(failed)} of {table['bench'].nunique()} measurements failed"

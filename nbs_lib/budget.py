@@ -37,11 +37,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from . import fusion
 from .backbones import POOLINGS, Backbone, pool_features
 from .biomass_net import build_model
-from .runtime import InputError, atomic_write
+from .runtime import InputError, atomic_write, exit_code_of, read_json, write_json
 from .settings import Settings, TrainDinov3Settings, load_settings
-from .runtime import read_json, write_json
-from .store import FULL, half_shape, wanted_shapes
 from .siglip import patch_starts
+from .store import FULL, half_shape, wanted_shapes
 from .train_dinov3 import model_config
 from .trainer import EMA, biomass_loss, parameter_groups, unfreeze
 
@@ -508,18 +507,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--measured", default="", metavar="RUN.JSON", help="show the hours of this run as well")
     p.add_argument("--output", default="runs/budget", help="folder for budget.json and budget.png")
     a = p.parse_args(argv)
-    try:
+
+    def work() -> None:
         parse_gpus(a.gpu)
         settings = load_settings(a.profile, a.preset, a.overrides)
         measured = read_measured_hours(a.measured) if a.measured else {}
         f = forecast(settings, a.gpu, a.photos, a.test_photos)
         write_forecast(f, Path(a.output), settings)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print_forecast(f, measured, a.preset)
-    print(f"written to {a.output}")
-    return 0
+        print_forecast(f, measured, a.preset)
+        print(f"written to {a.output}")
+
+    return exit_code_of(work)
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

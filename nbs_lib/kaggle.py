@@ -22,14 +22,16 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from .runtime import InputError, atomic_write, kaggle_input, read_json
-from .settings import Settings, load_settings
 from . import __version__ as version
-from .runtime import write_json
-from .settings import settings_file
-from .kaggle_client import DATASET_ENDED, KERNEL_ENDED, ask_kernel, dataset_state, describe_request
-from .kaggle_client import dry_run, kaggle_errors, kernel_state, sign_in, wait_for
 from .hub import download_weights, list_files, list_profile_weights, pick_weights
+from nbs_lib.kaggle_client import (
+    DATASET_ENDED, KERNEL_ENDED, ask_kernel, dataset_state, describe_request, dry_run, kaggle_errors,
+    kernel_state, sign_in, wait_for,
+)
+from nbs_lib.runtime import (
+    CommandParser, InputError, atomic_write, exit_code_of, kaggle_input, read_json, write_json,
+)
+from .settings import Settings, load_settings, settings_file
 from .wheelhouse import build_wheelhouse, read_cells, read_install_cell, verify_wheelhouse
 
 # %% ../notebooks/81_kaggle.ipynb #7bbbd08a
@@ -415,18 +417,13 @@ def download_data(to: Path, s: Settings) -> Path:
     return to
 
 # %% ../notebooks/81_kaggle.ipynb #2672ef8a
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     "Parse the command line."
-    p = _Parser(prog="python -m nbs_lib.kaggle", description="Datasets, kernels, wheels and weights.")
+    p = CommandParser(prog="python -m nbs_lib.kaggle", description="Datasets, kernels, wheels and weights.")
     p.add_argument("--profile", default="kaggle", help="of settings.ini")
     p.add_argument("--preset", default="")
     p.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    commands = p.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    commands = p.add_subparsers(dest="command", required=True, parser_class=CommandParser)
     metadata = commands.add_parser("metadata", help="datasets-metadata/ from settings.ini")
     metadata.add_argument("--write", action="store_true", help="write what differs; default: list it")
     wheels = commands.add_parser("wheelhouse", help="wheels for a kernel without a network")
@@ -490,11 +487,7 @@ def run_command(a: argparse.Namespace) -> int:
 # %% ../notebooks/81_kaggle.ipynb #522d2baa
 def main(argv: list[str] | None = None) -> int:
     "Run the command line; return the exit code."
-    try:
-        return run_command(parse_arguments(sys.argv[1:] if argv is None else argv))
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: run_command(parse_arguments(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__" and not hasattr(sys, "ps1") and "ipykernel" not in sys.modules:

@@ -34,15 +34,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .runtime import InputError
+from . import __version__ as version
+from .runtime import CommandParser, InputError, exit_code_of, read_json
 from .settings import load_settings, package_folder
 from .stages import FULL_DISK, Run
-from . import __version__ as version
-from .runtime import read_json
 from .tables import read_competition, read_oof
-from .validation import SCHEMES
 from .targets import TARGETS, TARGET_WEIGHTS, weighted_r2_score
-from .validation import bootstrap_scores
+from .validation import SCHEMES, bootstrap_scores
 
 try:
     import fcntl
@@ -558,11 +556,6 @@ def describe_deadline(text: str, now: datetime | None = None) -> str:
     return f"Deadline: {text}; {left.days} days and {left.seconds // 3600} hours are left."
 
 # %% ../notebooks/70_ledger.ipynb #e92a1b15
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
 ADD_FACTS = {"message": "Kaggle's description of the submission", "reference": "Kaggle's number of it",
              "kernel": "owner/slug/version that was submitted", "note": "any text",
              "public": "public score", "private": "private score"}
@@ -570,7 +563,7 @@ ADD_FACTS = {"message": "Kaggle's description of the submission", "reference": "
 
 def parse_ledger_call(argv: Sequence[str]) -> argparse.Namespace:
     "Parse the command line; raise `InputError`."
-    p = _Parser(prog="python -m nbs_lib.ledger", description="Record submissions; choose the final two.")
+    p = CommandParser("python -m nbs_lib.ledger", description="Record submissions; choose the final two.")
     sub = p.add_subparsers(dest="command", required=True, metavar="add|import|list|pick|check")
     add = sub.add_parser("add", help="add a finished run, or facts about an entry")
     add.add_argument("what", help="a run's OUT folder, another ledger, or an entry (id or reference)")
@@ -656,13 +649,11 @@ def _read(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     "Run the command line; return the exit code."
-    try:
+    def work() -> None:
         args = parse_ledger_call(sys.argv[1:] if argv is None else argv)
         {"add": _add, "import": _import}.get(args.command, _read)(args)
-        return 0
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+
+    return exit_code_of(work)
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

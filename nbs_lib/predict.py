@@ -36,7 +36,7 @@ from nbs_lib.inference import (
     with_fitted_preprocessing,
 )
 from .prediction import predict_maps
-from .runtime import InputError, atomic_write, progress
+from .runtime import InputError, atomic_write, exit_code_of, progress
 from .settings import parse_value
 from .stages import Run, is_hidden_file
 from .store import to_panorama
@@ -404,16 +404,10 @@ def run_predict(args: argparse.Namespace) -> None:
 # %% ../notebooks/61_predict.ipynb #9c3f7550
 def main(argv: Sequence[str] | None = None) -> int:
     "Run `python -m nbs_lib.predict`; return 0, or 2 for a wrong call or when no photo could be read."
-    try:
-        args = parse_predict_call(list(sys.argv[1:] if argv is None else argv))
-        if "run" in args:
-            print(f"written: {pack_bundle(args.run, args.to)}")
-        else:
-            run_predict(args)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    args = parse_predict_call(list(sys.argv[1:] if argv is None else argv))
+    if "run" in args:
+        return exit_code_of(lambda: print(f"written: {pack_bundle(args.run, args.to)}"))
+    return exit_code_of(lambda: run_predict(args))
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

@@ -33,7 +33,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .runtime import InputError, atomic_write, read_json, write_json
+from .runtime import InputError, atomic_write, exit_code_of, read_json, write_json
 from .stages import Run, open_run
 from nbs_lib.scores import (
     LABELS, RunOutputs, attempt, collect_scores, format_number, format_percent, format_scores, is_synthetic,
@@ -506,15 +506,14 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--input", default="", help="the competition folder; not needed for the demo")
     p.add_argument("--results", default="", metavar="DIR", help="write scores, facts and a picture there")
     args = p.parse_args(argv)
-    try:
+
+    def work() -> None:
         run, record = reopen(args.output, args.input)
         written = [write_report(run, record)]
         written += write_results(run, record, args.results) if args.results else []
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    print("\n".join(f"written: {path}" for path in written))
-    return 0
+        print("\n".join(f"written: {path}" for path in written))
+
+    return exit_code_of(work)
 
 
 if __name__ == "__main__" and "ipykernel" not in sys.modules:

@@ -31,7 +31,9 @@ from pathlib import Path
 import psutil
 
 from . import __version__ as version
-from .runtime import InputError, atomic_write, on_kaggle, read_json, resolve_mount, write_json
+from nbs_lib.runtime import (
+    CommandParser, InputError, atomic_write, on_kaggle, read_json, resolve_mount, write_json,
+)
 from .settings import LimitsSettings, load_settings, library_file
 from .stages import FULL_DISK, Run, hash_inputs, installed_versions, is_fresh, manifest_path, open_run
 from nbs_lib.isolation import (
@@ -409,14 +411,9 @@ def open_here(
     return run
 
 # %% ../notebooks/90_run.ipynb #e2407454
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; see --help")
-
-
 def parse_run_call(argv: list[str]) -> argparse.Namespace:
     "Parse the command line; raise `InputError` for what can be seen without the settings."
-    p = _Parser(prog="python -m nbs_lib.run", description=f"Run the stages {', '.join(STAGES)}.")
+    p = CommandParser(prog="python -m nbs_lib.run", description=f"Run the stages {', '.join(STAGES)}.")
     many = {"action": "append", "default": []}
     p.add_argument("--profile", default="demo", help="demo, laptop or kaggle (settings.ini)")
     p.add_argument("--input", default="", help="folder with train.csv, test.csv, sample_submission.csv, "

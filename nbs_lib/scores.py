@@ -21,19 +21,18 @@ import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image
 
+from .images import read_photo, to_landscape
 from .runtime import InputError, atomic_write, read_json, write_json
 from .stages import Run
 from nbs_lib.tables import (
     Competition, check_samples, draws_path, oof_path, read_competition, read_draws, read_oof, read_table,
     to_wide,
 )
-from .validation import SCHEMES, read_folds
-from .images import read_photo, to_landscape
 from nbs_lib.targets import (
-    TARGET_WEIGHTS, TARGETS, TOTAL, constant_prediction, per_target_r2_score, per_target_rmse,
+    TARGETS, TARGET_WEIGHTS, TOTAL, constant_prediction, per_target_r2_score, per_target_rmse,
     weighted_r2_score,
 )
-from .validation import mean_score, score_interval
+from .validation import SCHEMES, mean_score, read_folds, score_interval
 
 # %% ../notebooks/79_scores.ipynb #c9af58bf
 def pick_model(grouped: dict[str, float]) -> str:

@@ -33,7 +33,7 @@ from nbs_lib.inpaint import (
     CELL, MAYBE_LOGIT, WINDOW, StampDetector, StampSegmenter, cut_window, downscale, find_places,
     load_network, networks_path, normalise_pixels, orange_rule, read_networks, stamp_mask,
 )
-from .runtime import InputError, atomic_write
+from .runtime import InputError, atomic_write, exit_code_of
 from .demo import draw_sites, render_photo
 from .stamps import FIT_FONTS, FONTS, HELD_FONTS, burn, draw_confusion, draw_lamps
 
@@ -482,15 +482,10 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     "Run `judge [COUNT] [--keep FILE]` or `fit {detector,segmenter}`; return 0, or 2 for a wrong call."
     a = make_parser().parse_args(argv)
-    try:
-        if a.command == "judge":
-            print_detector_scores(a.count, a.seed, a.keep)
-        else:
-            {"detector": fit_detector, "segmenter": fit_segmenter}[a.net](a.minutes, a.seed, a.grounds)
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+    if a.command == "judge":
+        return exit_code_of(lambda: print_detector_scores(a.count, a.seed, a.keep))
+    fit = {"detector": fit_detector, "segmenter": fit_segmenter}[a.net]
+    return exit_code_of(lambda: fit(a.minutes, a.seed, a.grounds))
 
 
 if __name__ == "__main__" and "get_ipython" not in globals():  # joblib's workers need the module's name

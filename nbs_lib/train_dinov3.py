@@ -38,8 +38,8 @@ from nbs_lib.biomass_net import (
 from .fold_training import FoldData, add_unlabelled, check_train_settings, fit_fold
 from .prediction import extract_store, make_extractor, predict, predict_maps, require_finite
 from nbs_lib.runtime import (
-    InputError, atomic_write, hash_file, pick_device, progress, read_json, seed_everything, usable_gpus,
-    write_json,
+    InputError, atomic_write, exit_code_of, hash_file, pick_device, progress, read_json, seed_everything,
+    usable_gpus, write_json,
 )
 from .settings import TrainDinov3Settings
 from .stages import Run, open_run, stage
@@ -486,14 +486,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="")
     parser.add_argument("--set", action="append", default=[], metavar="section.key=value")
     a = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         summary = run_train_dinov3(open_run(*a.train, a.profile, a.preset, a.set))
         if is_main_process():
             print(json.dumps(summary, indent=1))
-    except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
+
+    return exit_code_of(work)
 
 # %% ../notebooks/34_train_dinov3.ipynb #4e561962
 if __name__ == "__main__" and "ipykernel" not in sys.modules:
