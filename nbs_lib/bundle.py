@@ -36,7 +36,7 @@ from .siglip import locate_siglip
 from .stages import Run
 from .targets import TARGETS
 from .validation import conformal_radius, group_folds, left_out_coverage
-from .weights import find_weights, is_keyword
+from .weights import find_weights, is_keyword, shard_files
 
 # %% ../notebooks/60_bundle.ipynb #0dabdc82
 @dataclass(frozen=True)
@@ -128,6 +128,10 @@ class PastureModel:
     limits: dict[str, float]  # of the quality numbers of a photo
     distance: FeatureDistance | None
 
+    @property
+    def run(self) -> Run:
+        return Run(Path(), self.folder, self.settings)
+
 
 def read_labels(artefacts: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Return image_id (n,), grams (n, 5) and site (n,) of the training photos of a run."
@@ -212,19 +216,19 @@ def copy_metadata(source: Path, target: Path, keys: Sequence[str]) -> None:
     write_json(target, {key: record[key] for key in keys if key in record})
 
 
-def copy_weights(settings: Settings, run: Run, to: Path) -> dict[str, str]:
+def copy_weights(run: Run, to: Path) -> dict[str, str]:
     "Copy pretrained weights from outside the run; return {section.key of the settings: path in the bundle}."
-    paths, s = {}, settings.frozen
-    sources = {}
-    if not is_keyword(s.weights):
-        sources["frozen"] = Path(find_weights(s.weights, s.backbone, settings.kaggle, where="frozen.weights"))
-    if settings.siglip.weights not in ("", "tiny"):
-        sources["siglip"] = locate_siglip(run)
-    for section, source in sources.items():
-        target = to / "weights" / section / source.name
-        target.parent.mkdir(parents=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy2(source, target)
-        paths[f"{section}.weights"] = target.relative_to(to).as_posix()
+    paths, s, folder = {}, run.settings, to / "weights"
+    if not is_keyword(s.frozen.weights):
+        found = find_weights(s.frozen.weights, s.frozen.backbone, s.kaggle, where="frozen.weights")
+        (folder / "frozen").mkdir(parents=True)
+        for file in shard_files(found):
+            shutil.copy2(file, folder / "frozen" / Path(file).name)
+        paths["frozen.weights"] = f"weights/frozen/{Path(found).name}"
+    if s.siglip.weights not in ("", "tiny"):
+        source = locate_siglip(run)
+        shutil.copytree(source, folder / "siglip" / source.name)
+        paths["siglip.weights"] = f"weights/siglip/{source.name}"
     return paths
 
 # %% ../notebooks/60_bundle.ipynb #9788045a
@@ -246,7 +250,7 @@ def collect_bundle(model: PastureModel, to: Path) -> dict[str, str]:
     if (source / "siglip-tiny").is_dir():
         shutil.copytree(source / "siglip-tiny", artefacts / "siglip-tiny")
     shutil.copy2(source / "blend.json", artefacts / "blend.json")
-    return copy_weights(model.settings, Run(Path(), model.folder, model.settings), to)
+    return copy_weights(model.run, to)
 
 # %% ../notebooks/60_bundle.ipynb #a670bf1f
 CARD = """# Model card: pasture biomass from a photo
@@ -297,7 +301,7 @@ def write_card(model: PastureModel, run_folder: Path) -> str:
 # %% ../notebooks/60_bundle.ipynb #609bdf7a
 def write_statistics(model: PastureModel, to: Path, paths: dict[str, str]) -> None:
     "Write settings.json, statistics.json and distance.npz of a bundle."
-    folds = count_folds(Run(Path(), model.folder, model.settings))
+    folds = count_folds(model.run)
     settings = dataclasses.replace(model.settings, run=dataclasses.replace(model.settings.run, folds=folds))
     write_json(to / "settings.json", {"settings": dataclasses.asdict(settings), "paths": paths})
     radii = {str(n): radius for n, radius in model.radii.items()}

@@ -16,7 +16,7 @@ import functools
 import math
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -196,6 +196,11 @@ class MultiStore:
     def key(self, i: int) -> str | None:
         store, j = self.where[int(i)]
         return store.key(j)
+
+    def position(self, ids: Iterable[str]) -> list[int]:
+        "Return the row of each of `ids`."
+        rows = {name: i for i, name in enumerate(self.ids)}
+        return [rows[name] for name in ids]
 
     def record(self, i: int) -> np.void:
         "Return the record of photo `i`, of the dtype `store.ROW`: its size, its stamp and its quality."
@@ -512,8 +517,7 @@ class Model2:
             warn_version_drift(artefacts, features, warn)
             self.fitted = {blocks: boosting.load_fitted(artefacts, warn=warn, there=blocks)}
         grams, proba, names = boosting.predict_fitted(artefacts, features, warn, self.fitted[blocks])
-        where = {name: i for i, name in enumerate(context.loader.ids)}
-        rows = [where[name] for name in next(iter(features.values()))[0]]
+        rows = context.loader.store.position(next(iter(features.values()))[0])
         with context.results.lock:
             context.results.take_states(rows, proba, names)
             refused = context.results.take("boosting", rows, grams)

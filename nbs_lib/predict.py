@@ -149,6 +149,7 @@ def predict_photos(
     model: PastureModel,
     paths: Sequence[Path],
     area: float = QUADRAT_M2,  # m² that a photo shows
+    location: bool = True,  # read time and place of the photos
     maps: int = 60,  # photos that get an overlay
 ) -> Predictions:
     "Predict the photos at `paths`; raise `InputError` when none can be read or no model predicts."
@@ -165,7 +166,7 @@ def predict_photos(
         flags = [flag_photo(context, i, distances[i], model.limits) for i in range(len(paths))]
         rows = progress(range(len(paths)), label="pictures")
         pictures = [draw_overlay(context, model1, i, grams[i], i < maps) for i in rows]
-        places = [read_place(path) for path in paths]
+        places = [read_place(path) if location else {} for path in paths]
     finally:
         context.loader.close()
     return Predictions(list(paths), label_paddocks(paths), places, grams, flags, distances, pictures,
@@ -177,8 +178,7 @@ def measure_distances(model: PastureModel, context: InferenceContext, model2: Mo
     out, features = np.full(context.n, np.nan), model2.features() if model2 else {}
     if model.distance is not None and "frozen" in features:
         ids, X, _ = features["frozen"]
-        where = {name: i for i, name in enumerate(context.loader.ids)}
-        out[[where[i] for i in ids]] = model.distance.measure(X)
+        out[context.loader.store.position(ids)] = model.distance.measure(X)
     return out
 
 
@@ -262,14 +262,13 @@ def bounds_table(grams: np.ndarray, radius: np.ndarray, area: float) -> dict[str
     return columns
 
 
-def tabulate_photos(p: Predictions, location: bool = True) -> pd.DataFrame:
+def tabulate_photos(p: Predictions) -> pd.DataFrame:
     "Return a row a photo: file, paddock, flags, distance, time and place, predictions and intervals."
     table = pd.DataFrame({"file": [str(path) for path in p.paths], "paddock": p.paddocks,
                           "flags": ["; ".join(flags) for flags in p.flags], "distance": p.distances.round(3)})
-    if location:
-        for column in ("time", "latitude", "longitude"):
-            if any(column in place for place in p.places):
-                table[column] = [place.get(column) for place in p.places]
+    for column in ("time", "latitude", "longitude"):
+        if any(column in place for place in p.places):
+            table[column] = [place.get(column) for place in p.places]
     return table.assign(**bounds_table(p.grams, p.radii[1], p.area))
 
 
@@ -301,12 +300,12 @@ def describe_row(row: pd.Series) -> list[tuple[str, str, str]]:
     return [(label, *(round_cell(row, name + unit) for unit in units)) for name, label in NAMES.items()]
 
 
-def render_predictions(p: Predictions, location: bool = True) -> str:
+def render_predictions(p: Predictions) -> str:
     "Return predictions.html."
     environment = jinja2.Environment(loader=jinja2.PackageLoader("nbs_lib", "templates"), autoescape=True,
                                      trim_blocks=True, lstrip_blocks=True)
     cards = []
-    for i, row in tabulate_photos(p, location).iterrows():
+    for i, row in tabulate_photos(p).iterrows():
         place = [str(row[c]) for c in ("time", "latitude", "longitude") if c in row and pd.notna(row[c])]
         rows = describe_row(row) if p.readable[i] else []
         cards.append({"name": p.paths[i].name, "paddock": p.paddocks[i], "place": ", ".join(place),
@@ -317,15 +316,12 @@ def render_predictions(p: Predictions, location: bool = True) -> str:
                        photos=int(p.readable.sum()))
 
 # %% ../notebooks/61_predict.ipynb #30feebc7
-def write_predictions(p: Predictions, output: Path, location: bool = True) -> None:
+def write_predictions(p: Predictions, output: Path) -> None:
     "Write predictions.csv and predictions.html into `output`, each in one step."
-    try:
-        with atomic_write(output / "predictions.csv") as temporary:
-            tabulate_photos(p, location).to_csv(temporary, index=False, float_format="%.6f")
-        with atomic_write(output / "predictions.html") as temporary:
-            temporary.write_text(render_predictions(p, location), encoding="utf-8")
-    except OSError as e:
-        raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
+    with atomic_write(output / "predictions.csv") as temporary:
+        tabulate_photos(p).to_csv(temporary, index=False, float_format="%.6f")
+    with atomic_write(output / "predictions.html") as temporary:
+        temporary.write_text(render_predictions(p), encoding="utf-8")
 
 # %% ../notebooks/61_predict.ipynb #e9018503
 def calibrate(p: Predictions, cuts: str | Path, output: Path) -> Predictions:
@@ -392,10 +388,13 @@ def run_predict(args: argparse.Namespace) -> None:
     "Predict and write what the call asks for."
     area, paths, output = parse_area(args), find_photos(args.photos), Path(args.output)
     with open_model(args.model) as model:
-        p = predict_photos(model, paths, area)
-    if args.calibrate:
-        p = calibrate(p, args.calibrate, output)
-    write_predictions(p, output, not args.no_location)
+        p = predict_photos(model, paths, area, not args.no_location)
+    try:
+        if args.calibrate:
+            p = calibrate(p, args.calibrate, output)
+        write_predictions(p, output)
+    except OSError as e:
+        raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
     print_summary(p, output)
     if not p.readable.all():
         missing = int((~p.readable).sum())

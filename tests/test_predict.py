@@ -15,6 +15,8 @@ from skimage import data
 from test_submit import SMALL, copy_run, train_small
 
 from nbs_lib import bundle, predict
+from nbs_lib.settings import load_settings
+from nbs_lib.stages import Run
 from nbs_lib.submit import run_submit
 from nbs_lib.targets import TARGETS
 
@@ -252,3 +254,16 @@ def test_own_cuts_correct_the_predictions(model, photos, predicted, tmp_path, ca
     cuts.assign(file="nowhere.jpg").to_csv(tmp_path / "cuts.csv", index=False)
     assert call(*words, tmp_path / "cuts.csv") == 2
     assert "nowhere.jpg" in capsys.readouterr().err
+
+
+def test_a_bundle_holds_all_shards_of_the_frozen_weights(tmp_path):
+    "An index alone would be refused at the first photo, away from the machine that trained."
+    names = ["model-1.safetensors", "model-2.safetensors"]
+    for name in names:
+        (tmp_path / name).write_bytes(b"weights")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", names, strict=True))}))
+    settings = load_settings("laptop", overrides=[f"frozen.weights={index}", "siglip.weights="])
+    paths = bundle.copy_weights(Run(tmp_path, tmp_path, settings), tmp_path / "to")
+    assert paths == {"frozen.weights": f"weights/frozen/{index.name}"}
+    assert {p.name for p in (tmp_path / "to" / "weights" / "frozen").iterdir()} == {index.name, *names}
