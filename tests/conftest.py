@@ -1,4 +1,4 @@
-"""Fixtures: a small synthetic competition, and one finished run of the whole chain on it."""
+"""Fixtures: a small synthetic competition, its tables, one thread."""
 
 import os
 import shutil
@@ -11,8 +11,6 @@ import pytest
 import nbs_lib  # noqa: F401 - before any test loads torch: it limits OpenMP's busy-waiting
 
 ROOT = Path(__file__).resolve().parent.parent
-# The chain with the least work that still runs every stage for real.
-SMALL = ["--set", "run.folds=2"]
 
 
 def command(*argv: str, cwd: Path | None = None, **kwargs) -> subprocess.CompletedProcess:
@@ -44,10 +42,9 @@ def tables(paddock, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def finished(paddock, tmp_path_factory) -> Path:
-    "Run the whole chain once on `paddock` and return the output folder."
-    out = tmp_path_factory.mktemp("finished") / "out"
-    done = command("--profile", "demo", "--input", paddock, "--output", out, *SMALL)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out
+@pytest.fixture
+def one_thread():
+    "Compute on one thread, so that sums have one order."
+    import torch
+
+    torch.set_num_threads(1)

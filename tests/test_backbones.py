@@ -45,9 +45,7 @@ def nets():
     return {name: Backbone(name, 2).eval() for name in FAMILIES}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def as_map(net: Backbone, features: Tensor, shape: torch.Size) -> Tensor:

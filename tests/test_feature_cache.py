@@ -32,9 +32,7 @@ CPU, CNN = torch.device("cpu"), "tf_efficientnet_lite0"
 SMALL, LARGE = (64, 64), (64, 96)  # shapes of a half
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Photos:

@@ -191,6 +191,7 @@ import nbs_lib.submit
 
 def test_no_file_contains_a_path_of_a_machine():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not [name for name in listed.stdout.split() if (ROOT / name).is_symlink()], "a link is a path"
     endings = (".py", ".md", ".ini", ".toml", ".txt", "Makefile", ".json", "run")
     for name in listed.stdout.split():
         if name.endswith(endings) and name != "tests/test_house.py":

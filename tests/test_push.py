@@ -60,6 +60,12 @@ def make(kind: type, **fields):
     return response
 
 
+def accept_dataset(ref: str):
+    "Answer as Kaggle does when a dataset or a version of it is accepted."
+    url = f"https://www.kaggle.com/datasets/{ref}"
+    return make(ApiCreateDatasetResponse, ref=ref, url=url, status="Ok", error="")
+
+
 class Server:
     "Datasets and kernels of the user ann. A list of states is used up, one a question; its last one stays."
 
@@ -117,23 +123,11 @@ class Server:
     def CreateDataset(self, request):
         ref = f"{request.owner_slug}/{request.slug}"
         self.datasets[ref], self.versions[ref] = ["BLOBS_RECEIVED", "READY"], 1
-        return make(
-            ApiCreateDatasetResponse,
-            ref=ref,
-            url=f"https://www.kaggle.com/datasets/{ref}",
-            status="Ok",
-            error="",
-        )
+        return accept_dataset(ref)
 
     def CreateDatasetVersion(self, request):
         ref = f"{request.owner_slug}/{request.dataset_slug}"
-        return make(
-            ApiCreateDatasetResponse,
-            ref=ref,
-            url=f"https://www.kaggle.com/datasets/{ref}",
-            status="Ok",
-            error="",
-        )
+        return accept_dataset(ref)
 
     def SaveKernel(self, request):
         self.newest[request.slug] = self.newest.get(request.slug, 0) + 1

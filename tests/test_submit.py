@@ -80,6 +80,18 @@ def whole(path: Path, folder: Path) -> pd.Series:
     return grams
 
 
+def record_predictions(monkeypatch) -> dict[str, np.ndarray]:
+    "Return a dictionary that gets the last grams of each model that a submission takes."
+    seen, real = {}, submit.SubmissionWriter.take
+
+    def take(self, model, rows, grams):
+        seen[model] = grams
+        return real(self, model, rows, grams)
+
+    monkeypatch.setattr(submit.SubmissionWriter, "take", take)
+    return seen
+
+
 def copy_run(source: Path, target: Path, overrides=(), links=True):
     "A run on a copy of the input and of the artefacts, to break things in."
     shutil.copytree(source / "in", target / "in")
@@ -594,15 +606,7 @@ def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_pa
     "Training with other settings stopped after some of its folds; or one fold alone kept its head."
     run = copy_run(trained, tmp_path)
     with_another_fold(run, k, **changes)
-    seen = {}
-    monkeypatch.setattr(
-        submit.SubmissionWriter,
-        "take",
-        lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (
-            seen.__setitem__(model, grams),
-            real(self, model, rows, grams),
-        )[1],
-    )
+    seen = record_predictions(monkeypatch)
     assert run_submit(run)["models"] == ALL
     assert not read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     run_inpaint(run)
@@ -735,15 +739,7 @@ def test_a_training_photo_gets_its_out_of_fold_numbers(trained, tmp_path, monkey
     ).to_csv(run.input / "test.csv", index=False)
     rows.assign(target=0).to_csv(run.input / "sample_submission.csv", index=False)
     monkeypatch.setattr(inference, "plan_fold_groups", lambda artefacts: [(1,)])
-    seen = {}
-    monkeypatch.setattr(
-        submit.SubmissionWriter,
-        "take",
-        lambda self, model, rows, grams, real=submit.SubmissionWriter.take: (
-            seen.__setitem__(model, grams),
-            real(self, model, rows, grams),
-        )[1],
-    )
+    seen = record_predictions(monkeypatch)
     run_submit(run)
     wanted = read_oof(run.artefacts / "oof" / "dinov3.parquet", comp.train["image_id"].tolist())[
         [list(comp.train["image_id"]).index(i) for i in sorted(ids)]

@@ -29,9 +29,7 @@ from nbs_lib.trainer import TrainConfig, draw_batches, read_checkpoint, train, w
 VIT, CNN = "vit_twin_patch16_dinov3", "tf_efficientnet_lite0"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(**changes):

@@ -26,10 +26,7 @@ from nbs_lib.runtime import InputError, seed_everything
 from nbs_lib.settings import load_settings
 from nbs_lib.trainer import TrainConfig, read_checkpoint, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
