@@ -22,7 +22,7 @@ KAGGLE := $(BIN)/python -m nbs_lib.kaggle
 SPREAD := -n logical --maxprocesses 3 --dist loadfile  # a process a core, two gigabytes each; what a file's tests share is made once
 SENDING := $(if $(filter 1 yes,$(SEND)),--send)
 
-.PHONY: demo test run predict bench results budget wheelhouse test-kaggle test-lowest weights push submit data notebooks clean help
+.PHONY: demo test test-all run predict bench results budget wheelhouse test-kaggle test-lowest weights push submit data notebooks clean help
 
 help:            ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*##/\t/'
@@ -38,9 +38,12 @@ demo: $(READY)   ## the whole chain on a synthetic paddock, and a bundle of it -
 	$(RUN) --profile demo --output runs/demo $(ARGS)
 	$(BIN)/python -m nbs_lib.predict pack runs/demo --to runs/demo/model.zip
 
-test: $(READY)   ## every check
+test: $(READY)   ## every check but the long drills
 	$(BIN)/python -m ruff check nbs_lib tests tools benchmarks notebooks
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) -m "not slow"
+
+test-all: $(READY)  ## the long drills that `make test` leaves out
+	$(BIN)/python -m pytest $(SPREAD) -m slow
 
 run: $(READY)    ## the chain on DATA=path/to/csiro-biomass, PROFILE=laptop
 	@test -n "$(DATA)" || { echo "error: say where the competition's folder is: make run DATA=path/to/csiro-biomass PROFILE=laptop" >&2; exit 2; }
