@@ -147,7 +147,7 @@ def select_stage_cells(notebook: str) -> list[tuple[str, str]]:
     "Return the title of a stage notebook and the cells that run the stage; the submission without its plots."
     cells = read_cells(notebook)
     head = next(source for kind, source in cells if kind == "markdown")
-    skipped = ("wheelhouse.lock", "show_") if notebook == "60_submit" else ("wheelhouse.lock",)
+    skipped = ("install_nbs_lib", "show_") if notebook == "60_submit" else ("install_nbs_lib",)
     runs = [c for c in cells if c[1].startswith("#| run") and not any(word in c[1] for word in skipped)]
     return [("markdown", "\n".join(head.splitlines()[:2])), *(runs or [("code", RUN_SUITE)])]
 
