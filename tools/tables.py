@@ -190,19 +190,26 @@ def format_bench() -> str:
     return f"Measured on {table['machine'].iloc[0]}; also [as a picture](../results/bench.png).\n\n" + head
 
 
+CHAPTERS = {  # first and last number of the notebooks
+    "Data": (4, 21), "Model 1": (28, 34), "Model 2": (39, 43), "Blend, submission, any photos": (51, 61),
+    "Kaggle": (70, 81), "Plumbing": (1, 90),
+}
+
+
 def list_notebooks() -> str:
-    "List every notebook by its title, stages in bold."
-    lines = []
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    "List every notebook by its title in the order of reading, stages in bold; the plumbing comes last."
+    lines = {chapter: [] for chapter in CHAPTERS}  # the overview, which is first, is linked above them
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         title = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").partition("\n")[0]
         parameters = any(c["metadata"].get("tags") == ["parameters"] for c in cells)
-        stage = parameters and path.stem != "00_overview"
-        name = f"**{path.stem}**" if stage else path.stem
+        name = f"**{path.stem}**" if parameters else path.stem
         subject = title.partition(": ")[2]
         subject = subject if len(subject) < 40 else subject.partition(",")[0]
-        lines.append(f"- [{name}](notebooks/{path.name}) {subject}\n")
-    return "".join(lines)
+        number = int(path.stem[:2])
+        chapter = next(c for c, (first, last) in CHAPTERS.items() if first <= number <= last)
+        lines[chapter].append(f"- [{name}](notebooks/{path.name}) {subject}\n")
+    return "\n".join(f"{chapter}\n" + "".join(items) for chapter, items in lines.items())
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
