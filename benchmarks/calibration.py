@@ -3,6 +3,7 @@
 Sites, species and light are rendered (nbs_lib.demo); the model is the ridge probe on features of the wheel's
 EfficientNet-Lite0, fitted on other sites. Compared: no calibration, least squares on √g, and
 `nbs_lib.calibration` with its default prior and with the prior estimated from the probe's out-of-fold errors.
+`covered` is the share of photos whose grams are inside their 90 % interval, before and after.
 Run: `python -m benchmarks.calibration` (3 minutes on 2 free cores); writes results/calibration_study.csv.
 """
 from pathlib import Path
@@ -20,6 +21,7 @@ from nbs_lib.images import crop_bottom, resize_half, split_halves
 from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.store import half_shape
 from nbs_lib.targets import SUMS, TARGET_WEIGHTS, TARGETS, reconcile
+from nbs_lib.validation import conformal_radius
 
 RESULT = Path(__file__).resolve().parent.parent / "results" / "calibration_study.csv"
 SHAPE = half_shape(400)
@@ -58,8 +60,10 @@ def describe_photos(halves: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([part.numpy() for part in parts])
 
 
-def predict_sites(train: int = 90, photos: int = 44, seed: int = 0) -> tuple[dict, SitePrior]:
-    "Return {site: (truth, predictions), each (photos, 5)} and the prior from out-of-fold errors."
+def predict_sites(
+    train: int = 90, photos: int = 44, seed: int = 0,
+) -> tuple[dict, SitePrior, np.ndarray]:
+    "Return {site: (truth, predictions), each (photos, 5)}, prior and 90 % radius from out-of-fold errors."
     shots = plan_shots(train, 1, seed)[:train]
     jobs = [(s.seed, (s.green_g, s.dead_g, s.clover_g), s.site, s.height_cm) for s in shots]
     for k, site in enumerate(NEW_SITES.values()):
@@ -71,7 +75,8 @@ def predict_sites(train: int = 90, photos: int = 44, seed: int = 0) -> tuple[dic
     root = (x[train:] - solved["mean"]) * solved["inv_sd"] @ solved["weight"] + solved["bias"]
     predicted = roots_to_parts(root, solved["cap"]) @ SUMS.T
     parts = zip(np.split(y[train:], len(NEW_SITES)), np.split(predicted, len(NEW_SITES)), strict=True)
-    return dict(zip(NEW_SITES, parts, strict=True)), estimate_prior(y[:train], held_out @ SUMS.T, groups)
+    errors = y[:train], held_out @ SUMS.T, groups
+    return dict(zip(NEW_SITES, parts, strict=True)), estimate_prior(*errors), conformal_radius(*errors, 0.9)
 
 
 def weighted_error(y: np.ndarray, predicted: np.ndarray) -> float:
@@ -79,34 +84,44 @@ def weighted_error(y: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.sqrt(((y - predicted) ** 2 @ TARGET_WEIGHTS).mean()))
 
 
-def judge_cuts(y: np.ndarray, predicted: np.ndarray, k: int, priors: dict, rng) -> list[dict]:
-    "Return a row a method: its error on the photos of one site that are not among k cuts drawn at random."
+def coverage(y: np.ndarray, predicted: np.ndarray, radius: np.ndarray) -> float:
+    "Return the share of grams (n, 5) within `radius` (5,) on √g of their predictions."
+    return float((np.abs(np.sqrt(y) - np.sqrt(predicted)) <= radius).mean())
+
+
+def judge_cuts(y: np.ndarray, predicted: np.ndarray, k: int, priors: dict, radius, rng) -> list[dict]:
+    "Return a row a method: error and coverage on the photos of one site that are not among k random cuts."
     order = rng.permutation(len(y))
     cuts, rest = order[:k], order[k:]
     flat = SitePrior(np.full(5, np.inf), np.full(5, np.inf), np.ones(5))
     lines = reconcile(fit_lines(y[cuts], predicted[cuts], flat).predict(predicted[rest]))
     without = weighted_error(y[rest], predicted[rest])
-    rows = [{"method": "least squares", "error": weighted_error(y[rest], lines), "refused": 0.0}]
+    rows = [{"method": "least squares", "error": weighted_error(y[rest], lines), "refused": 0.0,
+             "covered": coverage(y[rest], lines, radius)}]
     for name, prior in priors.items():
         fitted = fit_calibration(y[cuts], predicted[cuts], prior)
-        error = weighted_error(y[rest], fitted.apply(predicted[rest]))
-        rows.append({"method": name, "error": error, "refused": float(not fitted.used.any())})
-    return [{"cuts": k, "without": without, **row} for row in rows]
+        after = fitted.apply(predicted[rest])
+        rows.append({"method": name, "error": weighted_error(y[rest], after),
+                     "refused": float(not fitted.used.any()),
+                     "covered": coverage(y[rest], after, fitted.radius(radius, 0.9))})
+    before = {"without": without, "covered_without": coverage(y[rest], predicted[rest], radius)}
+    return [{"cuts": k, **before, **row} for row in rows]
 
 
 def study(repeats: int = 50, seed: int = 0) -> pd.DataFrame:
     "Return and write mean and 90 % quantile of the error of site × cuts × method over random cuts."
-    sites, estimated = predict_sites(seed=seed)
+    sites, estimated, radius = predict_sites(seed=seed)
     priors = {"default prior": default_prior(), "out-of-fold prior": estimated}
     rng, rows = np.random.default_rng(seed), []
     for site, (y, predicted) in sites.items():
         for k in CUTS:
             for _ in range(repeats):
-                rows += [{"site": site, **row} for row in judge_cuts(y, predicted, k, priors, rng)]
+                rows += [{"site": site, **row} for row in judge_cuts(y, predicted, k, priors, radius, rng)]
     groups = pd.DataFrame(rows).groupby(["site", "cuts", "method"], sort=False)
     table = groups.agg(without=("without", "mean"), error=("error", "mean"),
                        error_90=("error", lambda e: e.quantile(0.9)),
-                       refused=("refused", "mean"), repeats=("error", "size")).round(2).reset_index()
+                       refused=("refused", "mean"), covered_without=("covered_without", "mean"),
+                       covered=("covered", "mean"), repeats=("error", "size")).round(2).reset_index()
     with atomic_write(RESULT) as temporary:
         table.to_csv(temporary, index=False)
     return table

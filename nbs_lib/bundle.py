@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 import zipfile
@@ -27,6 +28,7 @@ import pandas as pd
 
 from . import __version__ as version
 from .boosting import estimator_versions, find_mismatch
+from .calibration import SitePrior, estimate_prior
 from .ensemble import Blend, load_blend
 from .features import read_features
 from .inference import count_folds
@@ -127,6 +129,8 @@ class PastureModel:
     measured: dict[str, float]  # coverage of each target's interval with each site left out
     limits: dict[str, float]  # of the quality numbers of a photo
     distance: FeatureDistance | None
+    prior: SitePrior  # of a calibration
+    key: str  # changes with anything that a prediction depends on
 
     @property
     def run(self) -> Run:
@@ -151,7 +155,7 @@ def fit_quality_limits(artefacts: Path) -> dict[str, float]:
 
 # %% ../notebooks/60_bundle.ipynb #5dea3561
 def describe_training(artefacts: Path, coverage: float) -> dict:
-    "Return radii, measured coverage, quality limits and feature distance, from the artefacts of a run."
+    "Return radii, measured coverage, quality limits, feature distance and prior of a run's artefacts."
     ids, y, groups = read_labels(artefacts)
     table = pd.read_parquet(artefacts / "oof" / "ensemble.parquet").set_index("image_id")
     oof = table.loc[ids, list(TARGETS)].to_numpy(float)
@@ -162,7 +166,7 @@ def describe_training(artefacts: Path, coverage: float) -> dict:
         where = {name: i for i, name in enumerate(has)}
         distance = fit_distance(X[[where[i] for i in ids]], groups)
     return {"radii": fit_radii(y, oof, groups, coverage), "measured": measured, "distance": distance,
-            "limits": fit_quality_limits(artefacts)}
+            "limits": fit_quality_limits(artefacts), "prior": estimate_prior(y, oof, groups)}
 
 # %% ../notebooks/60_bundle.ipynb #bb5b9d35
 USED = ("dinov3", "boosting", "features", "siglip-tiny", "folds.csv", "blend.json")
@@ -192,7 +196,9 @@ def open_run_model(folder: Path, work: Path) -> PastureModel:
         about = describe_training(artefacts, settings.boosting.coverage)
     except (OSError, KeyError, ValueError) as e:
         raise InputError(f"--model {folder}: the run is not complete ({e}); run it again") from e
-    return PastureModel(work, settings, blend, settings.boosting.coverage, **about)
+    records = [folder / "run.json", *sorted((artefacts / "stages").glob("*.json"))]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in records)).hexdigest()
+    return PastureModel(work, settings, blend, settings.boosting.coverage, **about, key=key)
 
 
 @contextlib.contextmanager
@@ -202,7 +208,8 @@ def open_model(path: str | Path) -> Iterator[PastureModel]:
     if not path.exists():
         raise InputError(f"--model {path}: there is no such run or bundle; check the path")
     with tempfile.TemporaryDirectory(prefix="nbs-predict-") as work:
-        yield (open_run_model if path.is_dir() else open_bundle)(path, Path(work, "model"))
+        is_bundle = path.is_file() or (path / "manifest.json").is_file()
+        yield (open_bundle if is_bundle else open_run_model)(path, Path(work, "model"))
 
 # %% ../notebooks/60_bundle.ipynb #d3d563e2
 FOLD_KEYS = ("config", "shared", "frozen", "settings", "fold", "views", "library")
@@ -305,7 +312,8 @@ def write_statistics(model: PastureModel, to: Path, paths: dict[str, str]) -> No
     settings = dataclasses.replace(model.settings, run=dataclasses.replace(model.settings.run, folds=folds))
     write_json(to / "settings.json", {"settings": dataclasses.asdict(settings), "paths": paths})
     radii = {str(n): radius for n, radius in model.radii.items()}
-    numbers = {"coverage": model.coverage, "measured": model.measured, "radii": radii, "limits": model.limits}
+    numbers = {"coverage": model.coverage, "measured": model.measured, "radii": radii, "limits": model.limits,
+               "prior": vars(model.prior)}
     write_json(to / "statistics.json", numbers)
     if model.distance is not None:
         np.savez(to / "distance.npz", **dataclasses.asdict(model.distance))
@@ -371,19 +379,26 @@ def check_versions(path: Path, manifest: dict) -> None:
 
 
 def extract_bundle(path: Path, work: Path) -> None:
-    "Extract a bundle below `work` and check every file."
+    "Extract a bundle, or link an extracted one, below `work` and check every file."
     try:
-        with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read("manifest.json"))
-            check_versions(path, manifest)
-            for name, wanted in manifest["files"].items():
-                target = Path(archive.extract(name, work))
-                if hash_bytes(target) != wanted:
-                    raise InputError(f"{path}: {name} is broken (SHA-256 differs); copy the bundle again")
-    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, EOFError, OSError) as e:
+        if path.is_dir():  # Kaggle extracts the zips of a dataset
+            shutil.copytree(path.resolve(), work, copy_function=os.symlink)
+        else:
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(work)
+        manifest = json.loads((work / "manifest.json").read_bytes())
+        check_versions(path, manifest)
+        for name, wanted in manifest["files"].items():
+            if hash_bytes(work / name) != wanted:
+                raise InputError(f"{path}: {name} is broken (SHA-256 differs); copy the bundle again")
+    except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, EOFError,
+            FileNotFoundError) as e:
         raise InputError(f"{path}: is not a whole bundle ({e}); copy or download it again") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot be extracted to {work.parent} ({e.strerror}); "
+                         "free disk space, or set TMPDIR to another folder") from e
 
-
+# %% ../notebooks/60_bundle.ipynb #5b1d07aa
 def read_settings(raw: dict) -> Settings:
     "Rebuild the settings of a bundle from their JSON."
     sections = {}
@@ -407,6 +422,7 @@ def open_bundle(path: Path, work: Path) -> PastureModel:
             changed = dataclasses.replace(getattr(settings, section), **{key: str(work / place)})
             settings = dataclasses.replace(settings, **{section: changed})
         radii = {int(n): np.array(radius, float) for n, radius in statistics["radii"].items()}
+        prior = SitePrior(**{name: np.array(sd, float) for name, sd in statistics["prior"].items()})
         distance = None
         if (work / "distance.npz").is_file():
             with np.load(work / "distance.npz", allow_pickle=False) as file:
@@ -414,5 +430,5 @@ def open_bundle(path: Path, work: Path) -> PastureModel:
     except (KeyError, TypeError, ValueError) as e:
         raise InputError(f"{path}: is not a bundle of this library ({e!r}); pack it again") from e
     blend = load_blend(work / "artefacts" / "blend.json")
-    numbers = statistics["measured"], statistics["limits"]
-    return PastureModel(work, settings, blend, statistics["coverage"], radii, *numbers, distance)
+    return PastureModel(work, settings, blend, statistics["coverage"], radii, statistics["measured"],
+                        statistics["limits"], distance, prior, hash_bytes(work / "manifest.json"))

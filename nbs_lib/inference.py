@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['FEATURE_KEYS', 'PREPROCESSING_KEYS', 'PredictionCollector', 'FoldGroup', 'plan_fold_groups', 'load_fold_group',
-           'PredictionAverager', 'MultiStore', 'StoreSlice', 'PhotoLoader', 'InferenceContext', 'current_preprocessing',
+           'PredictionAverager', 'MultiStore', 'PhotoLoader', 'InferenceContext', 'current_preprocessing',
            'fitted_preprocessing', 'changed_preprocessing', 'with_fitted_preprocessing', 'count_folds', 'name_part',
-           'select_folds', 'Model1', 'read_and_predict_first', 'FeatureMakers', 'Model2', 'join_blocks',
-           'predict_first_pass', 'predict_remaining']
+           'select_folds', 'Model1', 'predict_first_pass', 'FeatureMakers', 'Model2', 'join_blocks',
+           'predict_remaining']
 
 # %% ../notebooks/59_inference.ipynb #be95ab2e
-import contextlib
 import copy
 import functools
 import math
@@ -202,30 +201,16 @@ class MultiStore:
         rows = {name: i for i, name in enumerate(self.ids)}
         return [rows[name] for name in ids]
 
+    def select(self, index: np.ndarray) -> "MultiStore":
+        "Return photos `index` as a store of their own."
+        out = MultiStore([self.ids[int(i)] for i in index])
+        out.where = {j: self.where[int(i)] for j, i in enumerate(index)}
+        return out
+
     def record(self, i: int) -> np.void:
         "Return the record of photo `i`, of the dtype `store.ROW`: its size, its stamp and its quality."
         store, j = self.where[int(i)]
         return store.rows[j]
-
-# %% ../notebooks/59_inference.ipynb #e9d8bbdf
-@dataclass(frozen=True)
-class StoreSlice:
-    "Some photos of a store, as a store of their own."
-    store: MultiStore
-    index: np.ndarray
-
-    @property
-    def ids(self) -> list[str]:
-        return [self.store.ids[int(i)] for i in self.index]
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.store[int(self.index[i])]
-
-    def key(self, i: int) -> str | None:
-        return self.store.key(int(self.index[i]))
 
 # %% ../notebooks/59_inference.ipynb #c5777d12
 class PhotoLoader:
@@ -310,15 +295,11 @@ def fitted_preprocessing(run: Run, path: Path) -> dict[tuple[str, str], object]:
     "Return the `PREPROCESSING_KEYS` that a model was fitted with, as far as its .json at `path` has them."
     try:
         settings = read_json(path)["settings"]
-    except (InputError, KeyError, TypeError):
+        return {(section, key): settings[section][key]
+                for (section, key), now in current_preprocessing(run).items()
+                if isinstance(settings[section].get(key), type(now))}
+    except (InputError, KeyError, TypeError, AttributeError):
         return {}
-    fitted = {}
-    for (section, key), now in current_preprocessing(run).items():
-        with contextlib.suppress(KeyError, TypeError, ValueError):  # of an older version
-            value = type(now)(settings[section][key])
-            if value == settings[section][key]:
-                fitted[section, key] = value
-    return fitted
 
 
 def changed_preprocessing(run: Run, path: Path) -> dict[tuple[str, str], object]:
@@ -418,16 +399,18 @@ class Model1:
         context.results.write()
 
 # %% ../notebooks/59_inference.ipynb #be026715
-def read_and_predict_first(context: InferenceContext, model: Model1) -> None:
-    "Read every photo and predict it by one group in one view; the results are written after each piece."
-    kind, done = "reading and a first look", 0
-    if model.plans:
-        model.group(model.plans[0])  # loading is no part of the pace
+def predict_first_pass(context: InferenceContext) -> Model1:
+    "Read every photo and predict it by model 1's first group in its first view; write after each piece."
+    model1, kind, done = Model1(context), "reading and a first look", 0
+    context.pending = [(folds, view) for view in model1.views for folds in model1.plans][1:]
+    if model1.plans:
+        model1.group(model1.plans[0])  # loading is no part of the pace
     for piece in plan_chunks(np.arange(context.n), context.chunk, context.clock, kind):
-        context.clock.timed(kind, len(piece), lambda piece=piece: _predict_first(context, model, piece))
+        context.clock.timed(kind, len(piece), functools.partial(_predict_first, context, model1, piece))
         done += len(piece)
         context.results.write()
     context.drop("reading", context.n - done)
+    return model1
 
 
 def _predict_first(context: InferenceContext, model: Model1, piece: np.ndarray) -> None:
@@ -447,14 +430,14 @@ class FeatureMakers:
         }
         self.extractors: dict[torch.device, FeatureExtractor] = {}
 
-    def frozen_features(self, run: Run, store: StoreSlice, device: torch.device) -> siglip.Features:
+    def frozen_features(self, run: Run, store: MultiStore, device: torch.device) -> siglip.Features:
         "Return frozen features, from a backbone that is loaded once a device."
         with self.lock:
             if device not in self.extractors:
                 self.extractors[device] = frozen.open_extractor(run, device, self.context.n)
         return frozen.compute_frozen_features(run, store, device, extractor=self.extractors[device])
 
-    def compute(self, store: StoreSlice, device: torch.device) -> siglip.Features:
+    def compute(self, store: MultiStore, device: torch.device) -> siglip.Features:
         "Return the features of the photos in `store`; a maker that fails is dropped with a warning."
         out = {}
         for name, make in list(self.makers.items()):
@@ -495,7 +478,7 @@ class Model2:
         store = self.context.loader.store
 
         def work(part: np.ndarray, device: torch.device) -> siglip.Features:
-            return self.makers.compute(StoreSlice(store, part), device)
+            return self.makers.compute(store.select(part), device)
 
         for _, features in split_over_devices(self.devices, piece, work):
             for name, block in features.items():
@@ -550,14 +533,6 @@ def join_blocks(blocks: list[tuple]) -> tuple:
     return [i for part in ids for i in part], *both
 
 # %% ../notebooks/59_inference.ipynb #ce7e4531
-def predict_first_pass(context: InferenceContext) -> Model1:
-    "Read all photos and predict them by the first group of model 1 in its first view."
-    model1 = Model1(context)
-    context.pending = [(folds, view) for view in model1.views for folds in model1.plans][1:]
-    read_and_predict_first(context, model1)
-    return model1
-
-
 def predict_remaining(context: InferenceContext, model1: Model1) -> Model2 | None:
     "Predict by model 2, then by the other folds and views; return model 2, None when it cannot be used."
     model2 = run_or_warn(context.warn, "model 2", lambda: Model2(context))

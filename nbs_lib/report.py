@@ -33,7 +33,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from .runtime import InputError, atomic_write, exit_code_of, read_json, write_json
+from .runtime import InputError, atomic_write, exit_code_of, open_templates, read_json, write_json
 from .stages import Run, open_run
 from nbs_lib.scores import (
     LABELS, RunOutputs, attempt, collect_scores, format_number, format_percent, format_scores, is_synthetic,
@@ -392,8 +392,7 @@ OF_MODEL = ("predictions", "errors", "intervals", "worst", "maps")  # need out-o
 @functools.cache
 def load_templates() -> jinja2.Environment:
     "Return the templates beside this module, with the filters and names that they use."
-    files = jinja2.PackageLoader("nbs_lib", "templates")
-    environment = jinja2.Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = open_templates()
     environment.filters.update(number=format_number, percent=format_percent)
     environment.globals.update(kg_ha=10 / QUADRAT_M2, labels=list(LABELS.values()), markers=MARKERS)
     environment.globals["names"] = {"dinov3": "model 1", "boosting": "model 2"}

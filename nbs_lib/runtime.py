@@ -7,7 +7,7 @@ __all__ = ['BUILD_LOCK', 'PRECISIONS', 'InputError', 'input_error', 'CommandPars
            'write_json', 'read_json', 'kaggle_input', 'on_kaggle', 'mount_candidates', 'resolve_mount', 'search_mounts',
            'walk_files', 'find_attached_files', 'select_attached', 'keep_memory', 'peak_memory', 'seed_everything',
            'warn_once', 'try_gpu', 'usable_gpus', 'pick_device', 'check_precision', 'pick_dtype', 'progress',
-           'hash_file']
+           'hash_file', 'open_templates']
 
 # %% ../notebooks/01_runtime.ipynb #03a1babc
 import argparse
@@ -330,3 +330,11 @@ def hash_file(path: str | Path) -> str:
     "Return the BLAKE2b hash of a file; read it once a process as long as size and modification time stay."
     stat = os.stat(path)
     return _hash_once(str(path), stat.st_size, stat.st_mtime_ns)
+
+# %% ../notebooks/01_runtime.ipynb #39f67de2
+def open_templates():
+    "Return the Jinja environment of `nbs_lib/templates`, which escapes what it fills in."
+    import jinja2
+
+    files = jinja2.PackageLoader("nbs_lib", "templates")
+    return jinja2.Environment(loader=files, autoescape=True, trim_blocks=True, lstrip_blocks=True)

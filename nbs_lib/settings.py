@@ -63,6 +63,8 @@ class KaggleSettings:
     dinov3_dataset: str  # slug of the dataset with the pretrained weights of model 1
     siglip_dataset: str  # slug of the dataset with the pretrained weights of SigLIP
     models_dataset: str  # slug of the dataset with the trained models of a run
+    bundle_dataset: str  # slug of the dataset with the bundle that the kernel predict uses
+    photos_dataset: str  # slug of the dataset with the photos that the kernel predict predicts
     kernel_prefix: str  # first part of the slug of every kernel
     machine: str  # machine_shape of the kernels that need a GPU
     # image of every kernel (users report Python 3.12 and torch 2.10 in this one); empty: Kaggle's choice
@@ -250,7 +252,7 @@ class SubmitSettings:
     "Inference on the hidden test."
     margin_minutes: float  # minutes of limits.hours that are kept in reserve
     batch: int  # photos in a forward pass; halved when memory runs out
-    chunk: int  # photos between two checks of the remaining time
+    chunk: int  # photos that are read, and that model 2 takes, between two checks of the remaining time
 
 
 @dataclass(frozen=True)

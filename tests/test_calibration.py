@@ -71,6 +71,7 @@ def test_cuts_are_read(table):
     ("b\\IMG_3.jpg,61,0\n", "", "too few weighed quadrats (2)"),
     ("Dry_Total_g", "Dry_Total_kg", "column 'Dry_Total_kg' is in kg"),
     ("Dry_Total_g", "total [kg/quadrat]", "is in kg"),
+    ("55.5", "2600", "the largest number is 2600, which looks like kg a hectare"),
     ("file,", "photo,", "give 'file' and any of"),
     ("Dry_Total_g,Dry_Dead_g", "total,dead", "give 'file' and any of"),
     ("40,\nIMG_2.jpg,55.5,8\nb\\IMG_3.jpg,61,0", ".04,\nIMG_2.jpg,.05,0\nb\\IMG_3.jpg,.06,0", "like kg"),
@@ -209,6 +210,22 @@ def test_json_keeps_everything():
     assert np.allclose(same.apply(y_pred), fitted.apply(y_pred)) and same.message == fitted.message
     pd.testing.assert_frame_equal(same.summary(), fitted.summary())
     assert "NaN" not in fitted.to_json()
+
+
+def test_intervals_follow_the_cuts_left_out():
+    "Few cuts change a radius little, many decide it, in both directions; a target not weighed keeps its own."
+    for noise, wider in ((0.2, False), (2.0, True)):
+        ratios = []
+        for k in (3, 10, 60):
+            r = np.random.default_rng(k)
+            y = from_parts(*r.gamma(4, 10, (3, k)))
+            y_pred = (np.sqrt(y) + r.normal(0, noise, (k, 1))) ** 2
+            y[:, DEAD] = np.nan
+            fitted = fit_calibration(y, y_pred)
+            ratios.append(fitted.radius(np.full(5, 1.645), 0.9) / 1.645)
+            assert np.isclose(ratios[-1][DEAD], 1) and np.isnan(fitted.spread[DEAD])
+        few, some, many = (ratio[TOTAL] for ratio in ratios)
+        assert 1 < few < some < many if wider else 1 > few > some > many
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"center": {"0": 1}}'])

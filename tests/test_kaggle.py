@@ -62,7 +62,7 @@ def test_the_client_takes_every_kernel(name, tmp_path):
     request = dry_run(tmp_path / name)
     notebook = json.loads(request["text"])
     assert request["enableInternet"] is False and request["isPrivate"] is True
-    assert request["competitionDataSources"] == ["csiro-biomass"]
+    assert request["competitionDataSources"] == ([] if name == "predict" else ["csiro-biomass"])
     assert notebook["metadata"]["kernelspec"]["name"] == "python3" and not any(
         c.get("outputs") for c in notebook["cells"]
     )

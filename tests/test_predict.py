@@ -2,6 +2,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from skimage import data
 from test_submit import SMALL, copy_run, train_small
 
 from nbs_lib import bundle, predict
+from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import Run
 from nbs_lib.submit import run_submit
@@ -36,12 +40,15 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(trained, tmp_path_factory) -> Path:
-    "The six test photos under other names in two folders, one file that is no photo, and three odd pictures."
-    folder = tmp_path_factory.mktemp("farm")
+    """Six photos under other names in two folders, two of them training photos, and a folder of odd pictures.
+
+    Two files beside them are no photo.
+    """
+    folder, training = tmp_path_factory.mktemp("farm"), sorted((trained / "in" / "train").iterdir())
     for i, path in enumerate(sorted((trained / "in" / "test").iterdir())):
         target = folder / ("river flat" if i < 4 else "hill") / f"{path.stem} ü{'.JPG' if i else ''}"
         target.parent.mkdir(exist_ok=True)
-        shutil.copy(path, target)
+        shutil.copy(training[i] if i < 2 else path, target)
     (folder / "hill" / "broken.jpg").write_text("no photo")
     (folder / "hill" / "notes.txt").write_text("no photo, and not called one")
     (folder / "odd").mkdir()
@@ -68,7 +75,7 @@ def call(*argv) -> int:
 
 def read_table(folder: Path) -> pd.DataFrame:
     table = pd.read_csv(folder / "predictions.csv", keep_default_na=True)
-    table["flags"] = table["flags"].fillna("")
+    table["flags"] = table["flags"].astype(object).fillna("")
     return table.set_index(pd.Index([Path(f).stem.removesuffix(" ü") for f in table["file"]]))
 
 
@@ -97,6 +104,8 @@ def test_a_run_and_its_bundle_give_the_numbers_of_submit(trained, photos, predic
     assert call("--model", trained / "out", *places, "--output", tmp_path / "run") == 0
     assert list_files(trained / "out") == before, "the run stays as it is"
     run = copy_run(trained, tmp_path / "submit")
+    for path in photos.rglob("ID*"):
+        shutil.copy(path, run.input / "test" / f"{path.stem.removesuffix(' ü')}.jpg")
     run_submit(run)
     grams = pd.read_csv(run.output / "submission.csv").set_index("sample_id")["target"]
     for table in (read_table(tmp_path / "run"), read_table(predicted)):
@@ -241,19 +250,148 @@ def test_a_run_whose_model_2_cannot_be_read_is_not_packed(trained, tmp_path, cap
 
 
 def test_own_cuts_correct_the_predictions(model, photos, predicted, tmp_path, capsys):
-    "Six quadrats that weigh twice what was predicted raise all predictions, and three lines say by how much."
+    "Quadrats that weigh twice what was predicted raise all predictions, and a table says by how much."
     before = read_table(predicted)
-    weighed = before[before["Dry_Total_g"].notna() & (before["paddock"] != "odd")]
+    weighed = before[before["Dry_Total_g"].notna()]
     cuts = weighed.assign(Dry_Total_g=2 * weighed["Dry_Total_g"])[["file", "Dry_Total_g"]]
     cuts.to_csv(tmp_path / "cuts.csv", index=False)
     words = ("--model", model, photos, "--output", tmp_path / "out", "--calibrate")
     assert call(*words, tmp_path / "cuts.csv") == 0
     after = read_table(tmp_path / "out").loc[weighed.index]
-    assert (after["Dry_Total_g"] > 1.1 * weighed["Dry_Total_g"]).all()
+    assert (after["Dry_Total_g"] > weighed["Dry_Total_g"]).all()
+    assert after["Dry_Total_g"].mean() > 1.1 * weighed["Dry_Total_g"].mean()
+    assert "Calibrated by 12 weighed quadrats: Total." in (tmp_path / "out" / "predictions.html").read_text()
     assert (tmp_path / "out" / "calibration.json").is_file() and "error without" in capsys.readouterr().out
-    cuts.assign(file="nowhere.jpg").to_csv(tmp_path / "cuts.csv", index=False)
-    assert call(*words, tmp_path / "cuts.csv") == 2
-    assert "nowhere.jpg" in capsys.readouterr().err
+
+
+def answer_by_name(model, paths, maps) -> list[dict]:
+    "Stand in for `predict.predict_piece`: grams from the name of the file."
+    grams = [np.array([3.0, 1, 1, 4, 5]) * (1 + sum(path.name.encode()) % 7) for path in paths]
+    return [{"grams": y.tolist(), "distance": 0.5, "flags": [], "pictures": {}} for y in grams]
+
+
+@pytest.fixture
+def plain(tmp_path, monkeypatch) -> list:
+    "The call for seven pictures in two folders, answered two at a time by their names."
+    for i in range(7):
+        path = tmp_path / "farm" / ("hill" if i < 3 else "flat") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 10 + i)).save(path)
+    monkeypatch.setattr(predict, "predict_piece", answer_by_name)
+    monkeypatch.setattr(predict, "PIECE", 2)
+    return ["--model", "", tmp_path / "farm"]
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(plain, model, tmp_path, monkeypatch, capsys):
+    plain[1], asked = model, []
+
+    def stop_at_five(model, paths, maps):
+        asked.extend(path.name for path in paths)
+        if len(asked) > 5:
+            raise KeyboardInterrupt
+        return answer_by_name(model, paths, maps)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(predict, "predict_piece", stop_at_five)
+        call(*plain, "--output", tmp_path / "stopped")
+    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["answers"], "nothing looks finished"
+    Image.new("RGB", (20, 99)).save(tmp_path / "farm" / "hill" / "1.png")  # taken again
+    asked.clear()
+    monkeypatch.setattr(predict, "predict_piece", lambda *a: asked.extend(a[1]) or answer_by_name(*a))
+    assert call(*plain, "--output", tmp_path / "stopped") == 0
+    known = [p.name for p in predict.find_photos([plain[2]])][:4]
+    assert "of 7 photos are answered already" in capsys.readouterr().out
+    assert sorted(p.name for p in asked) == sorted({f"{i}.png" for i in range(7)} - set(known) | {"1.png"})
+    assert call(*plain, "--output", tmp_path / "whole") == 0
+    for name in ("predictions.csv", "paddocks.csv", "predictions.html"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_photos_of_a_paddock_are_averaged(plain, model, tmp_path):
+    "By folder, and by a table that names paddocks for some of the photos."
+    plain[1] = model
+    assert call(*plain, "--output", tmp_path / "out") == 0
+    means = pd.read_csv(tmp_path / "out" / "paddocks.csv").set_index("paddock")
+    table = read_table(tmp_path / "out")
+    assert means["photos"].to_dict() == {"farm/flat": 4, "farm/hill": 3}
+    own = table[table["paddock"] == "farm/flat"]
+    assert means.loc["farm/flat", "Dry_Total_kg_ha"] == pytest.approx(own["Dry_Total_kg_ha"].mean())
+    widths = means["Dry_Total_g_high"] - means["Dry_Total_g_low"]
+    assert (means["Dry_Total_g_low"] < means["Dry_Total_g"]).all() and (widths > 0).all()
+    (tmp_path / "p.csv").write_text("file,paddock\n0.png,north\n3.png,north\n4.png,\n")
+    assert call(*plain, "--output", tmp_path / "out", "--paddocks", tmp_path / "p.csv") == 0
+    means = pd.read_csv(tmp_path / "out" / "paddocks.csv").set_index("paddock")
+    assert means["photos"].to_dict() == {"farm/flat": 3, "farm/hill": 2, "north": 2}
+    assert "<h2>north</h2>" in (tmp_path / "out" / "predictions.html").read_text()
+
+
+CUTS = "file,Dry_Total_g\n0.png,40\n1.png,55\n2.png,61\n"
+
+
+@pytest.mark.parametrize(("option", "text", "message"), [
+    ("--calibrate", CUTS.replace("1.png", "9.png"), "file '9.png' fits 0 photos"),
+    ("--calibrate", CUTS.replace("55", "-55"), "Dry_Total_g of 1.png is '-55'; give grams"),
+    ("--calibrate", CUTS.replace("55", ""), "1.png has no number"),
+    ("--calibrate", CUTS.replace("40", ".04").replace("55", ".06").replace("61", ".1"), "like kg; give"),
+    ("--calibrate", CUTS.replace("55", "2600"), "the largest number is 2600, which looks like kg a hectare"),
+    ("--calibrate", CUTS.replace("Dry_Total_g", "total"), "give 'file' and any of Dry_Green_g"),
+    ("--paddocks", CUTS, "give 'file' and any of paddock"),
+    ("--paddocks", "file,paddock\n9.png,north\n", "file '9.png' fits 0 photos"),
+])
+def test_a_wrong_table_is_refused_before_the_model_is_opened(plain, tmp_path, capsys, option, text, message):
+    (tmp_path / "table.csv").write_text(text)
+    refused(capsys, tmp_path, message, *plain, option, tmp_path / "table.csv")
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(plain, model, tmp_path, monkeypatch, capsys):
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    plain[1] = model
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "extractall", no_space)
+        refused(capsys, tmp_path, "No space left on device); free disk space, or set TMPDIR", *plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "write_json", no_space)
+        refused(capsys, tmp_path, "cannot be written (No space left on device); choose another", *plain)
+    monkeypatch.setattr(os, "fsync", no_space)  # at the end of the first file
+    assert call(*plain, "--output", tmp_path / "out") == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list((tmp_path / "out").rglob("*.*"))
+
+
+def test_a_kernel_predicts_an_attached_dataset_with_an_extracted_bundle(plain, model, tmp_path):
+    "Kaggle extracts the zips of a dataset, and its input is read only."
+    root = tmp_path / "input" / "datasets" / "ann"
+    shutil.copytree(tmp_path / "farm", root / "photos")
+    with zipfile.ZipFile(model) as archive:
+        archive.extractall(root / "bundle" / "model")
+    before = list_files(root)
+    table = predict.predict_attached(str(tmp_path / "input"), str(tmp_path / "working"))
+    assert len(table) == 7 and list_files(root) == before
+    written = {path.name for path in (tmp_path / "working").iterdir()}
+    assert written == {"predictions.csv", "paddocks.csv", "predictions.html"}
+    with bundle.open_model(model) as one, bundle.open_model(root / "bundle" / "model") as other:
+        assert one.key == other.key
+    shutil.copytree(root / "bundle", root / "another")
+    with pytest.raises(InputError, match="2 bundles; attach one"):
+        predict.predict_attached(str(tmp_path / "input"), str(tmp_path / "working"))
+
+
+@pytest.mark.slow
+def test_a_killed_call_is_continued_by_the_next(photos, model, tmp_path):
+    "SIGKILL after the first answers; the second call gives the table and the page of an undisturbed one."
+    words = [sys.executable, "-c", "from nbs_lib import predict; predict.PIECE = 2; predict.main()",
+             "--model", str(model), str(photos / "hill"), str(photos / "river flat"), "--output"]
+    process = subprocess.Popen([*words, str(tmp_path / "killed")])
+    while not list(tmp_path.glob("killed/answers/*.json")) and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -9 and not list(tmp_path.glob("killed/*.*"))
+    again = subprocess.run([*words, str(tmp_path / "killed")], capture_output=True, text=True, check=True)
+    assert "of 7 photos are answered already" in again.stdout
+    subprocess.run([*words, str(tmp_path / "whole")], check=True)
+    for name in ("predictions.csv", "paddocks.csv", "predictions.html"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_bundle_holds_all_shards_of_the_frozen_weights(tmp_path):
