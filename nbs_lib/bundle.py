@@ -200,7 +200,7 @@ def open_run_model(folder: Path, work: Path) -> PastureModel:
     key = hashlib.sha256(b"".join(path.read_bytes() for path in records)).hexdigest()
     return PastureModel(work, settings, blend, settings.boosting.coverage, **about, key=key)
 
-
+# %% ../notebooks/60_bundle.ipynb #5b1d07ab
 @contextlib.contextmanager
 def open_model(path: str | Path) -> Iterator[PastureModel]:
     "Yield the model of a run's folder or of a bundle; raise `InputError` when it is neither."
