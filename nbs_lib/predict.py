@@ -82,7 +82,7 @@ def find_photos(places: Sequence[str | Path]) -> list[Path]:
         raise InputError(f"{named}: no photo found; give photo files or a folder with some")
     return list(found.values())
 
-
+# %% ../notebooks/61_predict.ipynb #7a8de3be
 def label_paddocks(paths: Sequence[Path]) -> list[str]:
     "Return the paddock of each photo: its folder, as short as keeps all of them distinct."
     folders = [path.resolve().parent for path in paths]
