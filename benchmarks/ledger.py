@@ -9,16 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nbs_lib.ledger import (
-    SCHEMA,
-    Candidates,
-    choose_finals,
-    encode_grams,
-    list_entries,
-    make_line,
-    read_candidates,
-    read_ledger,
-)
+from nbs_lib.ledger import Candidates, choose_finals, list_entries, read_candidates, read_ledger
 from nbs_lib.runtime import atomic_write
 from nbs_lib.settings import library_file
 from nbs_lib.targets import TARGETS, weighted_r2_score
@@ -168,16 +159,16 @@ def fill_ledger(path: str | Path, entries: int, photos: int = 357, seed: int = 0
     rng = np.random.default_rng(seed)
     site = np.arange(photos) * 30 // photos
     y = 45 + 20 * rng.standard_normal((30, 1))[site] + 10 * rng.standard_normal((photos, len(TARGETS)))
-    labels = {"labels": encode_grams(y), "sites": site.tolist()}
+    common = {"source": "run", "labels": y.round(2).ravel().tolist(), "sites": site.tolist()}
     with open(path, "w", encoding="utf-8") as f:
         for k in range(entries):
             noise = (rng.standard_normal((30, 1))[site] + rng.standard_normal(y.shape)) / np.sqrt(2)
-            predicted = y + rng.uniform(10, 14) * noise
+            predicted = (y + rng.uniform(10, 14) * noise).round(2)
             r2 = weighted_r2_score(y, predicted)
-            facts = {"source": "run", "message": f"run {k}", "reference": str(10**6 + k), **labels,
-                     "oof": {"grouped": {"r2": r2, "se": 0.02}}, "predictions": encode_grams(predicted)}
-            line = make_line(facts, public=round(r2 + 0.03 * rng.standard_normal(), 3))
-            f.write(json.dumps({"v": SCHEMA, **line}) + "\n")
+            public = round(r2 + 0.03 * rng.standard_normal(), 3)
+            facts = {"id": f"run{k}", "message": f"run {k}", "reference": str(10**6 + k), "public": public,
+                     "oof": {"grouped": {"r2": r2, "se": 0.02}}, "predictions": predicted.ravel().tolist()}
+            f.write(json.dumps(facts | common) + "\n")
 
 
 def bench_ledger(entries: int = 1000) -> list[dict]:
@@ -186,7 +177,7 @@ def bench_ledger(entries: int = 1000) -> list[dict]:
         path, rows = Path(folder, "ledger.jsonl"), []
         fill_ledger(path, entries)
         steps = {"read": lambda: read_ledger(path),
-                 "read and list": lambda: list_entries(read_ledger(path), 0).to_string(),
+                 "read and list": lambda: list_entries(read_ledger(path)).to_string(),
                  "read and pick": lambda: choose_finals(read_candidates(read_ledger(path)), 427, 0.995)}
         for name, work in steps.items():
             start = time.perf_counter()

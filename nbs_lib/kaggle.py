@@ -28,6 +28,7 @@ from nbs_lib.kaggle_client import (
     DATASET_ENDED, KERNEL_ENDED, ask_kernel, dataset_state, describe_request, dry_run, kaggle_errors,
     kernel_state, sign_in, wait_for,
 )
+from .ledger import add_facts, add_run
 from nbs_lib.runtime import (
     CommandParser, InputError, atomic_write, exit_code_of, kaggle_input, read_json, write_json,
 )
@@ -396,14 +397,14 @@ def submit_version(
     status, reason = kernel_state(client, ref, number)
     if status != "complete":
         raise InputError(f"{ref} version {number}: {status} on Kaggle {reason}; submit a complete version")
+    entry = add_run(ledger, run) if run else ""  # first, so that a damaged file stops it before it is sent
     with kaggle_errors(ref):
         answer = client.competition_submit_code(**call)
     print(answer.message)
     if not run:
         return print(f"not in the ledger: submit takes --run with the output of {ref}")
-    from nbs_lib.ledger import record_sent
-
-    entry = record_sent(ledger, run, call["message"], answer.ref or None, f"{ref}/{number}")
+    reference = str(answer.ref) if answer.ref else None
+    add_facts(ledger, entry, message=call["message"], reference=reference, kernel=f"{ref}/{number}")
     print(f"ledger: entry {entry} of {ledger}")
 
 # %% ../notebooks/81_kaggle.ipynb #6b1af1cd

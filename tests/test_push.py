@@ -38,7 +38,7 @@ from kagglesdk.kernels.types.kernels_api_service import (
 from kagglesdk.kernels.types.kernels_enums import KernelWorkerStatus
 
 from nbs_lib import hub, kaggle
-from nbs_lib.ledger import add_entry, read_ledger
+from nbs_lib.ledger import add_facts, hash_submission, read_ledger
 from nbs_lib.settings import load_settings
 
 SETTINGS = load_settings("kaggle", path=ROOT / "settings.ini", overrides=["kaggle.username=ann"])
@@ -637,12 +637,13 @@ def test_a_submission_that_was_sent_becomes_an_entry_of_the_ledger(server, tmp_p
     run = tmp_path / "run"
     run.mkdir()
     assert "no ledger.jsonl" in read_error(server, "submit", "--version", "3", "--run", str(run))
-    entry = add_entry(run / "ledger.jsonl", {"file": "submission.csv"})
+    (run / "submission.csv").write_text("sample_id,target\n")
+    entry = add_facts(run / "ledger.jsonl", "entry", sha256=hash_submission(run / "submission.csv"))
     server.runs[KERNELS["submit"], 3] = ["COMPLETE"]
     words = ["submit", "--version", "3", "--message", "the first", "--run", str(run)]
     assert call(*words)[0] == 0 and not server.requests and not (tmp_path / "ledger.jsonl").exists()
     code, out, _ = call(*words, "--send")
-    line = read_ledger(tmp_path / "ledger.jsonl").entries[entry]
+    line = read_ledger(tmp_path / "ledger.jsonl")[entry]
     assert (
         code == 0
         and "Successfully submitted" in out
