@@ -4,20 +4,18 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTATION', 'WEEK_HOURS', 'SESSION_HOURS', 'FLOPS', 'SO400M', 'SO400M_TEXT',
-           'SO400M_VISION', 'CPU_SECONDS', 'LOAD_SECONDS', 'CHECKPOINT_BYTES', 'WRITE_GB_S', 'COLOURS', 'Gpu',
-           'parse_gpus', 'MemoryTracker', 'fake_tensors', 'build_fake', 'Simulation', 'summarise_forecast',
-           'simulate_step', 'create_training_state', 'simulate_inference', 'simulate_features', 'simulate_frozen',
-           'has_cached_features', 'simulate_siglip', 'estimate_loading_hours', 'count_forward_passes',
+           'SO400M_VISION', 'CPU_SECONDS', 'CHECKPOINT_BYTES', 'WRITE_GB_S', 'Gpu', 'parse_gpus', 'MemoryTracker',
+           'fake_tensors', 'build_fake', 'Simulation', 'summarise_forecast', 'simulate_step', 'create_training_state',
+           'simulate_inference', 'simulate_features', 'simulate_frozen', 'simulate_siglip', 'count_forward_passes',
            'trains_backbone', 'count_trainings', 'estimate_saving_hours', 'estimate_disk_gb', 'Simulations', 'simulate',
-           'count_tflop', 'split_memory', 'estimate_hours', 'Forecast', 'forecast', 'plot_forecast', 'write_forecast',
-           'read_measured_hours', 'print_forecast', 'main']
+           'count_tflop', 'split_memory', 'estimate_hours', 'Forecast', 'forecast', 'write_forecast', 'print_forecast',
+           'main']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
 import contextlib
 import dataclasses
 import math
-import os
 import sys
 import weakref
 from collections import Counter
@@ -37,7 +35,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from . import fusion
 from .backbones import POOLINGS, Backbone, pool_features
 from .biomass_net import build_model
-from .runtime import InputError, atomic_write, exit_code_of, read_json, write_json
+from .runtime import InputError, exit_code_of, write_json
 from .settings import Settings, TrainDinov3Settings, load_settings
 from .siglip import patch_starts
 from .store import FULL, half_shape, wanted_shapes
@@ -215,14 +213,6 @@ def simulate_frozen(settings: Settings) -> list[Simulation]:
         net = build_fake(lambda: Backbone(s.backbone, s.depths))
         return [simulate_features(net, half_shape(width), s.batch) for width in s.widths]
 
-# %% ../notebooks/80_budget.ipynb #8a06a336
-def has_cached_features(settings: Settings) -> bool:
-    "Return whether model 1 has computed the frozen features of model 2 already."
-    s, f = settings.train_dinov3, settings.frozen
-    same = (s.backbone, s.weights, s.depths) == (f.backbone, f.weights, f.depths)
-    is_pooled = s.unfreeze == 0 and s.probe and not s.squeeze
-    return same and is_pooled and set(f.widths) <= set(s.probe_sizes or (s.size,))
-
 # %% ../notebooks/80_budget.ipynb #28a2bf4c
 # The published so400m-patch14-384: 27 layers of 1152, for images and for texts.
 SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -237,10 +227,7 @@ def simulate_siglip(settings: Settings) -> Simulation | None:
     s = settings.siglip
     if s.weights in ("", "tiny"):
         return None
-    if Path(s.weights, "config.json").is_file():
-        config = SiglipConfig.from_pretrained(s.weights, local_files_only=True)
-    else:
-        config = SiglipConfig(text_config=SO400M_TEXT, vision_config=SO400M_VISION)
+    config = SiglipConfig(text_config=SO400M_TEXT, vision_config=SO400M_VISION)
     side = config.vision_config.image_size
     rows, columns = (len(patch_starts(length, s.patch, s.overlap)) for length in (FULL[0], 2 * FULL[1]))
     images = s.batch * rows * columns
@@ -253,18 +240,8 @@ def simulate_siglip(settings: Settings) -> Simulation | None:
 # Seconds on the CPU: of a stage, and of each photo.
 CPU_SECONDS = {"eda": (20, 0.1), "inpaint": (10, 0.15), "train_dinov3": (60, 0.0), "siglip": (30, 0.1),
                "frozen": (30, 0.4), "boosting": (60, 1.5), "ensemble": (15, 0.05), "submit": (120, 0.7)}
-# Seconds of a core to read and augment a photo at 768 px; 0.024 to 0.049 measured with the profile kaggle.
-LOAD_SECONDS = 0.05
 
 
-def estimate_loading_hours(settings: Settings, photos: int) -> float:
-    "Estimate the hours in which all cores load and augment `photos` training photos."
-    s = settings.train_dinov3
-    (h, w), (full_h, full_w) = half_shape(s.size, s.squeeze), half_shape(768)
-    cores = settings.limits.cpus or os.cpu_count() or 1
-    return photos * LOAD_SECONDS * (h * w) / (full_h * full_w) / cores / 3600
-
-# %% ../notebooks/80_budget.ipynb #753ff548
 def count_forward_passes(s: TrainDinov3Settings, folds: int, photos: int) -> tuple[int, int]:
     "Count the photos that pass through the backbone in one fold: with a backward pass, and without."
     cached = photos / (folds * len(s.schemes))  # features computed once, shared by all folds
@@ -293,16 +270,12 @@ def count_trainings(s: TrainDinov3Settings) -> int:
     return 1 + (s.pseudo_rounds or int(s.select == "holdout" and s.refit))
 
 
-def estimate_saving_hours(
-    s: TrainDinov3Settings, folds: int, photos: int, trained: int, gpu_hours: float
-) -> float:
-    "Estimate the hours in which all folds, of `gpu_hours` together, wait for their checkpoints."
+def estimate_saving_hours(s: TrainDinov3Settings, trainings: int, trained: int, gpu_hours: float) -> float:
+    "Estimate the hours in which `trainings` of `gpu_hours` together wait for checkpoints, at most."
     if not trains_backbone(s):
         return 0.0
-    epochs = s.epochs * count_trainings(s) * folds * len(s.schemes)
-    steps = math.ceil(photos * (1 - 1 / folds) / (s.batch * s.accumulate))
-    in_epoch = min(steps, math.floor(60 * gpu_hours / epochs / max(s.save_minutes, 1e-9)))
-    return epochs * (1 + in_epoch) * CHECKPOINT_BYTES * trained / 1e9 / WRITE_GB_S / 3600
+    saves = trainings * s.epochs * count_trainings(s) + 60 * gpu_hours / max(s.save_minutes, 1e-9)
+    return saves * CHECKPOINT_BYTES * trained / 1e9 / WRITE_GB_S / 3600
 
 # %% ../notebooks/80_budget.ipynb #2d23f10b
 def estimate_disk_gb(
@@ -329,7 +302,6 @@ class Simulations:
     step: Simulation | None  # of model 1; None when its backbone is frozen
     frozen: list[Simulation]
     siglip: Simulation | None
-    cached: bool  # model 2 uses the features of model 1
     total: int  # parameters of model 1
     trained: int
 
@@ -348,8 +320,7 @@ def simulate(settings: Settings) -> Simulations:
     if not s.unfreeze:
         net.backbone.requires_grad_(False)
     total, trained = (sum(p.numel() for p in net.parameters() if p.requires_grad >= flag) for flag in (0, 1))
-    return Simulations(inference, step, simulate_frozen(settings), simulate_siglip(settings),
-                       has_cached_features(settings), total, trained)
+    return Simulations(inference, step, simulate_frozen(settings), simulate_siglip(settings), total, trained)
 
 # %% ../notebooks/80_budget.ipynb #63a4e5f1
 def count_tflop(settings: Settings, sim: Simulations, photos: int, test_photos: int) -> dict[str, float]:
@@ -358,7 +329,7 @@ def count_tflop(settings: Settings, sim: Simulations, photos: int, test_photos: 
     training, inference = count_forward_passes(s, folds, photos)
     fold = training * (sim.step or sim.inference).tflop + inference * sim.inference.tflop
     siglip = sim.siglip.tflop if sim.siglip else 0.0
-    frozen = 0.0 if sim.cached else sum(f.tflop for f in sim.frozen)
+    frozen = sum(f.tflop for f in sim.frozen)
     networks = folds if s.unfreeze else 1  # folds share a frozen backbone
     model_1 = networks * len(s.views) * sim.inference.tflop
     return {"train_dinov3": folds * len(s.schemes) * fold, "siglip": photos * siglip,
@@ -379,21 +350,17 @@ def estimate_hours(
     settings: Settings, gpu: Gpu, count: int, tflop: dict, trained: int, photos: int, test_photos: int
 ) -> dict[str, dict[str, float]]:
     "Estimate gpu_hours, cpu_hours and hours of each stage on `count` GPUs."
-    s, folds, rows = settings.train_dinov3, settings.run.folds, {}
-    trainings = folds * len(s.schemes)
+    s, rows = settings.train_dinov3, {}
+    trainings = settings.run.folds * len(s.schemes)
     rounds = math.ceil(trainings / max(1, min(count, s.parallel_folds)))  # five folds on two GPUs: three
     parallel = {"submit": count, "train_dinov3": trainings / rounds}
     for name, (fixed, per_photo) in CPU_SECONDS.items():
         work = tflop.get(name, 0.0) / (gpu.tflops * gpu.share) / 3600
         gpu_hours = work / parallel.get(name, 1)
         cpu_hours = (fixed + per_photo * (test_photos if name == "submit" else photos)) / 3600
-        hours = gpu_hours + cpu_hours
         if name == "train_dinov3":
-            loading = estimate_loading_hours(settings, trainings * count_forward_passes(s, folds, photos)[0])
-            saving = estimate_saving_hours(s, folds, photos, trained, work) / parallel[name]
-            hours = max(gpu_hours, loading) + cpu_hours + saving
-            cpu_hours += loading
-        rows[name] = {"gpu_hours": gpu_hours, "cpu_hours": cpu_hours, "hours": hours}
+            cpu_hours += estimate_saving_hours(s, trainings, trained, work) / parallel[name]
+        rows[name] = {"gpu_hours": gpu_hours, "cpu_hours": cpu_hours, "hours": gpu_hours + cpu_hours}
     return rows
 
 # %% ../notebooks/80_budget.ipynb #ad7fb208
@@ -438,60 +405,24 @@ def forecast(
     limits = {"hours": settings.limits.hours, "working_gb": settings.limits.working_gb}
     return Forecast(stages, memory, disk, gpu, count, limits)
 
-# %% ../notebooks/80_budget.ipynb #c13bf983
-COLOURS = {"weights": "#4c6b8a", "gradients": "#b07a3f", "optimiser": "#8a5a83", "averages": "#a9a255",
-           "activations": "#567d46", "fragmentation": "#b9c9b0", "context": "#999999", "model 1": "#7f9cb8"}
-
-
-def plot_forecast(f: Forecast):
-    "Plot memory by kind of each stage with a GPU, and hours of every stage; return the figure."
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.2))
-    left, right = figure.subplots(1, 2)
-    memory = pd.DataFrame(f.memory).T.reindex(columns=list(COLOURS)).fillna(0.0)
-    memory.plot.barh(stacked=True, ax=left, color=COLOURS, width=0.8)
-    left.axvline(f.gpu.memory_gb, color="#a03030")
-    limit = 1.35 * max(f.gpu.memory_gb, f.stages["gb"].max())
-    left.set(xlabel=f"GB of one {f.gpu.name} (line: its memory)", xlim=(0, limit))
-    hours = f.stages[["hours", "cautious_hours"]].set_axis(["as assumed", "cautious"], axis=1)
-    hours.plot.barh(ax=right, color=["#567d46", "#d8d8d8"], width=0.8)
-    right.set(xlabel=f"hours on {f.gpu.name} ×{f.gpus}")
-    for ax in (left, right):
-        ax.legend(fontsize=7)
-        ax.invert_yaxis()
-    figure.tight_layout()
-    return figure
-
 # %% ../notebooks/80_budget.ipynb #5b3f2215
 def write_forecast(f: Forecast, output: Path, settings: Settings) -> None:
-    "Write budget.json and budget.png into `output`."
-    with atomic_write(output / "budget.png") as temporary:
-        plot_forecast(f).savefig(temporary, dpi=80)
+    "Write budget.json into `output`."
     write_json(output / "budget.json", {
         "profile": settings.profile, "preset": settings.preset, "gpu": f.gpu, "gpus": f.gpus,
         "stages": f.stages.T.to_dict(), "memory": f.memory, "disk": f.disk, "verdicts": f.check_limits(),
         "caution": CAUTION})
 
 
-def read_measured_hours(run_json: str | Path) -> dict[str, float]:
-    "Read the hours of each executed stage from a run.json."
-    return {s["name"]: s["seconds"] / 3600 for s in read_json(run_json).get("stages", []) if "seconds" in s}
-
-# %% ../notebooks/80_budget.ipynb #ddaac233
-def print_forecast(f: Forecast, measured: dict[str, float], preset: str = "") -> None:
-    "Print the forecast, with measured hours if there are any."
-    table = f.stages.assign(measured_hours=pd.Series(measured)) if measured else f.stages
-    print(table.to_string(float_format=lambda v: f"{v:,.2f}", na_rep=""))
+def print_forecast(f: Forecast) -> None:
+    "Print the forecast and the limits."
+    print(f.stages.to_string(float_format=lambda v: f"{v:,.2f}"))
     print(f"\nhours on {f.gpu.name} x{f.gpus}, assumed: {f.gpu.tflops * f.gpu.share:.0f} TFLOP/s a card "
           f"({f.gpu.share:.0%} of its peak), checkpoints written at {WRITE_GB_S:g} GB/s; "
           f"cautious: {CAUTION:g} times as long")
-    limits = f.check_limits()
-    for v in limits:
+    for v in f.check_limits():
         print(f"{'fits' if v['fits'] else 'TOO MUCH':9} {v['what']}: "
               f"{v['needed']:g} of {v['allowed']:g} {v['unit']}")
-    if preset == "recipe" and not all(v["fits"] for v in limits):
-        print("--preset recipe_t4 changes only what does not fit two T4")
 
 # %% ../notebooks/80_budget.ipynb #7f0ff15e
 def main(argv: Sequence[str] | None = None) -> int:
@@ -504,17 +435,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--gpu", default="T4x2", help=f"{', '.join(GPUS)}, several as T4x2")
     p.add_argument("--photos", type=int, default=357, help="for training")
     p.add_argument("--test-photos", type=int, default=805)
-    p.add_argument("--measured", default="", metavar="RUN.JSON", help="show the hours of this run as well")
-    p.add_argument("--output", default="runs/budget", help="folder for budget.json and budget.png")
+    p.add_argument("--output", default="runs/budget", help="folder for budget.json")
     a = p.parse_args(argv)
 
     def work() -> None:
         parse_gpus(a.gpu)
         settings = load_settings(a.profile, a.preset, a.overrides)
-        measured = read_measured_hours(a.measured) if a.measured else {}
         f = forecast(settings, a.gpu, a.photos, a.test_photos)
         write_forecast(f, Path(a.output), settings)
-        print_forecast(f, measured, a.preset)
+        print_forecast(f)
         print(f"written to {a.output}")
 
     return exit_code_of(work)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from nbs_lib import budget, trainer
+from nbs_lib import trainer
 from nbs_lib.biomass_net import ModelConfig, build_model
 from nbs_lib.prediction import ImageBatches, Prefetcher
 from nbs_lib.runtime import InputError
@@ -291,41 +291,3 @@ def test_a_killed_process_ends_with_its_threads(sent):
     finally:
         process.kill()
         process.stdout.close()
-
-
-# The forecast
-
-
-def test_a_forecast_counts_the_seconds_of_loading():
-    settings = load_settings("kaggle")
-    one = budget.estimate_loading_hours(settings, 1000)
-    assert one == pytest.approx(1000 * budget.LOAD_SECONDS / 4 / 3600)
-    larger = load_settings("kaggle", overrides=["train_dinov3.size=1536", "limits.cpus=1"])
-    assert budget.estimate_loading_hours(larger, 1000) == pytest.approx(
-        16 * one, rel=0.05
-    )  # four times the pixels, a quarter of the cores
-
-
-def test_a_training_takes_as_long_as_the_slower_of_gpu_and_loading(monkeypatch):
-    settings = load_settings(
-        "kaggle",
-        overrides=[
-            "train_dinov3.backbone=vit_twin_patch16_dinov3",
-            "train_dinov3.weights=random",
-            "train_dinov3.size=256",
-            "frozen.backbone=vit_twin_patch16_dinov3",
-            "frozen.widths=256",
-        ],
-    )
-    simulations = budget.simulate(settings)
-
-    def row():
-        return budget.forecast(settings, "T4x2", simulations=simulations).stages.loc["train_dinov3"]
-
-    slow = row()  # a small network: the GPU waits for the cores
-    assert slow["cpu_hours"] > slow["gpu_hours"] and slow["hours"] >= slow["cpu_hours"]
-    monkeypatch.setattr(budget, "LOAD_SECONDS", 2 * budget.LOAD_SECONDS)
-    assert row()["hours"] - slow["hours"] == pytest.approx(slow["cpu_hours"] - 60 / 3600)
-    monkeypatch.setattr(budget, "LOAD_SECONDS", 1e-9)
-    fast = row()
-    assert fast["hours"] < slow["hours"] and fast["hours"] >= fast["gpu_hours"] + 60 / 3600
