@@ -3,7 +3,6 @@ import contextlib
 import copy
 import importlib
 import re
-import subprocess
 import sys
 import time
 import types
@@ -147,16 +146,16 @@ def test_backward_equals_finite_differences(scan, length, steps):
 @pytest.mark.parametrize("length,dim,state", [(1, 3, 4), (1023, 64, 16), (4096, 40, 8), (333, 512, 16)])
 def test_default_chunk_length(length, dim, state):
     args = inputs(1, dim, length, state, ALL_EXTRAS, seed=length)
-    assert length == 1 or fusion.chunk_length(length, dim * state) < length  # several chunks
+    assert length == 1 or fusion.CACHE_NUMBERS < length * dim * state  # several chunks
     want = with_grads(selective_scan, double(args), delta_softplus=True)
     assert beyond(with_grads(selective_scan, args, delta_softplus=True), want, 1e-4) == {}
 
 
 @pytest.mark.parametrize("batch,dim,length,extras,numbers", [
-    (1, 32, 4224, ALL_EXTRAS, BLOCK_NUMBERS), (1, 32, 4224, ("delta_bias",), 4224 * 16 * 5),
-    (2, 8, 1000, ("z", "softplus"), 1), (3, 5, 2, ("D",), BLOCK_NUMBERS), (1, 6, 4225, (), BLOCK_NUMBERS)])
+    (1, 8, 1100, ALL_EXTRAS, BLOCK_NUMBERS), (1, 8, 1100, ("delta_bias",), 250 * 8 * 16),
+    (2, 8, 1000, ("z", "softplus"), 1), (3, 5, 2, ("D",), BLOCK_NUMBERS), (1, 6, 1025, (), BLOCK_NUMBERS)])
 def test_blocks_equal_the_sequential_scan_to_1e5(batch, dim, length, extras, numbers):
-    """Output and all gradients: to rounding in float64, to 1e-5 in float32; in one slice or several."""
+    """Output and all gradients: to rounding in float64, to 1e-5 in float32; in one segment or several."""
     args = inputs(batch, dim, length, 16, extras, seed=length)
     scan = partial(blocked_scan, numbers=numbers)
     want = with_grads(selective_scan, double(args), **flags(extras), scan=sequential_scan)
@@ -167,7 +166,7 @@ def test_blocks_equal_the_sequential_scan_to_1e5(batch, dim, length, extras, num
 @pytest.mark.parametrize("scan", [chunked_scan, blocked_scan])
 def test_long_sequences_neither_overflow_nor_forget(scan):
     """Rates from hardly decaying to gone in one step; with the former an early input lasts to the end."""
-    length = 30_000
+    length = 10_000
     args = inputs(1, 3, length, 2, seed=3)
     args["A"] = torch.tensor([[-1e-7, -1e-7], [-1.0, -50.0], [-1e4, -1e3]])
     args["delta"] = args["delta"].clamp(max=3)
@@ -178,7 +177,7 @@ def test_long_sequences_neither_overflow_nor_forget(scan):
     assert float(got["y"].detach()[0, 0, -1]) == pytest.approx(2 * float(args["delta"][0, 0, 5]), rel=1e-2)
     want = with_grads(selective_scan, double(args))
     assert off(got["y"], want["y"]) < 1e-4
-    assert beyond(got, want, 1e-3) == {}  # float32 sums of 30,000 terms that cancel
+    assert beyond(got, want, 1e-3) == {}  # float32 sums of 10,000 terms that cancel
 
 
 @pytest.mark.parametrize("scan", [chunked_scan, blocked_scan])
@@ -244,28 +243,6 @@ def test_backward_is_float32_under_autocast(scan):
     assert beyond(cast, plain, 1e-5) == {}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of resident memory as Linux reports it")
-def test_chunked_scan_runs_in_the_memory_of_a_chunk():
-    """Forward and backward add less to a new process than one tensor (B, D, L, N)."""
-    code = """
-import torch
-from nbs_lib.runtime import peak_memory
-from nbs_lib.fusion import selective_scan
-torch.set_num_threads(1)
-def go(length):
-    a = [torch.rand(1, 256, length), torch.rand(1, 256, length), -torch.rand(256, 16)]
-    a += [torch.rand(1, 16, length), torch.rand(1, 16, length)]
-    selective_scan(*(t.requires_grad_() for t in a)).sum().backward()
-go(8)
-before = peak_memory()
-go(8192)
-print(peak_memory() - before, 8192 * 256 * 16 * 4)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    used, whole = map(int, done.stdout.split())
-    assert used < whole, f"{used / 1e6:.0f} MB against {whole / 1e6:.0f} MB"
-
-
 # The blocked scan: launches and memory, counted on the CPU.
 
 class Meter(TorchDispatchMode):
@@ -294,7 +271,15 @@ class Meter(TorchDispatchMode):
         self.now -= size
 
 
-PHOTO = (1, 512, 4224, 16)  # B, D, L, N: one photo at 768 pixels through ViT-H+, neck of 512 channels
+def test_chunked_scan_runs_in_the_memory_of_a_chunk():
+    """Forward and backward keep less alive than one tensor (B, L, N, D), inputs included."""
+    args = [t.requires_grad_() for t in inputs(1, 64, 4096, 16).values()]
+    with Meter() as meter:
+        selective_scan(*args, scan=chunked_scan).sum().backward()
+    assert meter.peak < 4 * 64 * 4096 * 16, f"{meter.peak / 1e6:.0f} MB"
+
+
+PHOTO = (1, 512, 4224, 16)  # B, D, L, N: one photo at 768 pixels through ViT-H+, mixers of 512 channels
 
 
 def test_a_scan_of_4224_tokens_launches_few_kernels():
@@ -320,12 +305,12 @@ def test_two_bidirectional_mixers_launch_few_kernels(monkeypatch):
     assert y.shape == (1, 4224, 512) and forward <= 700 and meter.launches <= 1500
 
 
-@pytest.mark.parametrize("numbers", [BLOCK_NUMBERS, 1088 * 16 * 40, 1])
+@pytest.mark.parametrize("numbers", [BLOCK_NUMBERS, 300 * 16 * 128, 1])
 def test_blocked_scan_keeps_to_its_memory_formula(numbers):
     """Live bytes follow the docstring; the meter adds the inputs, two tensors of L·D, three in backward."""
-    dim, length, state, steps, padded = 128, 1080, 16, 16, 1088  # T = √L / 2, L' = 68 T
-    slices = -(-dim // max(1, min(dim, numbers // (padded * state))))
-    work, tokens = 4 * padded * state * -(-dim // slices), 4 * padded * dim
+    dim, length, state, steps, padded = 128, 1080, 16, 16, 1088  # T = √L / 2
+    segment = min(padded, steps * max(1, numbers // (dim * state * steps)))
+    work, tokens = 4 * segment * dim * state, 4 * padded * dim
     args = (t.transpose(-1, -2).contiguous().requires_grad_() for t in inputs(1, dim, length, state).values())
     u, delta, A, B, C = args
     kept = []
@@ -335,10 +320,10 @@ def test_blocked_scan_keeps_to_its_memory_formula(numbers):
     dy = torch.ones_like(y)
     with Meter() as backward:
         y.backward(dy)
-    print(f"{slices} slices, bytes: forward {forward.peak:,}, backward {backward.peak:,}, work {work:,}")
-    assert 2 * work <= forward.peak <= 2 * work + (8 + 2) * tokens
-    assert 3 * work <= backward.peak <= 3 * work + (12 + 3) * tokens
+    print(f"{segment} steps, bytes: forward {forward.peak:,}, backward {backward.peak:,}, work {work:,}")
     starts = padded // steps * state * dim
+    assert 2 * work <= forward.peak <= 2 * work + 4 * starts + (8 + 2) * tokens
+    assert 3 * work <= backward.peak <= 3 * work + (12 + 3) * tokens
     assert sum(t.numel() for t in kept) == 2 * length * (dim + state) + state * dim + starts
 
 
@@ -551,8 +536,6 @@ def test_to_map_inverts_to_tokens(batch, height, width, order):
 def test_unknown_orders_and_wrong_heights_raise():
     with pytest.raises(ValueError, match="fusion.order: .*zigzag"):
         to_tokens(torch.zeros(1, 2, 2, 1), torch.zeros(1, 2, 2, 1), "zigzag")
-    with pytest.raises(ValueError, match="fusion.order: .*zigzag"):
-        to_map(torch.zeros(1, 8, 1), 2, "zigzag")
     for tokens, height in ((13, 2), (8, 0), (6, 2)):
         with pytest.raises(ValueError, match="do not fill"):
             to_map(torch.zeros(1, tokens, 1), height)
@@ -641,7 +624,7 @@ def test_a_registered_mixer_is_built_by_name(monkeypatch):
 
 
 def test_mamba_may_be_narrower_than_the_backbone():
-    """`dim` projects in the neck: two bidirectional mixers of 24 channels behind a backbone of more."""
+    """Two bidirectional mixers of 24 channels behind a backbone of more."""
     torch.manual_seed(0)
     net = build_model(ModelConfig("test_convnext", fusion="mamba", dim=24, layers=2, probe=False), "random")
     width = net.backbone.channels[-1]
@@ -693,7 +676,7 @@ def speedup(scan, other, args, enough, rounds=12):
 
 def test_chunks_are_faster_than_single_steps():
     slow = partial(selective_scan, scan=sequential_scan)
-    assert speedup(selective_scan, slow, inputs(1, 256, 512, 16), 2) > 2
+    assert speedup(selective_scan, slow, inputs(1, 64, 1024, 16), 2) > 2
 
 
 def test_cpu_forward_is_many_times_faster_than_the_official_reference(official):
@@ -701,10 +684,14 @@ def test_cpu_forward_is_many_times_faster_than_the_official_reference(official):
     assert speedup(selective_scan, official[0].selective_scan_ref, inputs(1, 512, 2048, 16), 7) > 7
 
 
-def test_an_empty_benchmark_row_has_a_note(monkeypatch):
+@pytest.mark.slow
+def test_a_benchmark_row_of_a_missing_package_has_a_note(monkeypatch):
     monkeypatch.setitem(scan_bench.SCAN_IMPLEMENTATIONS, "absent", ("scan", None))  # in this process only
     row = scan_bench._measure_in_process(("absent", 8, 1, 4, 2, False, 1, 1.0), 300.0)
     assert row["seconds"] is None and "absent" in row["note"] and "\n" not in row["note"]
+
+
+def test_a_benchmark_row_that_takes_too_long_has_a_note():
     rows = scan_bench.bench_scan(lengths=(8,), names=("chunked",), inner=4, limit=.01)
     assert [r["direction"] for r in rows] == ["forward", "forward + backward"]
     assert all(r["seconds"] is None and r["note"] == "stopped after 0.01 s" for r in rows)
