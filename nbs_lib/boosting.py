@@ -7,9 +7,8 @@ __all__ = ['RECONCILE', 'MIN_LOG_PROBA', 'ESTIMATOR_VERSION', 'PACKAGES', 'READS
            'select_members', 'make_error_weighting', 'PastureRegressor', 'StateClassifier', 'fit_logistic',
            'predict_log_proba', 'cross_log_proba', 'temperature_softmax', 'log_loss', 'estimator_versions',
            'available_members', 'load_fitted', 'find_mismatch', 'refit_estimator', 'predict_fitted', 'make_regressor',
-           'LabelledPhotos', 'fit_rows', 'fit_folds', 'cross_validate', 'cross_validate_states', 'save_fitted',
-           'write_states', 'select_features', 'read_labelled_photos', 'score_oof', 'score_boosting_draws',
-           'write_intervals', 'save_labels', 'run_boosting', 'show_boosting']
+           'LabelledPhotos', 'fit_rows', 'cross_validate', 'select_features', 'read_labelled_photos', 'score_oof',
+           'score_boosting_draws', 'write_intervals', 'save_fitted', 'run_boosting', 'show_boosting']
 
 # %% ../notebooks/43_boosting.ipynb #45faceb1
 import os
@@ -20,9 +19,9 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-import pandas as pd
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
+from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
@@ -34,14 +33,15 @@ from .runtime import InputError, atomic_write, progress, read_json, write_json
 from .settings import Settings
 from .stages import Run, installed_versions, stage
 from nbs_lib.tables import (
-    Competition, oof_path, read_competition, read_oof, read_sample_weights, write_draws, write_oof,
+    Competition, oof_path, read_arrays, read_competition, read_oof, read_sample_weights, write_draws,
+    write_oof, write_photo_table,
 )
 from nbs_lib.targets import (
     TARGETS, TARGET_WEIGHTS, as_weighting, make_weighting, per_target_r2_score, reconcile, weighted_r2_score,
 )
 from nbs_lib.validation import (
-    SCHEMES, compare_predictions, conformal_radius, group_folds, intervals, left_out_coverage,
-    random_site_folds, read_folds, simplex_weights,
+    SCHEMES, compare_predictions, conformal_radius, group_folds, left_out_coverage, plot_oof,
+    random_site_folds, read_folds, score_draws, simplex_weights,
 )
 
 # %% ../notebooks/43_boosting.ipynb #24035874
@@ -105,12 +105,10 @@ class PastureRegressor(RegressorMixin, BaseEstimator):
 
     def __init__(self, blocks: Blocks | None = None, members: tuple[str, ...] = ("ridge", "catboost_joint"),
                  transform: str = "sqrt", stack: bool = True, clear: float = 0.8, inner: int = 5,
-                 pca_variance: float = 0.8, pls: int = 8, gmm: int = 6, gmm_columns: int = 16,
-                 rounds: float = 0.1, seed: int = 0, reconcile: str = "mint"):
+                 compact: dict | None = None, rounds: float = 0.1, seed: int = 0, reconcile: str = "mint"):
         self.blocks, self.members, self.transform, self.stack = blocks, members, transform, stack
-        self.clear, self.inner, self.pca_variance, self.pls = clear, inner, pca_variance, pls
-        self.gmm, self.gmm_columns, self.rounds, self.seed = gmm, gmm_columns, rounds, seed
-        self.reconcile = reconcile
+        self.clear, self.inner, self.compact, self.rounds = clear, inner, compact, rounds
+        self.seed, self.reconcile = seed, reconcile
 
     @threadpool_limits.wrap(limits=1)
     def fit(self, X, y, groups=None) -> "PastureRegressor":
@@ -120,8 +118,7 @@ class PastureRegressor(RegressorMixin, BaseEstimator):
         self.gram_features_ = GramFeatures(self.blocks or (("features", X.shape[1]),)).fit(X)
         folds = draw_inner_folds(groups, self.inner, seed=self.seed)
         train = TrainingData(*photo_statistics(self.gram_features_, X), y, folds)
-        compact = {key: getattr(self, key) for key in ("pca_variance", "pls", "gmm", "gmm_columns")}
-        tree = dict(rounds=self.rounds, seed=self.seed, compact=compact)
+        tree = dict(rounds=self.rounds, seed=self.seed, compact=self.compact)
         self.members_ = [make_member(name, self.transform, **tree).fit(train) for name in self.members]
         inner = np.stack([m.inner_ for m in self.members_])
         self.weights_, blended = np.full(len(inner), 1 / len(inner)), inner.mean(0)
@@ -147,6 +144,7 @@ class StateClassifier(ClassifierMixin, BaseEstimator):
     def __init__(self, blocks: Blocks | None = None, inner: int = 5, seed: int = 0):
         self.blocks, self.inner, self.seed = blocks, inner, seed
 
+    @threadpool_limits.wrap(limits=1)
     def fit(self, X, states, groups=None) -> "StateClassifier":
         "Fit X (n, d), states (n,), groups (n,) site of each photo; None: each photo is its own site."
         states = np.asarray(states).astype(str)
@@ -178,19 +176,16 @@ class StateClassifier(ClassifierMixin, BaseEstimator):
 MIN_LOG_PROBA = -12.0  # of a state that a model was not fitted on
 
 
-def fit_logistic(S: np.ndarray, states: np.ndarray, penalty: float) -> LogisticRegression | str:
-    "Fit a logistic regression on coordinates S (n, r); the name of the state if there is only one."
+def fit_logistic(S: np.ndarray, states: np.ndarray, penalty: float) -> ClassifierMixin:
+    "Fit a logistic regression of the states (n,) on coordinates S (n, r); a constant for a single state."
     varied = len(set(states)) > 1
-    return LogisticRegression(C=penalty, max_iter=300).fit(S, states) if varied else states[0]
+    return (LogisticRegression(C=penalty, max_iter=300) if varied else DummyClassifier()).fit(S, states)
 
 
-def predict_log_proba(model: LogisticRegression | str, S: np.ndarray, classes: np.ndarray) -> np.ndarray:
+def predict_log_proba(model: ClassifierMixin, S: np.ndarray, classes: np.ndarray) -> np.ndarray:
     "Return log P (m, states) of coordinates S (m, r), states in the order of `classes`."
     out = np.full((len(S), len(classes)), MIN_LOG_PROBA)
-    if isinstance(model, str):
-        out[:, np.searchsorted(classes, model)] = 0.0
-    else:
-        out[:, np.searchsorted(classes, model.classes_)] = model.predict_log_proba(S)
+    out[:, np.searchsorted(classes, model.classes_)] = model.predict_log_proba(S)
     return out
 
 
@@ -216,13 +211,13 @@ def log_loss(proba: np.ndarray, states: np.ndarray, classes: np.ndarray) -> floa
     return float(-np.log(np.maximum(p, 1e-4)).mean())
 
 # %% ../notebooks/43_boosting.ipynb #fd640870
-ESTIMATOR_VERSION = 3  # raise it when the classes of 42_members or above store or compute something else
-PACKAGES = {"scikit-learn": (), "lightgbm": ("lightgbm",), "catboost": ("catboost", "catboost_joint")}
+ESTIMATOR_VERSION = 4  # raise it when the classes of 42_members or above store or compute something else
+PACKAGES = {"lightgbm": "lightgbm", "catboost": "catboost", "catboost_joint": "catboost"}  # of members
 
 
 def estimator_versions(members: Iterable[str]) -> dict[str, str]:
     "Return the versions of the library and of the packages that the pickles of `members` depend on."
-    used = [p for p, names in PACKAGES.items() if not names or set(names) & set(members)]
+    used = sorted({"scikit-learn", *(PACKAGES[m] for m in members if m in PACKAGES)})
     return {"nbs_lib": f"{version} (estimator {ESTIMATOR_VERSION})", **installed_versions(used)}
 
 
@@ -231,7 +226,7 @@ def available_members(members: Iterable[str], warn: Callable = print) -> tuple[s
     kept = []
     for name in members:
         make_member(name)  # raises for an unknown name
-        package = next((p for p, names in PACKAGES.items() if name in names), "scikit-learn")
+        package = PACKAGES.get(name, "scikit-learn")
         if installed_versions([package]):
             kept.append(name)
         else:
@@ -243,31 +238,30 @@ def available_members(members: Iterable[str], warn: Callable = print) -> tuple[s
 # %% ../notebooks/43_boosting.ipynb #dc305aaa
 def load_fitted(
     artefacts: str | Path,  # a run's
-    name: str = "model",
     warn: Callable = print,
     there: Blocks | None = None,  # blocks of features that can be made here; None: all that training had
 ) -> dict:
-    """Load `boosting/<name>.joblib`: {"regressor", "classifier", "radius"}.
+    """Load `boosting/model.joblib`: {"regressor", "classifier", "radius"}.
 
     If it cannot be used, fit it again from the training features. If these are not there, raise `InputError`
     with the reason, such as both versions.
     """
-    folder = Path(artefacts) / "boosting"
-    metadata = read_json(folder / f"{name}.json")
+    path = Path(artefacts) / "boosting" / "model.joblib"
+    metadata = read_json(path.with_suffix(".json"))
     trained = tuple((block, width) for block, width in metadata["blocks"])
     kept = tuple(b for b in trained if there is None or b in there)
-    fault = find_mismatch(metadata, [block for block, width in trained if (block, width) not in kept])
+    fault = find_mismatch(metadata, [b[0] for b in trained if b not in kept])
     if not fault:
         try:
-            return joblib.load(folder / f"{name}.joblib")
+            return joblib.load(path)
         except Exception as e:  # a broken pickle may raise anything
             fault = f"cannot be read ({type(e).__name__}); copy it again"
-    names = [block for block, _ in kept]
-    files = [Path(artefacts, "features", f"{block}.npz") for block in names if ":" not in block]
-    if name == "model" and kept and all(path.is_file() for path in [folder / "labels.npz", *files]):
-        warn(f"boosting: {name}.joblib {fault}; fitted again from the training features {', '.join(names)}")
-        return refit_estimator(artefacts, metadata, warn, kept)
-    raise InputError(f"{folder / name}.joblib {fault}, or run the stage boosting again")
+    try:
+        fitted = refit_estimator(artefacts, metadata, warn, kept)
+    except (InputError, TypeError) as e:  # TypeError: another version had other parameters
+        raise InputError(f"{path} {fault}, or run the stage boosting again") from e
+    warn(f"boosting: {path.name} {fault}; fitted again from the training features {', '.join(dict(kept))}")
+    return fitted
 
 
 def find_mismatch(metadata: dict, missing: list[str]) -> str:
@@ -283,8 +277,10 @@ def find_mismatch(metadata: dict, missing: list[str]) -> str:
 # %% ../notebooks/43_boosting.ipynb #cdc51a14
 def refit_estimator(artefacts: str | Path, metadata: dict, warn: Callable, blocks: Blocks) -> dict:
     "Fit a saved estimator again on these `blocks` of `features/` and on `boosting/labels.npz`."
-    with np.load(Path(artefacts) / "boosting" / "labels.npz", allow_pickle=False) as npz:
-        labels = {key: npz[key] for key in npz.files}
+    path = Path(artefacts, "boosting", "labels.npz")
+    labels = read_arrays(path, ("image_id", "y", "group", "state", "radius"))
+    if not blocks:
+        raise InputError("features: none of those that training had can be made here")
     names = dict.fromkeys(block.partition(":")[0] for block, _ in blocks)
     tables = {name: read_features(Path(artefacts, "features", f"{name}.npz")) for name in names}
     X, _ = join_features(tables, list(labels["image_id"]), blocks)
@@ -312,10 +308,10 @@ def predict_fitted(
 def make_regressor(settings: Settings, blocks: Blocks) -> PastureRegressor:
     "Return the unfitted regressor of the settings for feature columns `blocks` ((name, width), …)."
     s = settings.boosting
+    compact = {key: getattr(s, key) for key in ("pca_variance", "pls", "gmm", "gmm_columns")}
     return PastureRegressor(
         blocks, tuple(s.members), transform=s.transform, stack=s.stack, clear=s.clear, inner=s.inner_folds,
-        pca_variance=s.pca_variance, pls=s.pls, gmm=s.gmm, gmm_columns=s.gmm_columns, rounds=s.rounds,
-        seed=settings.run.seed, reconcile=s.reconcile)
+        compact=compact, rounds=s.rounds, seed=settings.run.seed, reconcile=s.reconcile)
 
 
 @dataclass(frozen=True)
@@ -326,72 +322,38 @@ class LabelledPhotos:
     y: np.ndarray  # (n, 5) grams
     group: np.ndarray  # (n,) site
     state: np.ndarray  # (n,)
-    weight: np.ndarray | None = None  # (n,) sample weights; photos of weight 0 are not trained on
-
-    def training_mask(self) -> np.ndarray:
-        "Return (n,) bool: the photos that are trained on."
-        return np.ones(len(self.y), bool) if self.weight is None else self.weight > 0
-
-
-def fit_rows(estimator, data: LabelledPhotos, rows, target: str = "y"):
-    "Return a copy of `estimator` fitted on `rows` with a weight above 0; `target`: y or state."
-    rows = np.arange(len(data.y))[rows]
-    rows = rows[data.training_mask()[rows]]
-    return clone(estimator).fit(data.X[rows], getattr(data, target)[rows], data.group[rows])
+    trained: np.ndarray | bool = True  # (n,) whether a photo may be trained on
 
 # %% ../notebooks/43_boosting.ipynb #42b00003
+def fit_rows(estimator, data: LabelledPhotos, rows: np.ndarray | bool = True, target: str = "y"):
+    "Return a copy of `estimator` fitted on the photos where `rows` (n,) is true; `target`: y or state."
+    rows = np.broadcast_to(data.trained & rows, len(data.y))
+    return clone(estimator).fit(data.X[rows], getattr(data, target)[rows], data.group[rows])
+
+
 @threadpool_limits.wrap(limits=1)  # for a few hundred rows, parallel folds use the cores better
-def fit_folds(estimator, data: LabelledPhotos, fold: np.ndarray, workers: int = 1, target: str = "y") -> list:
-    "Return copies of `estimator`, one for each fold (n,), fitted without it; `workers` folds in parallel."
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(lambda k: fit_rows(estimator, data, fold != k, target), np.unique(fold)))
-
-
-@threadpool_limits.wrap(limits=1)
 def cross_validate(
-    regressor: PastureRegressor,
+    estimator: PastureRegressor | StateClassifier,
     data: LabelledPhotos,
     fold: np.ndarray,  # (n,)
     workers: int = 1,  # folds fitted at the same time
-) -> tuple[np.ndarray, list]:
-    "Return out-of-fold predictions (n, 5), grams, and the fitted copies, one for each fold."
-    y, fitted = np.zeros_like(data.y), fit_folds(regressor, data, fold, workers)
-    for k, one in zip(np.unique(fold), fitted):
-        y[fold == k] = one.predict(data.X[fold == k])
-    return y, fitted
+) -> np.ndarray:
+    "Return out-of-fold grams (n, 5), or P(state) (n, states) with the states sorted."
+    states, folds = np.unique(data.state), np.unique(fold)
+    classify = isinstance(estimator, StateClassifier)
+    out = np.zeros((len(fold), len(states) if classify else 5))
 
-
-@threadpool_limits.wrap(limits=1)
-def cross_validate_states(
-    classifier: StateClassifier, data: LabelledPhotos, fold: np.ndarray, workers: int = 1,
-) -> tuple[np.ndarray, list]:
-    "Return out-of-fold P(state) (n, states), states sorted, and the fitted copies, one for each fold."
-    names, fitted = np.unique(data.state), fit_folds(classifier, data, fold, workers, "state")
-    proba = np.zeros((len(data.y), len(names)))
-    for k, one in zip(np.unique(fold), fitted):
+    def predict_fold(k: int) -> None:
         held = fold == k
-        proba[np.ix_(held, np.searchsorted(names, one.classes_))] = one.predict_proba(data.X[held])
-    return proba, fitted
+        fitted = fit_rows(estimator, data, ~held, "state" if classify else "y")
+        if classify:
+            out[np.ix_(held, np.searchsorted(states, fitted.classes_))] = fitted.predict_proba(data.X[held])
+        else:
+            out[held] = fitted.predict(data.X[held])
 
-# %% ../notebooks/43_boosting.ipynb #c3bf09ff
-def save_fitted(run: Run, name: str, fitted: dict) -> None:
-    "Write `boosting/<name>.joblib`, and its versions, blocks and parameters into a .json."
-    regressor, path = fitted["regressor"], run.artefact_path("boosting", f"{name}.joblib")
-    with atomic_write(path) as temporary:
-        joblib.dump(fitted, temporary, compress=1)
-    weights = dict(zip(regressor.members, regressor.weights_.round(4).tolist()))
-    run.write_metadata(path, versions=estimator_versions(regressor.members), members=regressor.members,
-                       params=regressor.get_params(deep=False), blocks=regressor.blocks, weights=weights)
-
-
-def write_states(run: Run, scheme: str, data: LabelledPhotos, fold: np.ndarray, proba: np.ndarray) -> None:
-    "Write `boosting/state.parquet` (grouped) or `state_<scheme>.parquet`: image_id, fold, P of each state."
-    name = "state.parquet" if scheme == "grouped" else f"state_{scheme}.parquet"
-    path, states = run.artefact_path("boosting", name), np.unique(data.state)
-    with atomic_write(path) as temporary:
-        table = pd.DataFrame({"image_id": data.ids, "fold": fold, **dict(zip(states, proba.T))})
-        table.to_parquet(temporary, index=False)
-    run.write_metadata(path, states=list(states), scheme=scheme)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(predict_fold, folds))
+    return out
 
 # %% ../notebooks/43_boosting.ipynb #d199057a
 def select_features(run: Run) -> dict[str, Table]:
@@ -412,10 +374,11 @@ def read_labelled_photos(run: Run, comp: Competition) -> tuple[LabelledPhotos, B
             run.warn(f"features '{name}': {extra} photos are not in train.csv; they are left out")
     X, blocks = join_features(tables, ids)
     weight = read_sample_weights(run, ids)
-    if weight is not None and ((weight > 0) & (weight != 1)).any():
-        run.warn("boosting: sample weights between 0 and 1 count as 1; only photos of weight 0 are left out")
+    weight = np.ones(len(ids)) if weight is None else weight
+    if ((weight > 0) & (weight != 1)).any():
+        run.warn("boosting: sample weights other than 0 count as 1; only photos of weight 0 are left out")
     state = comp.train["state"].to_numpy(dtype=str)
-    return LabelledPhotos(ids, X, comp.y, comp.groups.astype(str), state, weight), blocks
+    return LabelledPhotos(ids, X, comp.y, comp.groups.astype(str), state, weight > 0), blocks
 
 # %% ../notebooks/43_boosting.ipynb #4fb71f8f
 def score_oof(y: np.ndarray, oof: np.ndarray, fold: np.ndarray) -> dict:
@@ -430,12 +393,9 @@ def score_boosting_draws(run: Run, regressor: PastureRegressor, data: LabelledPh
     s = run.settings.run
     folds = random_site_folds(data.group, s.folds, s.draws, s.seed)
     draws = progress(folds, len(folds), "boosting, random draws of sites")
-    oof = [cross_validate(regressor, data, fold, workers)[0] for fold in draws]
-    write_draws(run, "boosting", data.ids, folds, np.array(oof).reshape(len(folds), *data.y.shape))
-    if len(oof) < 2:
-        return {}
-    scores = [weighted_r2_score(data.y, y) for y in oof]
-    return {"r2": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1)), "draws": len(scores)}
+    oof = [cross_validate(regressor, data, fold, workers) for fold in draws]
+    write_draws(run, "boosting", data.ids, folds, np.array(oof))
+    return score_draws(data.y, oof)
 
 # %% ../notebooks/43_boosting.ipynb #5ae90861
 def write_intervals(run: Run, data: LabelledPhotos, oof: np.ndarray) -> np.ndarray:
@@ -453,12 +413,19 @@ def write_intervals(run: Run, data: LabelledPhotos, oof: np.ndarray) -> np.ndarr
     return radius
 
 
-def save_labels(run: Run, data: LabelledPhotos, radius: np.ndarray) -> None:
-    "Write `boosting/labels.npz`: what fitting again needs next to the features, of photos trained on."
-    rows, path = np.flatnonzero(data.training_mask()), run.artefact_path("boosting", "labels.npz")
-    kept = {name: getattr(data, name)[rows] for name in ("y", "group", "state")}
+def save_fitted(run: Run, data: LabelledPhotos, fitted: dict) -> None:
+    "Write `boosting/model.joblib` with its metadata, and `labels.npz`: what fitting it again needs."
+    regressor, path = fitted["regressor"], run.artefact_path("boosting", "model.joblib")
     with atomic_write(path) as temporary:
-        np.savez_compressed(temporary, image_id=np.array(data.ids, dtype=str)[rows], radius=radius, **kept)
+        joblib.dump(fitted, temporary, compress=1)
+    weights = dict(zip(regressor.members, regressor.weights_.round(4).tolist()))
+    run.write_metadata(path, versions=estimator_versions(regressor.members), members=regressor.members,
+                       params=regressor.get_params(deep=False), blocks=regressor.blocks, weights=weights)
+    arrays = {"image_id": np.array(data.ids), "y": data.y, "group": data.group, "state": data.state}
+    arrays = {name: values[data.trained] for name, values in arrays.items()}
+    path = run.artefact_path("boosting", "labels.npz")
+    with atomic_write(path) as temporary:
+        np.savez_compressed(temporary, radius=fitted["radius"], **arrays)
     run.register_output(path)
 
 # %% ../notebooks/43_boosting.ipynb #e5ec2fa5
@@ -471,47 +438,32 @@ def run_boosting(run: Run) -> dict:
     "Cross-validate, fit on all photos, save predictions and estimators; return scores and weights."
     comp, s = read_competition(run.input, photos=False), run.settings
     data, blocks = read_labelled_photos(run, comp)
-    workers = s.run.workers or os.cpu_count()
+    workers, states = s.run.workers or os.cpu_count(), np.unique(data.state)
     members = available_members(s.boosting.members, run.warn)
     regressor = make_regressor(s, blocks).set_params(members=members)
     classifier = StateClassifier(blocks, max(2, s.boosting.inner_folds), s.run.seed)
     folds, summary = read_folds(run, comp.train), {"features": dict(blocks), "photos": len(data.ids)}
     for scheme in SCHEMES:
         fold = folds[f"fold_{scheme}"].to_numpy()
-        oof, fitted = cross_validate(regressor, data, fold, workers)
-        proba, states = cross_validate_states(classifier, data, fold, workers)
+        oof = cross_validate(regressor, data, fold, workers)
+        proba = cross_validate(classifier, data, fold, workers)
         write_oof(run, "boosting", data.ids, fold, oof, scheme)
-        write_states(run, scheme, data, fold, proba)
-        correct = np.unique(data.state)[proba.argmax(1)] == data.state
-        summary[scheme] = {**score_oof(data.y, oof, fold), "state_accuracy": float(correct.mean())}
+        path = oof_path(run, "state", scheme, "boosting")
+        write_photo_table(run, path, data.ids, fold, proba, states, scheme=scheme)
+        accuracy = float((states[proba.argmax(1)] == data.state).mean())
+        summary[scheme] = {**score_oof(data.y, oof, fold), "state_accuracy": accuracy}
         if scheme == "grouped":
             radius = write_intervals(run, data, oof)
-            for k, (one, state) in enumerate(zip(fitted, states)):
-                save_fitted(run, f"fold{k}", {"regressor": one, "classifier": state})
     summary["draws"] = score_boosting_draws(run, regressor, data, workers)
-    save_labels(run, data, radius)
-    regressor = fit_rows(regressor, data, slice(None))
-    classifier = fit_rows(classifier, data, slice(None), "state")
-    save_fitted(run, "model", {"regressor": regressor, "classifier": classifier, "radius": radius})
-    return {**summary, "weights": dict(zip(regressor.members, regressor.weights_.round(3).tolist()))}
+    fitted = {"regressor": fit_rows(regressor, data), "radius": radius,
+              "classifier": fit_rows(classifier, data, target="state")}
+    save_fitted(run, data, fitted)
+    return {**summary, "weights": dict(zip(members, fitted["regressor"].weights_.round(3).tolist()))}
 
 # %% ../notebooks/43_boosting.ipynb #537ebe0b
 def show_boosting(run: Run, scheme: str = "grouped"):
     "Plot measured against out-of-fold grams, a panel for each target, with the conformal interval."
-    import matplotlib.pyplot as plt
-
     comp = read_competition(run.input, photos=False)
     radius = read_json(run.artefacts / "boosting" / "intervals.json")["radius"]
     oof = read_oof(oof_path(run, "boosting", scheme), list(comp.train["image_id"]))
-    r2 = per_target_r2_score(comp.y, oof)
-    fig, axes = plt.subplots(1, 5, figsize=(13, 2.9), layout="constrained")
-    for t, (name, axis) in enumerate(zip(TARGETS, axes)):
-        grid = np.linspace(0, max(oof[:, t].max(), 1), 50)
-        axis.fill_between(grid, *intervals(grid, radius[name]), alpha=0.15)
-        axis.plot(grid, grid, lw=1)
-        axis.scatter(oof[:, t], comp.y[:, t], s=6, alpha=0.6)
-        top = max(comp.y[:, t].max(), 1) * 1.05
-        axis.set(title=f"{name}, R² {r2[t]:.2f}", xlabel="predicted, g", ylim=(0, top))
-    axes[0].set_ylabel("measured, g")
-    plt.close(fig)
-    return fig
+    return plot_oof(comp.y, {"boosting": oof}, [radius[target] for target in TARGETS])

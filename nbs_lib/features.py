@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['Table', 'Blocks', 'FEATURE_PACKAGES', 'write_features', 'read_features', 'check_block', 'find_features',
-           'split_blocks', 'blocks_of', 'join_features', 'check_width', 'find_rows', 'warn_version_drift']
+           'split_blocks', 'blocks_of', 'join_features', 'remove_features', 'warn_version_drift']
 
 # %% ../notebooks/39_features.ipynb #07a00003
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from .runtime import InputError, atomic_write, input_error, read_json
-from .stages import installed_versions
+from .stages import Run, installed_versions
+from .tables import find_rows, read_arrays
 
 # %% ../notebooks/39_features.ipynb #07a00005
 Table = tuple[list[str], np.ndarray, np.ndarray | None]  # image_id (n,), embedding (n, d), semantic (n, k)
@@ -25,26 +25,17 @@ def write_features(
     ids: list[str],
     embedding: np.ndarray,  # (n, d)
     semantic: np.ndarray | None = None,  # (n, k)
-    **more,  # further arrays, which `read_features` ignores
 ) -> None:
     "Write a file of `features/` atomically; raise `InputError` for wrong arrays."
     arrays = {"embedding": embedding} if semantic is None else {"embedding": embedding, "semantic": semantic}
     arrays = {key: check_block(values, ids, f"{path}: {key}") for key, values in arrays.items()}
     with atomic_write(path) as temporary:
-        np.savez(temporary, image_id=np.array(ids, dtype=str), **arrays, **more)
+        np.savez(temporary, image_id=np.array(ids, dtype=str), **arrays)
 
 
 def read_features(path: str | Path) -> Table:
     "Read a file of `features/`; raise `InputError` naming it for whatever is wrong inside."
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as npz:
-            arrays = {key: npz[key] for key in npz.files}
-    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as e:
-        raise input_error(path, "not readable as an .npz of plain arrays", e, "write it again") from e
-    for key in ("image_id", "embedding"):
-        if key not in arrays:
-            content = f"it has {', '.join(sorted(arrays)) or 'none'}"
-            raise input_error(path, f"lacks the array '{key}'", content, "write it again")
+    arrays = read_arrays(path, ("image_id", "embedding"))
     ids = [str(i) for i in np.atleast_1d(arrays["image_id"].astype(str))]
     semantic = check_block(arrays["semantic"], ids, f"{path}: semantic") if "semantic" in arrays else None
     return ids, check_block(arrays["embedding"], ids, f"{path}: embedding"), semantic
@@ -93,49 +84,34 @@ def blocks_of(tables: dict[str, Table]) -> Blocks:
     "Return the names and widths of the blocks of `tables`."
     return tuple((block, columns.shape[1]) for block, (_, columns) in split_blocks(tables).items())
 
-
+# %% ../notebooks/39_features.ipynb #88d7bb0b
 def join_features(
     tables: dict[str, Table],
-    ids: Iterable[str],  # of the photos, in the order of the rows
+    ids: Sequence[str],  # of the photos, in the order of the rows
     blocks: Blocks | None = None,  # of the columns; None: all of `tables`
 ) -> tuple[np.ndarray, Blocks]:
     "Return a float32 matrix (n, sum of widths) and its blocks; raise `InputError` for missing ones."
-    ids = list(ids)
-    rows = {name: find_rows(ids, table[0], name) for name, table in tables.items()}
+    rows = {name: find_rows(f"features '{name}'", t[0], ids, exact=False) for name, t in tables.items()}
     parts = {block: columns[rows[name]] for block, (name, columns) in split_blocks(tables).items()}
     blocks = blocks_of(tables) if blocks is None else tuple(blocks)
     for name, width in blocks:
-        check_width(name, width, parts, blocks)
+        if name not in parts:
+            names = ", ".join(block for block, _ in blocks)
+            raise InputError(f"features '{name}' are missing: the model was fitted with {names}; "
+                             "compute them for these photos too")
+        if (found := parts[name].shape[1]) != width:
+            raise InputError(f"features '{name}' have {found} columns, the model was fitted with {width}; "
+                             "compute both with the same settings")
     return np.concatenate([parts[name] for name, _ in blocks], axis=1, dtype=np.float32), blocks
-
-# %% ../notebooks/39_features.ipynb #07a00009
-def check_width(name: str, width: int, parts: dict[str, np.ndarray], blocks: Blocks) -> None:
-    "Raise `InputError` unless the block `name` is in `parts` and has `width` columns."
-    if name not in parts:
-        names = ", ".join(n for n, _ in blocks)
-        raise InputError(f"features '{name}' are missing: the model was fitted with {names}; "
-                         "compute them for these photos too")
-    if parts[name].shape[1] != width:
-        raise InputError(f"features '{name}' have {parts[name].shape[1]} columns, "
-                         f"the model was fitted with {width}; compute both with the same settings")
-
-
-def find_rows(wanted: list[str], ids: list[str], name: str) -> list[int]:
-    "Return the row in `ids` of each of `wanted`; raise `InputError` for a double or missing id."
-    row_of = {i: row for row, i in enumerate(ids)}
-    if len(row_of) < len(ids):
-        double = next(i for row, i in enumerate(ids) if row_of[i] != row)
-        count = f"{len(ids)} rows, {len(row_of)} photos"
-        what = f"{double} is there more than once"
-        raise input_error(f"features '{name}'", what, count, "write the file again")
-    missing = [i for i in wanted if i not in row_of]
-    if missing:
-        raise InputError(f"features '{name}': {len(missing)} photos are missing, {missing[0]} the first; "
-                         "run the stage that writes them again")
-    return [row_of[i] for i in wanted]
 
 # %% ../notebooks/39_features.ipynb #7919127b
 FEATURE_PACKAGES = ("transformers", "timm", "torchvision")
+
+
+def remove_features(run: Run, name: str) -> None:
+    "Remove `features/<name>.npz` of an earlier run: boosting uses every file that it finds."
+    for suffix in ("npz", "json"):
+        run.artefact_path("features", f"{name}.{suffix}").unlink(missing_ok=True)
 
 
 def warn_version_drift(artefacts: str | Path, names: Iterable[str], warn: Callable = print) -> None:

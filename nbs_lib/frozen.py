@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'ANGLES', 'check_frozen_settings', 'make_frozen_extractor', 'frozen_features', 'frozen_columns',
            'vegetation_indices', 'summarise', 'cover_masks', 'cover_features', 'hue_features', 'texture_features',
-           'fitting_width', 'colour_half', 'colour_features', 'open_extractor', 'compute_frozen_features',
-           'frozen_weight_files', 'run_frozen', 'show_frozen']
+           'colour_half', 'colour_features', 'open_extractor', 'compute_frozen_features', 'frozen_weight_files',
+           'run_frozen', 'show_frozen']
 
 # %% ../notebooks/41_frozen.ipynb #3e99b02c
 from concurrent.futures import ThreadPoolExecutor
@@ -24,9 +24,10 @@ from nbs_lib.backbones import (
 )
 from .weights import files_of, find_weights
 from .runtime import InputError, pick_device, progress
+from .eda import draw_contact_sheet
 from .settings import FrozenSettings
 from .stages import Run, installed_versions, stage
-from .features import FEATURE_PACKAGES, write_features
+from .features import FEATURE_PACKAGES, remove_features, write_features
 from .images import chromaticity, excess_green, luminance, resize_half
 from .store import FULL, PhotoStore, half_shape, to_panorama, open_store
 from .siglip import STORE, Features, resize_to_full
@@ -156,14 +157,9 @@ def texture_features(grey: np.ndarray, levels: int = 32) -> dict[str, float]:
     return out | {"gradient": gradient.mean() / 255, "gradient sd": gradient.std() / 255}
 
 # %% ../notebooks/41_frozen.ipynb #f1e16111
-def fitting_width(shape: tuple[int, int], width: int) -> tuple[int, int]:
-    "Return the (H, W) in multiples of 32 that keeps the proportions of `shape` at about `width`."
-    return tuple(max(32, round(side * width / shape[1] / 32) * 32) for side in shape)
-
-
 def colour_half(half: np.ndarray, width: int = 512, scales: int = 3) -> dict[str, float]:
     "Compute all features of one half (H, W, 3) uint8, resized to `width`; texture at `scales` sizes."
-    small = resize_half(half, fitting_width(half.shape[:2], width))
+    small = resize_half(half, half_shape(width))
     out = cover_features(small) | hue_features(small)
     for name, values in vegetation_indices(small[::2, ::2]).items():  # the same distribution, in less time
         out |= summarise(name, values)
@@ -224,37 +220,30 @@ def frozen_weight_files(run: Run) -> list[Path]:
 @stage("frozen", reads=STORE, sections=("photos", "inpaint", "kaggle"), weights=frozen_weight_files)
 def run_frozen(run: Run) -> dict:
     "Write `features/frozen.npz` and, with `colour_width`, `features/colour.npz` for the training photos."
-    settings = run.settings.frozen
-    columns, summary = {"frozen": frozen_columns(settings)}, {}
-    versions = {"frozen": installed_versions(FEATURE_PACKAGES)}
+    settings, store = run.settings.frozen, open_store(run, "train", FULL)
+    versions = installed_versions(FEATURE_PACKAGES)
+    metadata = {"frozen": {"columns": frozen_columns(settings), "versions": versions}}
     if settings.colour_width:
-        columns["colour"] = colour_features(np.zeros((1, 2, 64, 64, 3), np.uint8), settings)[1]
-    else:  # of an earlier run: boosting uses every file that it finds
-        for suffix in ("npz", "json"):
-            run.artefact_path("features", f"colour.{suffix}").unlink(missing_ok=True)
-    features = compute_frozen_features(run, open_store(run, "train", FULL))
-    for name, (ids, embedding, _) in features.items():
+        names = colour_features(np.zeros((1, 2, 64, 64, 3), np.uint8), settings)[1]
+        metadata["colour"] = {"columns": names}
+    else:
+        remove_features(run, "colour")
+    features = compute_frozen_features(run, store)
+    for name, table in features.items():
         path = run.artefact_path("features", f"{name}.npz")
-        write_features(path, ids, embedding)
-        run.write_metadata(path, columns=columns[name], versions=versions.get(name, {}))
-        summary |= {"photos": len(ids), name: embedding.shape[1]}
-    return summary
+        write_features(path, *table)
+        run.write_metadata(path, **metadata[name])
+    return {"photos": len(store)} | {name: table[1].shape[1] for name, table in features.items()}
 
 # %% ../notebooks/41_frozen.ipynb #882a78bc
-def show_frozen(run: Run, each: int = 6) -> None:
-    "Show `each` training photos, and below each its nearest neighbour in standardised frozen features."
-    import matplotlib.pyplot as plt
-
+def show_frozen(run: Run, each: int = 6):
+    "Draw `each` training photos, and below each its nearest neighbour in standardised frozen features."
     store = open_store(run, "train", FULL)
     z = np.load(run.artefacts / "features" / "frozen.npz")["embedding"]
     z = (z - z.mean(0)) / (z.std(0) + 1e-6)
     distance = (z**2).sum(1) - 2 * z @ z.T  # squared, but for a constant of each row
     np.fill_diagonal(distance, np.inf)
     chosen = np.linspace(0, len(store) - 1, each).astype(int)
-    fig, axes = plt.subplots(2, each, figsize=(2 * each, 2.2), squeeze=False)
-    for column, i in enumerate(chosen):
-        for ax, k in zip(axes[:, column], (i, distance[i].argmin()), strict=True):
-            ax.imshow(cv2.resize(to_panorama(store[k]), (200, 90), interpolation=cv2.INTER_AREA))
-            ax.axis("off")
-    fig.suptitle("top: a photo; bottom: its nearest neighbour in frozen features")
-    plt.show()
+    rows = [*chosen, *distance[chosen].argmin(1)]
+    titles = ["photo"] * each + ["its nearest neighbour"] * each
+    return draw_contact_sheet([to_panorama(store[i]) for i in rows], titles, columns=each)

@@ -71,7 +71,6 @@ def photo_statistics(gram_features: GramFeatures, X) -> tuple[np.ndarray, np.nda
 TRANSFORMS = {  # name: to the scale that is predicted, back to grams
     "none": (lambda y: y, lambda z: np.maximum(z, 0)),
     "sqrt": (np.sqrt, lambda z: np.maximum(z, 0) ** 2),
-    "log1p": (np.log1p, lambda z: np.expm1(np.clip(z, 0, 7))),
 }
 RATIO_PRIOR = 20  # photos of mean weight that count for a ratio of 1
 
@@ -104,11 +103,10 @@ class Member(RegressorMixin, BaseEstimator):
 
     def fit(self, train: TrainingData) -> "Member":
         "Fit on the training fold; sets `inner_`, the inner out-of-fold predictions (n, 5) in grams."
-        to_scale, self.back_ = TRANSFORMS[self.transform]
-        z = to_scale(train.y)
+        z = TRANSFORMS[self.transform][0](train.y)
         self.mean_, self.scale_ = z.mean(0), np.where(z.std(0) > 1e-9, z.std(0), 1.0)
         inner = self._fit_scaled(train, (z - self.mean_) / self.scale_)
-        back = self._to_grams(inner) if np.ptp(train.folds[0]) else self.back_(z)  # one fold: no correction
+        back = self._to_grams(inner) if np.ptp(train.folds[0]) else train.y  # one fold: no correction
         self.ratio_ = bias_correction_ratio(train.y, back)
         self.inner_ = back * self.ratio_
         return self
@@ -118,14 +116,7 @@ class Member(RegressorMixin, BaseEstimator):
         return self._to_grams(self._predict_scaled(gram, columns)) * self.ratio_
 
     def _to_grams(self, z) -> np.ndarray:
-        return self.back_(z * self.scale_ + self.mean_)
-
-    def __getstate__(self):  # a lambda cannot be pickled
-        return {name: value for name, value in super().__getstate__().items() if name != "back_"}
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        self.back_ = TRANSFORMS[self.transform][1]
+        return TRANSFORMS[self.transform][1](z * self.scale_ + self.mean_)
 
 # %% ../notebooks/42_members.ipynb #c3917694
 class RidgeMember(Member):

@@ -179,7 +179,6 @@ class SiglipSettings:
     patch: int  # side of a square patch in pixels of a photo that is 2000 pixels wide
     overlap: int  # least overlap of neighbouring patches in the same pixels
     batch: int  # photos in a batch
-    per_patch: bool  # also store the embedding of each patch
     bare: tuple[str, ...]  # text prompts for bare ground
     sparse: tuple[str, ...]  # text prompts for a thin sward
     medium: tuple[str, ...]  # text prompts for a sward of medium cover
@@ -208,7 +207,7 @@ class BoostingSettings:
     features: tuple[str, ...]  # names of the feature files that are used; empty: all
     # regressors, the base regressor first: ridge, catboost_joint, catboost, lightgbm, histgb, gb
     members: tuple[str, ...]
-    transform: str  # transform of the grams before fitting: none, sqrt or log1p
+    transform: str  # transform of the grams before fitting: none or sqrt
     # stack the members on the base regressor where inner folds show a clear gain; no: average all members
     stack: bool
     clear: float  # share of bootstrap draws over sites in which a member must improve the score, 0.5 to 1

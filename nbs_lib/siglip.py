@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -27,9 +26,10 @@ from nbs_lib.runtime import (
     BUILD_LOCK, InputError, find_attached_files, kaggle_input, pick_device, progress, read_json,
     select_attached,
 )
+from .eda import draw_contact_sheet
 from .settings import SiglipSettings
 from .stages import Run, installed_versions, stage
-from .features import FEATURE_PACKAGES, Table, write_features
+from .features import FEATURE_PACKAGES, Table, remove_features, write_features
 from .images import resize_half
 from .store import FULL, PhotoStore, to_panorama, open_store
 
@@ -260,12 +260,12 @@ def embed_photos(
     pairs: Sequence[np.ndarray],  # each (2, H, W, 3) uint8: left and right half; a PhotoStore will do
     siglip: Siglip,
     settings: SiglipSettings,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (n, d), (n, 11), (n, P, d); float32
-    "Return embedding, semantic columns and patch embeddings; no photo's numbers depend on another's."
+) -> tuple[np.ndarray, np.ndarray]:  # (n, d), (n, 11); float32
+    "Return embedding and semantic columns; no photo's numbers depend on another's."
     check_siglip_settings(settings)
     concepts = embed_prompts(siglip, read_prompts(settings))
     scale, bias = siglip.model.logit_scale.exp().item(), siglip.model.logit_bias.item()
-    per_patch, semantic = [], []
+    embedding, semantic = [], []
     for start in progress(range(0, len(pairs), settings.batch), label="siglip"):
         batch = range(len(pairs))[start : start + settings.batch]
         photos = [to_panorama(resize_to_full(pairs[i])) for i in batch]
@@ -273,9 +273,8 @@ def embed_photos(
         embedded = siglip.embed_images(np.concatenate(patches)).unflatten(0, patches.shape[:2])  # (B, P, d)
         cosine = (normalize(embedded, dim=-1) @ concepts.T).mean(1)
         semantic.append(add_ratios(cosine, scale, bias).cpu().numpy())
-        per_patch.append(embedded.cpu().numpy())
-    per_patch = np.concatenate(per_patch)
-    return per_patch.mean(1), np.concatenate(semantic), per_patch
+        embedding.append(embedded.cpu().numpy().mean(1))
+    return np.concatenate(embedding), np.concatenate(semantic)
 
 # %% ../notebooks/40_siglip.ipynb #ebcfd3fa
 def is_siglip(folder: Path) -> bool:
@@ -327,7 +326,7 @@ def compute_siglip_features(run: Run, store: PhotoStore, device: torch.device | 
     folder = find_siglip(run)
     if folder is None:
         return {}
-    embedding, semantic, _ = embed_photos(store, load_siglip(folder, device), run.settings.siglip)
+    embedding, semantic = embed_photos(store, load_siglip(folder, device), run.settings.siglip)
     return {"siglip": (list(store.ids), embedding, semantic)}
 
 # %% ../notebooks/40_siglip.ipynb #07fc468e
@@ -345,36 +344,24 @@ def siglip_files(run: Run) -> list[Path]:
 @stage("siglip", reads=STORE, sections=("photos", "inpaint", "kaggle"), weights=siglip_files)
 def run_siglip(run: Run) -> dict:
     "Write `features/siglip.npz` for the training photos; without weights only warn. Return its dimensions."
-    path, folder = run.artefact_path("features", "siglip.npz"), find_siglip(run)
-    if folder is None:
-        for stale in (path, path.with_suffix(".json")):
-            stale.unlink(missing_ok=True)  # of a run with weights: boosting uses every file it finds
+    features = compute_siglip_features(run, open_store(run, "train", FULL))
+    if not features:
+        remove_features(run, "siglip")
         run.warn("siglip: no weights (siglip.weights is empty); the run goes on without SigLIP features")
         return {"photos": 0}
-    store, settings = open_store(run, "train", FULL), run.settings.siglip
-    embedding, semantic, per_patch = embed_photos(store, load_siglip(folder), settings)
-    more = {"patches": per_patch.astype(np.float16)} if settings.per_patch else {}
-    write_features(path, store.ids, embedding, semantic=semantic, **more)
-    patches, versions = per_patch.shape[1], installed_versions(FEATURE_PACKAGES)
-    run.write_metadata(path, semantic=SEMANTIC, patches_a_photo=patches, weights=folder.name,
-                       versions=versions)
-    return {"photos": len(store), "dimensions": embedding.shape[1], "patches a photo": patches}
+    ids, embedding, semantic = features["siglip"]
+    path = run.artefact_path("features", "siglip.npz")
+    write_features(path, ids, embedding, semantic)
+    run.write_metadata(path, semantic=SEMANTIC, versions=installed_versions(FEATURE_PACKAGES))
+    return {"photos": len(ids), "dimensions": embedding.shape[1], "probes": semantic.shape[1]}
 
 # %% ../notebooks/40_siglip.ipynb #6d5b0d04
-def show_siglip(run: Run, each: int = 3) -> None:
-    "Show for each concept the photos of highest cosine."
-    import matplotlib.pyplot as plt
-
+def show_siglip(run: Run, each: int = 3):
+    "Draw for each concept the photos of highest cosine."
     path = run.artefacts / "features" / "siglip.npz"
     if not path.is_file():
-        return print("no SigLIP features in this run")
+        return "no SigLIP features in this run"
     store, semantic = open_store(run, "train", FULL), np.load(path)["semantic"]
-    fig, axes = plt.subplots(each, len(CONCEPTS), figsize=(12, 0.9 * each + 0.4), squeeze=False)
-    for column, concept in enumerate(CONCEPTS):
-        for ax, i in zip(axes[:, column], np.argsort(-semantic[:, column])[:each], strict=False):
-            ax.imshow(cv2.resize(to_panorama(store[i]), (200, 90), interpolation=cv2.INTER_AREA))
-        axes[0, column].set_title(concept, fontsize=9)
-    for ax in axes.flat:
-        ax.axis("off")
-    fig.tight_layout()
-    plt.show()
+    ranked = np.argsort(-semantic[:, : len(CONCEPTS)], axis=0)[:each]
+    photos = [to_panorama(store[i]) for i in ranked.ravel()]
+    return draw_contact_sheet(photos, [*CONCEPTS] * len(ranked), columns=len(CONCEPTS))

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'group_folds', 'encode_sites', 'random_site_folds', 'bootstrap_scores', 'squared_error',
-           'compare_predictions', 'mean_score', 'score_interval', 'simplex_weights', 'conformal_radius', 'intervals',
-           'left_out_coverage', 'make_folds', 'write_folds', 'read_folds']
+           'compare_predictions', 'mean_score', 'score_draws', 'score_interval', 'simplex_weights', 'conformal_radius',
+           'intervals', 'left_out_coverage', 'plot_oof', 'make_folds', 'write_folds', 'read_folds']
 
 # %% ../notebooks/06_validation.ipynb #05a00003
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,8 @@ from scipy.optimize import nnls
 
 from .runtime import atomic_write, input_error
 from .stages import Run
-from .tables import parse_numbers, read_table, site_groups
-from .targets import TARGETS, TOTAL, TARGET_WEIGHTS, weighted_r2_score
+from .tables import find_rows, parse_numbers, read_table, site_groups
+from .targets import TARGETS, TOTAL, TARGET_WEIGHTS, per_target_r2_score, weighted_r2_score
 
 # %% ../notebooks/06_validation.ipynb #05a00006
 def group_folds(
@@ -83,14 +83,9 @@ def squared_error(y: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 
 # %% ../notebooks/06_validation.ipynb #05a0000d
 def compare_predictions(
-    y: np.ndarray,  # (n, 5) true grams
-    old: np.ndarray,  # (n, 5) grams, or (draws of folds, n, 5)
-    new: np.ndarray,  # as `old`
-    groups: Sequence,  # (n,) sites
-    draws: int = 2000,
-    seed: int = 0,
+    y: np.ndarray, old: np.ndarray, new: np.ndarray, groups: Sequence, draws: int = 2000, seed: int = 0,
 ) -> dict[str, float]:
-    """Return score and gain of `new` over `old`, noise and p_better.
+    """Return score and gain of `new` over `old`, noise and p_better; arguments as in `bootstrap_scores`.
 
     `noise`: standard deviation of the gain over resampled sites; `p_better`: share of draws with a gain.
     """
@@ -106,6 +101,14 @@ def mean_score(y: np.ndarray, predicted: np.ndarray) -> float:
     "Return the weighted R² of predictions (n, 5), or its mean over draws of folds (draws, n, 5)."
     stack = np.asarray(predicted).reshape(-1, *np.shape(y))
     return float(np.mean([weighted_r2_score(y, p) for p in stack]))
+
+
+def score_draws(y: np.ndarray, oof: Sequence[np.ndarray]) -> dict[str, float]:
+    "Return mean and sd of the score of predictions (draws, n, 5), and their number; {} for fewer than two."
+    if len(oof) < 2:
+        return {}
+    scores = [weighted_r2_score(y, p) for p in oof]
+    return {"r2": float(np.mean(scores)), "sd": float(np.std(scores, ddof=1)), "draws": len(scores)}
 
 
 def score_interval(y: np.ndarray, predicted: np.ndarray, groups: Sequence, draws: int = 2000, seed: int = 0):
@@ -153,21 +156,39 @@ def intervals(y: np.ndarray, radius: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return np.maximum(root - radius, 0) ** 2, (root + radius) ** 2
 
 # %% ../notebooks/06_validation.ipynb #05a00014
-def left_out_coverage(
-    y: np.ndarray,  # (n, 5) true grams
-    oof: np.ndarray,  # (n, 5) out-of-fold grams
-    groups: Sequence,  # (n,) sites
-    coverage: float = 0.9,
-) -> np.ndarray:
-    "Return the coverage (5,) of sites left out of the radius, averaged over sites; NaN for one site."
+def left_out_coverage(y: np.ndarray, oof: np.ndarray, groups: Sequence, coverage: float = 0.9) -> np.ndarray:
+    "Return the coverage (5,) of sites left out of `conformal_radius`, averaged over sites; NaN for one site."
     inside, groups = [], np.asarray(groups)
+    if len(set(groups)) < 2:
+        return np.full(y.shape[1], np.nan)
     for site in np.unique(groups):
         own = groups == site
-        if own.all():
-            return np.full(y.shape[1], np.nan)
         low, high = intervals(oof[own], conformal_radius(y[~own], oof[~own], groups[~own], coverage))
         inside.append(((y[own] >= low - 1e-9) & (y[own] <= high + 1e-9)).mean(0))
     return np.mean(inside, axis=0)
+
+# %% ../notebooks/06_validation.ipynb #3e999ead
+def plot_oof(
+    y: np.ndarray,  # (n, 5) true grams
+    predictions: Mapping[str, np.ndarray],  # model → (n, 5) grams
+    radius: Sequence[float] | None = None,  # (5,) of `conformal_radius`: draw the intervals
+):
+    "Return a figure of measured against predicted grams, a row a model, a panel a target with its R²."
+    import matplotlib.pyplot as plt
+
+    size = {"figsize": (13, 2.6 * len(predictions)), "dpi": 70, "layout": "constrained"}
+    fig, axes = plt.subplots(len(predictions), 5, squeeze=False, **size)
+    for row, (model, predicted) in zip(axes, predictions.items()):
+        for t, (ax, r2) in enumerate(zip(row, per_target_r2_score(y, predicted))):
+            grid = np.linspace(0, max(y[:, t].max(), predicted[:, t].max(), 1), 50)
+            if radius is not None:
+                ax.fill_between(grid, *intervals(grid, radius[t]), color="tab:green", alpha=0.15)
+            ax.plot(grid, grid, "k", lw=0.7)
+            ax.scatter(predicted[:, t], y[:, t], s=8, alpha=0.6, color="tab:green")
+            ax.set(title=f"{TARGETS[t]}, R² {r2:.2f}", xlabel="predicted, g", ylim=(0, grid[-1] * 1.05))
+        row[0].set_ylabel(f"{model}\nmeasured, g")
+    plt.close(fig)
+    return fig
 
 # %% ../notebooks/06_validation.ipynb #5c6a53fa
 SCHEMES = ("grouped", "stratified")
@@ -195,26 +216,16 @@ def make_folds(
         groups, sites = np.arange(n), n
     if sites < n_folds:
         warn(f"{sites} sites allow {sites} grouped folds, not {n_folds}")
-    strata = _total_strata(train[TARGETS[TOTAL]].to_numpy(), n_folds)
+    classes = int(np.clip(n // n_folds, 1, 4))  # fewer if a class would have less than a photo a fold
+    strata = (train[TARGETS[TOTAL]].rank(method="first").to_numpy() - 1) * classes // n
     grouped = StratifiedGroupKFold(min(n_folds, sites), shuffle=True, random_state=seed)
     stratified = StratifiedKFold(min(n_folds, n), shuffle=True, random_state=seed)
-    folds = pd.DataFrame({"image_id": train["image_id"]})
-    folds["fold_grouped"] = _fold_numbers(grouped, strata, groups)
-    folds["fold_stratified"] = _fold_numbers(stratified, strata)
+    folds = pd.DataFrame({"image_id": train["image_id"]}).assign(fold_grouped=0, fold_stratified=0)
+    splits = {1: grouped.split(strata, strata, groups), 2: stratified.split(strata, strata)}
+    for column, split in splits.items():
+        for fold, (_, held_out) in enumerate(split):
+            folds.iloc[held_out, column] = fold
     return folds
-
-# %% ../notebooks/06_validation.ipynb #67e0050a
-def _total_strata(total: np.ndarray, n_folds: int) -> np.ndarray:
-    "Return the quartile of each photo's total; fewer classes if one would have less than a photo a fold."
-    classes = int(np.clip(len(total) // n_folds, 1, 4))
-    return np.argsort(np.argsort(total, kind="stable"), kind="stable") * classes // len(total)
-
-
-def _fold_numbers(splitter, strata: np.ndarray, groups: np.ndarray | None = None) -> np.ndarray:
-    numbers = np.full(len(strata), -1)
-    for fold, (_, held_out) in enumerate(splitter.split(np.zeros(len(strata)), strata, groups)):
-        numbers[held_out] = fold
-    return numbers
 
 # %% ../notebooks/06_validation.ipynb #ada7f867
 def write_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
@@ -227,10 +238,7 @@ def write_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
-    """Return artefacts/folds.csv in the order of `train`; make it if it is missing (a stage that runs alone).
-
-    Raise `InputError` when its photos do not match.
-    """
+    "Return artefacts/folds.csv in the order of `train`; make it if it is missing (a stage that runs alone)."
     path = run.artefacts / "folds.csv"
     if not path.is_file():
         return write_folds(run, train)
@@ -238,7 +246,4 @@ def read_folds(run: Run, train: pd.DataFrame) -> pd.DataFrame:
     table = read_table(path, ["image_id", *columns])
     for column in columns:
         table[column] = parse_numbers(table[column], table["image_id"], str(path), least=0).astype(int)
-    if set(table["image_id"]) != set(train["image_id"]) or table["image_id"].duplicated().any():
-        fix = "run stage eda again (--from eda)"
-        raise input_error(path, "image_ids do not match train.csv", fix=fix)
-    return table.set_index("image_id").loc[train["image_id"]].reset_index()
+    return table.iloc[find_rows(path, table["image_id"], train["image_id"])].reset_index(drop=True)

@@ -15,11 +15,9 @@ from nbs_lib.ensemble import (
     choose_policy,
     compare_weights,
     cross_fitted_predictions,
-    describe_ensemble,
     fit_blend,
     learn_weights,
     load_blend,
-    make_score_table,
     nested_cv_predictions,
     run_ensemble,
     weighted_mean,
@@ -30,7 +28,7 @@ from nbs_lib.tables import read_competition, read_oof
 from nbs_lib.targets import from_parts, imbalance, weighted_r2_score
 from nbs_lib.validation import bootstrap_scores
 
-CHOSEN = dataclasses.replace(load_settings("demo").ensemble, draws=400)
+CHOSEN = dataclasses.replace(load_settings("demo").ensemble, draws=200)
 
 
 def toy_models(n_sites=12, each=6, seed=0, biases=(4.0, 4.0), leak=0.0):
@@ -169,24 +167,10 @@ def test_bootstrap_knows_sites():
     assert gain[0] > 1.5 * gain[1], "errors shared in a site: photos are not independent"
 
 
-def test_shares_of_the_error_add_up():
-    m = toy_models()
-    dates = pd.Timestamp("2015-03-01") + pd.to_timedelta(m.fold, "D")
-    train = pd.DataFrame({"state": np.array(tiny.STATES)[m.fold], "species": "Fescue", "date": dates},
-                         index=np.arange(len(m.y))[::-1])
-    table = make_score_table(m.y, m.predictions["m0"], train)
-    for by in ("target", "state", "species", "date"):
-        assert table.loc[table["by"] == by, "share"].sum() == pytest.approx(1)
-    assert table["r2"].iloc[0] == weighted_r2_score(m.y, m.predictions["m0"])
-    row = table[(table["by"] == "state") & (table["value"] == "WA")].iloc[0]
-    here = m.fold == 3
-    assert row["r2"] == pytest.approx(weighted_r2_score(m.y[here], m.predictions["m0"][here]))
-
-
 @pytest.fixture
 def run(tmp_path):
     source = tiny.competition(tmp_path / "in", n_train=32, n_test=2, size=(128, 64))
-    return tiny.run_on(source, tmp_path / "out", "ensemble.draws=300")
+    return tiny.run_on(source, tmp_path / "out", "ensemble.draws=100")
 
 
 def test_the_stage(run):
@@ -199,9 +183,6 @@ def test_the_stage(run):
     assert set(load_blend(run.artefacts / "blend.json").models) == {"dinov3", "boosting"}
     assert read_json(run.artefacts / "blend.json")["evidence"]
     assert (run.artefacts / "oof" / "ensemble_stratified.parquet").is_file()
-    lines = describe_ensemble(summary).splitlines()
-    assert lines[0].startswith("R² with sites held out: ensemble 0.")
-    assert lines[-2].startswith("weight of dinov3: Dry_Green_g")
     stamp = (run.artefacts / "blend.json").stat().st_mtime_ns
     run_ensemble(run)  # nothing changed
     assert (run.artefacts / "blend.json").stat().st_mtime_ns == stamp

@@ -24,7 +24,7 @@ from nbs_lib.images import resize_half
 from nbs_lib.runtime import InputError, read_json
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import installed_versions, open_run
-from nbs_lib.store import FULL, ROW, half_shape, store_folder
+from nbs_lib.store import FULL, ROW, half_shape, store_folder, to_panorama
 
 CPU = torch.device("cpu")
 
@@ -241,7 +241,7 @@ def write_siglip2(folder: Path, tiny: Path, words: list[str], tokenizer: str = "
 def test_a_siglip_2_of_fixed_size_loads_and_pads_as_it_was_trained(tiny, tmp_path, settings, tokenizer):
     words = [w for words in siglip.read_prompts(settings.siglip).values() for w in words]
     loaded = siglip.load_siglip(write_siglip2(tmp_path / "siglip2", tiny, words, tokenizer), CPU)
-    embedding, semantic, _ = siglip.embed_photos(some_pairs(2), loaded, settings.siglip)
+    embedding, semantic = siglip.embed_photos(some_pairs(2), loaded, settings.siglip)
     assert embedding.shape == (2, 32) and np.isfinite(semantic).all()
     ids = loaded.tokenizer(["dense clover"])["input_ids"][0]
     padded = torch.tensor([ids + [0] * (64 - len(ids))])
@@ -366,7 +366,11 @@ def test_no_photo_depends_on_another(loaded, settings):
 
 def test_probes_against_a_slow_reference(loaded, settings):
     pairs, s = some_pairs(2), settings.siglip
-    _, semantic, patches = siglip.embed_photos(pairs, loaded, s)
+    embedding, semantic = siglip.embed_photos(pairs, loaded, s)
+    photos = [to_panorama(siglip.resize_to_full(pair)) for pair in pairs]
+    patches = [loaded.embed_images(siglip.cut_patches(photo, s.patch, s.overlap)) for photo in photos]
+    patches = torch.stack(patches).numpy()
+    assert np.allclose(embedding, patches.mean(1), atol=1e-5)
 
     def unit(x):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -395,14 +399,13 @@ def test_a_concept_without_words_is_refused():
 
 
 def test_stage_siglip_writes_once_and_then_reads_the_cache(open_here, monkeypatch):
-    run = open_here("siglip.per_patch=yes")
+    run = open_here()
     ids = write_store(run, some_pairs(3))
     summary = siglip.run_siglip(run)
     path = run.artefacts / "features" / "siglip.npz"
     with np.load(path, allow_pickle=False) as npz:
         assert list(npz["image_id"]) == ids and npz["embedding"].dtype == np.float32
         assert npz["embedding"].shape == (3, 32) and npz["semantic"].shape == (3, 11)
-        assert npz["patches"].shape == (3, 8, 32)
     assert read_json(path.with_suffix(".json"))["semantic"] == list(siglip.SEMANTIC)
     monkeypatch.setattr(siglip, "embed_photos", lambda *_: pytest.fail("computed again"))
     assert siglip.run_siglip(run) == summary
@@ -614,11 +617,11 @@ def test_siglip_settings_are_checked_before_the_first_photo(open_here, override)
 
 
 def test_no_colour_photo_depends_on_another(settings):
-    pairs = some_pairs(4)
-    whole, names = frozen.colour_features(pairs, settings.frozen)
+    pairs, s = some_pairs(4), dataclasses.replace(settings.frozen, colour_width=128)
+    whole, names = frozen.colour_features(pairs, s)
     assert len(names) == len(set(names)) == whole.shape[1] and np.isfinite(whole).all()
     # to rounding: sums over arrays that lie elsewhere in memory may add up in another order
-    alone, swapped = (frozen.colour_features(p, settings.frozen)[0] for p in (pairs[2:3], pairs[:, ::-1]))
+    alone, swapped = (frozen.colour_features(p, s)[0] for p in (pairs[2:3], pairs[:, ::-1]))
     assert np.allclose(whole[2:3], alone, rtol=1e-5, atol=1e-6)
     assert np.allclose(whole, swapped, rtol=1e-5, atol=1e-6)
 

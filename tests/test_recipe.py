@@ -18,7 +18,7 @@ from nbs_lib.store import augment
 from nbs_lib.targets import PART_COLUMNS, TARGETS
 from nbs_lib.trainer import lr_factor
 
-# section.key: the recipe's value, its source. README shows this table (`python tests/readme.py`).
+# section.key: the recipe's value, its source. docs/recipe.md shows this table (`tools/tables.py --write`).
 RECIPE = {
     "train_dinov3.backbone": ("vit_huge_plus_patch16_dinov3", "write-up"),
     "train_dinov3.fusion": ("mamba", "write-up; its code runs a gated convolution called LocalMamba"),
@@ -184,10 +184,10 @@ def recipe_run(tmp_path_factory):
     from nbs_lib.train_dinov3 import run_train_dinov3
 
     folder = tmp_path_factory.mktemp("recipe")
-    source = tiny.competition(folder / "in", n_train=24, n_test=4)
+    source = tiny.competition(folder / "in", n_train=16, n_test=4)
     small = ["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random",
              "train_dinov3.size=64", "train_dinov3.epochs=3", "train_dinov3.dim=16", "run.folds=2",
-             "run.draws=2", "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.02"]
+             "run.draws=0", "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.005"]
     run = open_run(source, folder / "out", "demo", "recipe", small)
     stages = (run_inpaint, run_train_dinov3, run_siglip, run_frozen, run_boosting, run_ensemble, run_submit)
     return run, [stage(run) for stage in stages]

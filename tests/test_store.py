@@ -495,7 +495,7 @@ def test_weights_reach_the_training(tmp_path):
     assert (table["weight"] == np.where(table["exposure"] > 0.4, 0.5, 1)).all()
     ids = list(table.index[table["split"] == "train"])[::-1]
     assert (read_sample_weights(run, ids) == table["weight"][ids].to_numpy()).all()
-    with pytest.raises(InputError, match="no weight for ID0"):
+    with pytest.raises(InputError, match="photos are missing, ID0 the first"):
         read_sample_weights(run, ["ID0", *ids])
     assert read_sample_weights(open_run(tmp_path / "in", tmp_path / "out", "demo"), ids) is None
     quality = table[list(images.QUALITY)]

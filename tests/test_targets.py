@@ -111,15 +111,15 @@ def test_clipping_leaves_an_imbalance_and_reconciling_does_not():
 
 
 @pytest.mark.parametrize("name", ["euclid", "metric", "mint"])
-def test_two_hundred_thousand_rows_at_once(name):
-    "All rows are feasible, and every thousandth equals the result of a general solver."
+def test_twenty_thousand_rows_at_once(name):
+    "All rows are feasible, and every hundredth equals the result of a general solver."
     rng = np.random.default_rng(0)
-    y = rng.normal(10, 30, (200_000, 5))  # most rows need a face, not the plane
+    y = rng.normal(10, 30, (20_000, 5))  # most rows need a face, not the plane
     weighting = make_weighting(name, rng.normal(0, [13, 10, 8, 12, 11], (300, 5)))
     out = reconcile(y, weighting)
     assert out.min() >= 0 and np.abs(imbalance(out)).max() < 1e-9
     root = np.linalg.cholesky(weighting).T
-    for row, got in zip(y[::1000], out[::1000], strict=True):
+    for row, got in zip(y[::100], out[::100], strict=True):
         assert np.allclose(got, SUMS @ nnls(root @ SUMS, root @ row)[0], atol=1e-6)
 
 
