@@ -61,11 +61,7 @@ KAGGLE_DATASETS = {d.folder: d for d in (
     Dataset("dinov3-weights", "dinov3_dataset", "DINOv3 weights", "other", "", "make weights NAME=dinov3"),
     Dataset("siglip-weights", "siglip_dataset", "SigLIP weights", "apache-2.0", "preprocessor_config.json",
             "make weights NAME=siglip"),
-    Dataset("trained-models", "models_dataset", "trained models", "other", "stages/*.json", "make run"),
-    Dataset("bundle", "bundle_dataset", "a bundle to predict with", "other", "model.zip",
-            "python -m nbs_lib.predict pack RUN --to wheelhouse/bundle/model.zip"),
-    Dataset("photos", "photos_dataset", "photos to predict", "other", "*",
-            "make push STAGE=photos FROM=your-folder"))}
+    Dataset("trained-models", "models_dataset", "trained models", "other", "stages/*.json", "make run"))}
 
 # %% ../notebooks/81_kaggle.ipynb #0842cac4
 @dataclass(frozen=True)
@@ -77,7 +73,6 @@ class Kernel:
     datasets: tuple[str, ...]  # folders of `KAGGLE_DATASETS`
     after: tuple[str, ...] = ()  # kernels whose output is attached
     gpu: bool = True
-    competition: bool = True  # whether the competition is attached
 
     def ref(self, s: Settings) -> str:
         return f"{s.kaggle.username}/{s.kaggle.kernel_prefix}-{self.name}"
@@ -96,7 +91,7 @@ class Kernel:
                   "docker_image": s.kaggle.docker_image,
                   "docker_image_pinning_type": s.kaggle.docker_image_pinning_type,
                   "dataset_sources": [KAGGLE_DATASETS[d].ref(s) for d in datasets],
-                  "competition_sources": [s.kaggle.competition] * self.competition,
+                  "competition_sources": [s.kaggle.competition],
                   "kernel_sources": [KAGGLE_KERNELS[k].ref(s) for k in kernels], "model_sources": []}
         return {key: value for key, value in fields.items() if value != ""}
 
@@ -111,9 +106,7 @@ KAGGLE_KERNELS = {k.name: k for k in (
            CODE_DATASETS + WEIGHT_DATASETS, ("train",)),
     Kernel("submit", "predicts the hidden test", ("60_submit",), CODE_DATASETS + WEIGHT_DATASETS,
            ("train", "features")),
-    Kernel("suite", "runs the whole chain in one session", ("90_run",), CODE_DATASETS + WEIGHT_DATASETS),
-    Kernel("predict", "predicts the photos of a dataset", ("61_predict",),
-           (*CODE_DATASETS, "bundle", "photos"), competition=False))}
+    Kernel("suite", "runs the whole chain in one session", ("90_run",), CODE_DATASETS + WEIGHT_DATASETS))}
 
 # %% ../notebooks/81_kaggle.ipynb #bab5750e
 def metadata_files(s: Settings) -> dict[str, str]:

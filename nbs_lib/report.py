@@ -37,7 +37,7 @@ from .runtime import InputError, atomic_write, exit_code_of, open_templates, rea
 from .stages import Run, open_run
 from nbs_lib.scores import (
     LABELS, RunOutputs, attempt, collect_scores, format_number, format_percent, format_scores, is_synthetic,
-    halves_to_photo, list_stages, open_halves, read_outputs, summarise_scores, write_results,
+    halves_to_photo, list_stages, open_halves, read_outputs, summarise_scores,
 )
 from .targets import CLOVER, QUADRAT_M2, TARGETS, TOTAL, imbalance
 from .validation import conformal_radius, intervals, left_out_coverage
@@ -499,18 +499,14 @@ def reopen(output: str | Path, input: str = "") -> tuple[Run, dict]:
 
 # %% ../notebooks/82_report.ipynb #a3288a43
 def main(argv: list[str] | None = None) -> int:
-    "Run `python -m nbs_lib.report OUT [--input DIR] [--results DIR]`; return 0, or 2 for a wrong call."
+    "Run `python -m nbs_lib.report OUT [--input DIR]`; return 0, or 2 for a wrong call."
     p = argparse.ArgumentParser("python -m nbs_lib.report", description="Write report.html of a run again.")
     p.add_argument("output", help="folder of the run")
     p.add_argument("--input", default="", help="the competition folder; not needed for the demo")
-    p.add_argument("--results", default="", metavar="DIR", help="write scores, facts and a picture there")
     args = p.parse_args(argv)
 
     def work() -> None:
-        run, record = reopen(args.output, args.input)
-        written = [write_report(run, record)]
-        written += write_results(run, record, args.results) if args.results else []
-        print("\n".join(f"written: {path}" for path in written))
+        print(f"written: {write_report(*reopen(args.output, args.input))}")
 
     return exit_code_of(work)
 

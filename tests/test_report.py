@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from browser import find_browser, open_browser
 from markupsafe import escape
+from run_results import choose_example, write_results
 from tiny import competition, fake_members, run_on
 
 from nbs_lib import ensemble, report, scores
@@ -419,8 +420,8 @@ def test_results_of_real_photos(whole, tmp_path):
     run, _ = whole
     with pytest.raises(report.InputError, match="no model has predicted"):
         empty = make_run(tmp_path / "empty", 12, 2, truth=False, blended=False)
-        report.write_results(empty, RECORD, tmp_path)
-    written = report.write_results(run, RECORD, tmp_path)
+        write_results(empty, RECORD, tmp_path)
+    written = write_results(run, RECORD, tmp_path)
     assert [p.name for p in written] == ["real_demo.csv", "real_demo.json"], "real photos are never drawn"
     table = pd.read_csv(tmp_path / "real_demo.csv")
     score = read_json(run.output / "scores.json")["oof"]["ensemble"]["grouped"]
@@ -433,8 +434,8 @@ def test_picture_of_a_synthetic_run(tmp_path):
     "The photo nearest to the mean grams among those with a stamp, whatever its error."
     run = make_run(tmp_path, 24, 2)
     inside = Run(shutil.copytree(run.input, run.output / "input/csiro-biomass"), run.output, run.settings)
-    assert scores.choose_example(scores.read_outputs(inside, RECORD)) in (0, 9, 18)
-    *_, picture = report.write_results(inside, RECORD, tmp_path / "results")
+    assert choose_example(scores.read_outputs(inside, RECORD)) in (0, 9, 18)
+    *_, picture = write_results(inside, RECORD, tmp_path / "results")
     assert picture.name == "synthetic_demo.png" and picture.stat().st_size < 300_000
     assert picture.read_bytes()[:4] == b"\x89PNG"
 

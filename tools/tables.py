@@ -1,7 +1,7 @@
 """Write the tables of README.md, docs/ and benchmarks/ from the files of results/.
 
-`python tools/tables.py [--run DIR] [--bench DIR] [--write]`: `--run` first keeps the scores of a finished
-run, `--bench` what `make bench` measured; `--write` puts the tables into the pages. Without it
+`python tools/tables.py [--run DIR [--input DIR]] [--bench DIR] [--write]`: `--run` first keeps the scores of
+a finished run, `--bench` what `make bench` measured; `--write` puts the tables into the pages. Without it
 the tables that differ are named. Synthetic and real photographs never share a table.
 """
 
@@ -239,12 +239,14 @@ def fill(text: str) -> tuple[str, list[str]]:
     return MARKS.sub(block, text), stale
 
 
-def keep_results(run: str, measurements: str) -> None:
+def keep_results(run: str, input: str, measurements: str) -> None:
     "Copy the scores of a run and the files of `make bench` into results/."
     if run:
-        from nbs_lib.report import reopen, write_results
+        from run_results import write_results
 
-        write_results(*reopen(run), RESULTS)
+        from nbs_lib.report import reopen
+
+        write_results(*reopen(run, input), RESULTS)
     for name in ("bench.csv", "bench.png") if measurements else ():
         shutil.copyfile(Path(measurements) / name, RESULTS / name)
 
@@ -253,10 +255,11 @@ def main() -> int:
     "Name the tables that differ, or write them; return the exit code."
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--run", default="", help="keep the scores of this finished run")
+    p.add_argument("--input", default="", help="the competition folder of that run; not needed for the demo")
     p.add_argument("--bench", default="", help="keep bench.csv and bench.png of this folder")
     p.add_argument("--write", action="store_true", help="put the tables into the pages")
     a = p.parse_args()
-    keep_results(a.run, a.bench)
+    keep_results(a.run, a.input, a.bench)
     differ = []
     for page in map(ROOT.joinpath, PAGES):
         text, stale = fill(page.read_text(encoding="utf-8"))
