@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['INK', 'HUES', 'MARKERS', 'SVG_STYLE', 'INKED', 'RC', 'FLAGS', 'LEAST', 'LOW_IS_BAD', 'SECTIONS', 'OF_MODEL',
            'ENDINGS', 'Picture', 'open_figure', 'to_svg', 'to_jpeg', 'style_states', 'scatter_states',
-           'plot_predictions', 'describe_predictions', 'group_errors', 'plot_residuals', 'shorten', 'flag_photos',
-           'compare_quality', 'describe_errors', 'interval_coverage', 'plot_coverage', 'describe_intervals',
-           'caption_photo', 'describe_worst', 'overlay_density', 'draw_map', 'describe_maps', 'describe_blend',
-           'describe_ablations', 'plot_histogram', 'describe_submission', 'describe_warnings', 'describe_cost',
-           'describe_settings', 'load_templates', 'render_section', 'render_sections', 'explain_end', 'render_page',
-           'convert_notebook', 'write_pages', 'write_report', 'reopen', 'main']
+           'plot_predictions', 'describe_predictions', 'group_errors', 'plot_residuals', 'flag_photos',
+           'compare_quality', 'describe_errors', 'plot_coverage', 'describe_intervals', 'caption_photo',
+           'describe_worst', 'overlay_density', 'draw_map', 'describe_maps', 'describe_blend', 'plot_histogram',
+           'describe_submission', 'plot_timeline', 'describe_warnings', 'describe_cost', 'load_templates',
+           'name_models', 'render_section', 'render_sections', 'explain_end', 'render_page', 'convert_notebook',
+           'write_pages', 'write_report', 'reopen', 'main']
 
 # %% ../notebooks/82_report.ipynb #5096155d
 import argparse
@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .runtime import InputError, atomic_write, exit_code_of, open_templates, read_json, write_json
-from .stages import Run, open_run
+from .stages import Run, manifest_path, open_run
 from nbs_lib.scores import (
     LABELS, RunOutputs, attempt, collect_scores, format_number, format_percent, format_scores, is_synthetic,
     halves_to_photo, list_stages, open_halves, read_outputs, summarise_scores,
@@ -162,17 +162,12 @@ def plot_residuals(
         ax.axvline(0, color=INK, lw=0.8, alpha=0.6)
         scatter_states(ax, error, row, states)
         ax.scatter(table["bias"], range(len(table)), marker="|", s=160, color=INK, linewidths=2)
-        ax.set_yticks(range(len(table)), [shorten(str(value)) for value in table.index])
+        ax.set_yticks(range(len(table)), [str(value)[:30] for value in table.index])
         ax.set(ylim=(len(table) - 0.5, -0.5), title=f"By {by}")
         ax.set_xlabel("predicted minus measured total, g (bar: mean)")
         share, photos = format_percent(first["error_share"]), format_percent(first["photo_share"])
         return to_svg(figure, f"Errors by {by}: {first.name} holds {share} of the error with {photos} of the "
                               f"photos; its mean error is {format_number(first['bias'], sign=True)} g.")
-
-# %% ../notebooks/82_report.ipynb #e5aa2696
-def shorten(text: str, most: int = 30) -> str:
-    "Cut `text` to `most` characters."
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 # %% ../notebooks/82_report.ipynb #850e3d7a
 FLAGS = {
@@ -215,16 +210,6 @@ def describe_errors(outputs: RunOutputs) -> dict:
         pictures.append(plot_residuals(by, key, error, states, shown))
     return {"tables": tables, "quality": compare_quality(outputs), "pictures": pictures}
 
-# %% ../notebooks/82_report.ipynb #3aa5d23d
-def interval_coverage(
-    y: np.ndarray,  # (n, 5) measured grams
-    predicted: np.ndarray,  # (n, 5) out-of-fold grams
-    sites: np.ndarray,  # (n,)
-    levels: np.ndarray,  # nominal coverages
-) -> np.ndarray:
-    "Return the observed coverage (levels, 5) of intervals on left-out sites."
-    return np.array([left_out_coverage(y, predicted, sites, level) for level in levels])
-
 # %% ../notebooks/82_report.ipynb #fc31891c
 def plot_coverage(levels: np.ndarray, observed: np.ndarray) -> Picture:
     "Plot observed coverage (levels, 5) of intervals against their nominal coverage (levels,)."
@@ -247,7 +232,7 @@ def describe_intervals(outputs: RunOutputs) -> dict | None:
     path = outputs.run.artefacts / "boosting" / "intervals.json"
     boosting = read_json(path) if path.is_file() else {}
     levels = np.linspace(0.1, 0.95, 18)
-    observed = interval_coverage(y, predicted, sites, levels)
+    observed = np.array([left_out_coverage(y, predicted, sites, level) for level in levels])  # (levels, 5)
     at = int(np.abs(levels - boosting.get("coverage", 0.9)).argmin())
     median = np.median(predicted, axis=0)
     low, high = intervals(median, conformal_radius(y, predicted, sites, levels[at]))
@@ -315,20 +300,6 @@ def describe_blend(outputs: RunOutputs) -> dict | None:
     path = outputs.run.artefacts / "blend.json"
     return {"blend": read_json(path)} if path.is_file() else None
 
-
-def describe_ablations(outputs: RunOutputs) -> dict | None:
-    "Average the scores of every artefacts/**/ablation*.csv over seeds; None without one."
-    tables = {}
-    for path in sorted(outputs.run.artefacts.rglob("ablation*.csv")):
-        table = pd.read_csv(path, keep_default_na=False)
-        score = next((c for c in ("r2w", "r2", "score") if c in table), None)
-        names = [c for c in table.select_dtypes(exclude="float") if c not in ("seed", "key", score)]
-        if score and names:
-            means = table.groupby(names)[score].agg(["mean", "std", "size"]).reset_index()
-            name = str(path.relative_to(outputs.run.artefacts))
-            tables[name] = means.sort_values("mean", ascending=False)
-    return {"tables": tables} if tables else None
-
 # %% ../notebooks/82_report.ipynb #e6f59750
 def plot_histogram(label: str, sent: np.ndarray, y: np.ndarray) -> Picture:
     "Plot the distribution of one target in the submission (m,) and in the labels (n,)."
@@ -351,6 +322,24 @@ def describe_submission(outputs: RunOutputs) -> dict:
             pictures.append(plot_histogram(LABELS[TARGETS[t]], sent.iloc[:, t].to_numpy(), outputs.y[:, t]))
     return {"exists": (outputs.run.output / "submission.csv").is_file(), "pictures": pictures}
 
+# %% ../notebooks/82_report.ipynb #d0a42d44
+def plot_timeline(stages: list[dict]) -> Picture:
+    "Plot the stages of run.json one after another: their time, and their peak memory as height."
+    names = [s["name"] for s in stages]
+    minutes = np.array([s.get("seconds", 0) / 60 for s in stages])
+    memory = np.array([s.get("peak_rss_gb", 0) for s in stages])
+    start = minutes.cumsum() - minutes
+    with open_figure(8.5, 2.8) as (figure, ax):
+        ax.bar(start, memory, minutes, align="edge", color=[HUES[k % len(HUES)] for k in range(len(stages))])
+        for k in np.flatnonzero(minutes > 0.04 * minutes.sum()):
+            ax.annotate(names[k], (start[k] + minutes[k] / 2, memory[k]), (0, 3), ha="center", rotation=20,
+                        textcoords="offset points")
+        ax.set(xlabel="minutes, one stage after another", ylabel="peak memory, GB", xlim=(0, minutes.sum()))
+        ax.margins(y=0.25)
+        longest, largest = names[minutes.argmax()], names[memory.argmax()]
+        return to_svg(figure, f"{minutes.sum():.1f} minutes in all; {longest} takes longest, "
+                              f"{minutes.max():.1f} minutes, {largest} most memory, {memory.max():.1f} GB.")
+
 # %% ../notebooks/82_report.ipynb #c3956246
 def describe_warnings(outputs: RunOutputs) -> dict:
     "Collect warnings by stage, files that could not be read, and how far labels are from adding up."
@@ -365,12 +354,9 @@ def describe_cost(outputs: RunOutputs) -> dict:
     seconds = [s.get("seconds", 0) for s in stages] or [0]
     memory = max((s.get("peak_rss_gb", 0) for s in stages), default=0)
     disk = sum(p.stat().st_size for p in outputs.run.output.rglob("*") if p.is_file()) / 2**30
-    return {"stages": stages, "total": sum(seconds), "longest": max(seconds), "memory": memory, "disk": disk}
-
-
-def describe_settings(outputs: RunOutputs) -> dict:
-    "Return every setting by section."
-    return {"settings": dataclasses.asdict(outputs.run.settings)}
+    picture = plot_timeline(stages) if sum(seconds) else None
+    return {"stages": stages, "total": sum(seconds), "longest": max(seconds), "memory": memory, "disk": disk,
+            "picture": picture}
 
 # %% ../notebooks/82_report.ipynb #9db0e21a
 SECTIONS: dict[str, tuple[str, Callable]] = {  # template: title, function that returns its data or None
@@ -380,11 +366,10 @@ SECTIONS: dict[str, tuple[str, Callable]] = {  # template: title, function that 
     "worst": ("Photos with the largest error", describe_worst),
     "maps": ("Clover density maps", describe_maps),
     "blend": ("Ensemble weights and rules", describe_blend),
-    "ablations": ("Ablations", describe_ablations),
     "submission": ("Submission", describe_submission),
     "warnings": ("Warnings and repairs", describe_warnings),  # after those whose problems it lists
     "cost": ("Run time, memory and disk", describe_cost),
-    "settings": ("Settings, inputs and versions", describe_settings),
+    "settings": ("Settings, inputs and versions", lambda o: {"settings": dataclasses.asdict(o.run.settings)}),
 }
 OF_MODEL = ("predictions", "errors", "intervals", "worst", "maps")  # need out-of-fold predictions
 
@@ -395,15 +380,23 @@ def load_templates() -> jinja2.Environment:
     environment = open_templates()
     environment.filters.update(number=format_number, percent=format_percent)
     environment.globals.update(kg_ha=10 / QUADRAT_M2, labels=list(LABELS.values()), markers=MARKERS)
-    environment.globals["names"] = {"dinov3": "model 1", "boosting": "model 2"}
     return environment
+
+
+def name_models(run: Run) -> dict[str, str]:
+    "Return what each model is, by the name of its files."
+    path, members = manifest_path(run, "train_dinov3"), " + ".join(run.settings.boosting.members)
+    first = read_json(path)["summary"].get("model") if path.is_file() else None
+    return {"dinov3": f"model 1 ({first or run.settings.train_dinov3.backbone})",
+            "boosting": f"model 2 ({members} on frozen features)"}
 
 # %% ../notebooks/82_report.ipynb #3119dfaa
 def render_section(outputs: RunOutputs, name: str, title: str, data: dict) -> Markup:
     "Return the HTML of one section."
     states = style_states(outputs.competition.train["state"])
     template = load_templates().get_template(f"{name}.html.j2")
-    return Markup(template.render(name=name, title=title, outputs=outputs, states=states, **data))
+    data = {**data, "states": states, "names": name_models(outputs.run)}
+    return Markup(template.render(name=name, title=title, outputs=outputs, **data))
 
 
 def render_sections(outputs: RunOutputs, scores: dict) -> list[tuple[str, str, Markup]]:
@@ -439,6 +432,7 @@ def render_page(outputs: RunOutputs, scores: dict, pages: Iterable[str] = ()) ->
     error = pd.Series(np.abs(outputs.total_error)) if outputs.model else None
     return load_templates().get_template("report.html.j2").render(
         outputs=outputs, scores=scores, summary=summarise_scores(scores), cards=cards, error=error,
+        names=name_models(outputs.run),
         synthetic=is_synthetic(outputs.run), why=explain_end(outputs.record), pages=list(pages),
         sections=render_sections(outputs, scores))
 

@@ -17,7 +17,7 @@ from tiny import competition, fake_members, run_on
 
 from nbs_lib import ensemble, report, scores
 from nbs_lib.runtime import read_json, write_json
-from nbs_lib.stages import Run
+from nbs_lib.stages import Run, manifest_path
 from nbs_lib.tables import (
     read_competition,
     read_draws,
@@ -37,9 +37,9 @@ BOOSTING = {"name": "boosting", "status": "up to date", "seconds": 50.0, "peak_r
             "written_mb": 1.0, "network": "guard", "warnings": []}
 RECORD = {"status": "done", "profile": "demo", "started": "2026-01-02T03:04:05Z", "stages": [EDA, BOOSTING],
           "versions": {"python": "3.12"}, "machine": {"cpus": 2},
-          "sandbox": {"network": "namespace", "input": "mount", "cpus": 0},
+          "sandbox": {"network": "namespace", "cpus": 0},
           "inputs": {"input/*.csv": {"files": 3, "blake2b": "abc"}}}
-ALL_SECTIONS = ["scores", "predictions", "errors", "intervals", "worst", "maps", "blend", "ablations",
+ALL_SECTIONS = ["scores", "predictions", "errors", "intervals", "worst", "maps", "blend",
                 "submission", "warnings", "cost", "settings", "notebooks"]
 
 
@@ -91,9 +91,6 @@ def whole(tmp_path_factory):
     write_json(run.artefact_path("boosting", "intervals.json"), {"coverage": 0.9, "measured": measured})
     density = np.random.default_rng(0).gamma(2, 20, (48, 3, 4, 12)).astype(np.float16)
     np.savez(run.artefact_path("dinov3", "density.npz"), image_id=ids, density=density)
-    trials = {"fusion": ["none", "none", "mamba", "mamba"], "scheme": "grouped", "seed": [0, 1, 0, 1],
-              "key": list("abcd"), "r2w": [0.5, 0.6, 0.4, 0.3], "seconds": 1.0}
-    pd.DataFrame(trials).to_csv(run.artefact_path("ablation.csv"), index=False)
     write_failed_notebook(run)
     return run, report.write_report(run, RECORD).read_text(encoding="utf-8")
 
@@ -167,8 +164,7 @@ def test_coverage_is_that_of_validation(whole):
     run, page = whole
     outputs = scores.read_outputs(run, RECORD)
     y, predicted, sites = outputs.y, outputs.predicted, outputs.competition.groups
-    observed = report.interval_coverage(y, predicted, sites, np.array([0.9]))[0]
-    assert observed == pytest.approx(left_out_coverage(y, predicted, sites, 0.9), abs=1e-9)
+    observed = left_out_coverage(y, predicted, sites, 0.9)
     assert f"held {scores.format_percent(observed[4])} of the totals" in squeeze(page)
 
 
@@ -176,7 +172,6 @@ def test_every_section_is_there(whole):
     page = whole[1]
     assert sections(page) == ALL_SECTIONS
     assert page.count("image/jpeg") == 10 + 2 * 4, "ten worst photos, four photos with maps"
-    assert re.search(r"<td[^>]*>0\.550</td>", page), "the mean over seeds of an ablation"
     assert "91 %" in page, "the coverage that boosting measured"
 
 
@@ -204,11 +199,12 @@ def test_tables_are_read_once(whole, monkeypatch):
 
 def test_page_says_what_model_1_is(whole):
     "A ridge probe on frozen features is called so, whatever its files are called."
-    outputs = scores.read_outputs(whole[0], RECORD)
-    outputs.summaries["train_dinov3"] = {"model": "ridge on frozen features of tf_efficientnet_lite0"}
+    run, outputs = whole[0], scores.read_outputs(whole[0], RECORD)
+    write_json(manifest_path(run, "train_dinov3"), {"summary": {"model": "ridge on frozen features of x"}})
     page = report.render_page(outputs, scores.collect_scores(outputs))
-    assert "<b>Model 1</b> (dinov3 in file names): ridge on frozen features of tf_efficientnet_lite0." in page
-    assert '<th scope="row">model 1</th>' in page and '<th scope="row">dinov3</th>' not in page
+    manifest_path(run, "train_dinov3").unlink()
+    assert '<th scope="row">model 1 (ridge on frozen features of x)</th>' in page
+    assert '<th scope="row">dinov3</th>' not in page
 
 
 # ---- a page that everybody can read
@@ -368,7 +364,7 @@ def test_many_photos(tmp_path):
     page = path.read_text(encoding="utf-8")
     assert "submission.csv holds 805 photos" in page and "Every photo of the submission" not in page
     assert path.stat().st_size < 6e6
-    assert Tree(page).all("img")[-1]["alt"].startswith("GDM: submission")
+    assert any(a["alt"].startswith("GDM: submission") for a in Tree(page).all("img"))
 
 
 def test_synthetic_photos_are_named(whole):
@@ -382,13 +378,13 @@ def test_broken_files_are_named_and_the_rest_stands(whole, tmp_path):
     run = Run(whole[0].input, tmp_path, whole[0].settings)
     shutil.copytree(whole[0].output, tmp_path, dirs_exist_ok=True)
     broken = ("blend.json", "boosting/intervals.json", "photos/photos.csv", "oof/dinov3.parquet",
-              "ablation.csv", "dinov3/density.npz", "photos/train_90x128/halves.npy")
+              "dinov3/density.npz", "photos/train_90x128/halves.npy")
     for path in map(run.artefacts.joinpath, broken):
         path.write_bytes(b"\x00\xff,,\n\"" if path.suffix == ".csv" else path.read_bytes()[:60])
     outputs = scores.read_outputs(run, RECORD)
     page = report.render_page(outputs, scores.collect_scores(outputs))
     assert len(outputs.problems) == len(broken), outputs.problems
-    left_out = {"intervals", "worst", "maps", "blend", "ablations", "notebooks"}
+    left_out = {"intervals", "worst", "maps", "blend", "notebooks"}
     assert sections(page) == [name for name in ALL_SECTIONS if name not in left_out]
     assert all(str(escape(problem)) in page for problem in outputs.problems)
 
