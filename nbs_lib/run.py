@@ -124,7 +124,7 @@ def own_kernel_manager(isolation: Isolation = Isolation(), input: Path = Path(),
 
     return OwnKernelManager
 
-
+# %% ../notebooks/90_run.ipynb #7f365759
 def notebook_path(name: str) -> Path:
     "Return the notebook of stage `name`: in $NBS_NOTEBOOKS when that is set, else the one of the library."
     folder, file = os.environ.get("NBS_NOTEBOOKS"), f"{STAGES[name]}.ipynb"
