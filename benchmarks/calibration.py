@@ -16,10 +16,11 @@ import pandas as pd
 from nbs_lib.backbones import FeatureExtractor, load_backbone, pixel_stats
 from nbs_lib.biomass_net import fit_probe, roots_to_parts
 from nbs_lib.calibration import SitePrior, default_prior, estimate_prior, fit_calibration, fit_lines
-from nbs_lib.demo import Site, plan_shots, render_photo
+from nbs_lib.demo import plan_shots, render_photo
 from nbs_lib.images import crop_bottom, resize_half, split_halves
 from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.store import half_shape
+from nbs_lib.sward import Site
 from nbs_lib.targets import SUMS, TARGET_WEIGHTS, TARGETS, reconcile
 from nbs_lib.validation import conformal_radius
 
@@ -32,7 +33,7 @@ NEW_SITES = {  # fixed before the first run; `heavy` is dry mass per leaf area, 
                                cast=(0.95, 1.0, 1.06), heavy=0.75),
     "sun, thick leaves": Site("Vic", species="Phalaris", clover_g=0.0, blade_mm=6.8, exposure=1.3,
                               cast=(1.1, 1.0, 0.88), heavy=1.3),
-    "lucerne": Site("Vic", species="Lucerne", clover_g=0.0, slim=0.45, height_cm=14.0, green=(92, 136, 66)),
+    "lucerne": Site("Vic", species="Lucerne", clover_g=0.0, height_cm=14.0, green=(92, 136, 66)),
     "as in training": Site("NSW"),
 }
 
@@ -65,7 +66,7 @@ def predict_sites(
 ) -> tuple[dict, SitePrior, np.ndarray]:
     "Return {site: (truth, predictions), each (photos, 5)}, prior and 90 % radius from out-of-fold errors."
     shots = plan_shots(train, 1, seed)[:train]
-    jobs = [(s.seed, (s.green_g, s.dead_g, s.clover_g), s.site, s.height_cm) for s in shots]
+    jobs = [(s.seed, s.grams, s.site, s.height_cm) for s in shots]
     for k, site in enumerate(NEW_SITES.values()):
         jobs += render_site(site, photos, seed + k)
     done = joblib.Parallel(-1)(joblib.delayed(render_halves)(*job) for job in progress(jobs, label="photos"))

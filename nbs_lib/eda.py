@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PART_COLOURS', 'FACTS', 'THUMBNAIL', 'DISTURBANCES', 'target_table', 'zeros_table', 'plot_targets', 'site_names',
-           'plot_composition', 'plot_sites', 'site_variance_share', 'group_table', 'covariate_table', 'plot_covariates',
-           'photo_facts', 'describe_photo', 'describe_photos', 'draw_contact_sheet', 'draw_by_grams', 'robust_scale',
-           'outlier_score', 'draw_outliers', 'draw_disturbances', 'nearest_neighbours', 'neighbour_statistics',
-           'draw_neighbours', 'predict_baselines', 'baseline_table', 'plot_baselines', 'draw_worst_errors', 'run_eda',
+           'plot_composition', 'plot_sites', 'site_variance_share', 'covariate_table', 'plot_covariates', 'photo_facts',
+           'describe_photo', 'describe_photos', 'draw_contact_sheet', 'draw_by_grams', 'robust_scale', 'outlier_score',
+           'draw_outliers', 'draw_disturbances', 'nearest_neighbours', 'neighbour_statistics', 'draw_neighbours',
+           'plot_folds', 'predict_baselines', 'baseline_table', 'plot_baselines', 'draw_worst_errors', 'run_eda',
            'show_eda']
 
 # %% ../notebooks/10_eda.ipynb #1ebcde07
@@ -118,13 +118,6 @@ def site_variance_share(train: pd.DataFrame) -> pd.Series:
     within = y - y.groupby([train["state"], train["date"]]).transform("mean")
     return 1 - within.pow(2).sum() / (y - y.mean()).pow(2).sum()
 
-
-def group_table(train: pd.DataFrame, by: str = "species") -> pd.DataFrame:
-    "Return mean grams, photos and sites of each species (or state)."
-    groups, sites = train.groupby(by), site_names(train).groupby(train[by]).nunique()
-    table = groups[list(TARGETS)].mean().assign(photos=groups.size(), sites=sites)
-    return table.sort_values("photos", ascending=False)
-
 # %% ../notebooks/10_eda.ipynb #551b51e8
 def covariate_table(train: pd.DataFrame) -> pd.DataFrame:
     "Return Spearman correlations of NDVI and height with each target, over photos and over site means."
@@ -179,6 +172,7 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
     excess = excess_green(r, g, b)
     grey = (red.astype(np.float32) + green + blue) / 3 / 255 + np.float32(1e-3)
     mean = grey.mean()
+    dark, pale = grey < 0.22, (grey > 0.55) & (np.ptp(channels, axis=0) < 40)
     facts = {
         "green_cover": (excess > 0.1).mean(),
         "straw_cover": ((r > g) & (g > b) & (excess < 0.06) & (grey > mean)).mean(),
@@ -186,7 +180,8 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
         "redness": (r - b).mean(),
         **_grey_facts(grey),
         "lamps": ((r > 0.55) & (g < 0.25) & (red > 180)).mean(),
-        **_border_facts(grey < 0.22, (grey > 0.55) & (np.ptp(channels, axis=0) < 40)),
+        "dark_border": _border_share(dark) - dark[12:-12, 12:-12].mean(),
+        "pale_edge": max(strip.mean() for strip in edge_strips(pale, 20)),
         "shadow": _shadow_share(grey),
         "orange_rule": (orange_mask(small, 151) > 0).mean(),
     }
@@ -203,12 +198,10 @@ def _grey_facts(grey: np.ndarray) -> dict[str, float]:
             "coarse_texture": np.abs(np.diff(coarse)).mean() / mean}
 
 
-def _border_facts(dark: np.ndarray, pale: np.ndarray) -> dict[str, float]:
-    "Compute `dark_border` and `pale_edge` from masks of dark and of pale grey pixels, (400, 800) bool."
-    inside = dark[12:-12, 12:-12]
-    border = (dark.sum() - inside.sum()) / (dark.size - inside.size)
-    pale_edge = max(strip.mean() for strip in edge_strips(pale, 20))
-    return {"dark_border": border - inside.mean(), "pale_edge": pale_edge}
+def _border_share(mask: np.ndarray) -> float:
+    "Return the share of a mask (400, 800) bool in its border of twelve pixels."
+    inside = mask[12:-12, 12:-12]
+    return (mask.sum() - inside.sum()) / (mask.size - inside.size)
 
 
 def _shadow_share(grey: np.ndarray) -> float:
@@ -339,6 +332,25 @@ def draw_neighbours(comp: Competition, facts: pd.DataFrame, thumbnails: np.ndarr
     colours = ["#2f7d32" if comp.groups[i] == comp.groups[j] else "black" for i, j in pairs for _ in (i, j)]
     return draw_contact_sheet(thumbnails[np.ravel(pairs)], titles, 4, colours)
 
+# %% ../notebooks/10_eda.ipynb #b2f2518e
+def plot_folds(train: pd.DataFrame, folds: pd.DataFrame):
+    "Plot the grouped folds: a row per state, a column per date, a fold a colour. Returns the figure."
+    import matplotlib.pyplot as plt
+
+    table = train.assign(fold=folds["fold_grouped"].to_numpy())
+    sites = table.groupby(["state", "date", "fold"]).size().rename("photos").reset_index()
+    (row, states), (column, dates) = (pd.factorize(sites[by], sort=True) for by in ("state", "date"))
+    fig, ax = plt.subplots(figsize=(13, 1.2 + 0.4 * len(states)), layout="constrained")
+    for fold, part in sites.assign(row=row, column=column).groupby("fold"):
+        ax.scatter(part["column"], part["row"], s=380, marker="s", label=f"fold {fold}")
+    for x, y, photos in zip(column, row, sites["photos"], strict=True):
+        ax.annotate(str(photos), (x, y), ha="center", va="center", color="white", fontsize=9)
+    ax.set_xticks(range(len(dates)), dates.strftime("%d %b %Y"), rotation=60, ha="right", fontsize=8)
+    ax.set_yticks(range(len(states)), states)
+    ax.set(ylim=(len(states) - 0.4, -0.6), title="photos of each site, coloured by its fold")
+    ax.legend(fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    return fig
+
 # %% ../notebooks/10_eda.ipynb #89ba246e
 def predict_baselines(facts: pd.DataFrame, y: np.ndarray, fold: np.ndarray) -> dict[str, np.ndarray]:
     "Return out-of-fold predictions (n, 5) of a constant, of greenness alone, and of a ridge on all facts."
@@ -389,7 +401,7 @@ def draw_worst_errors(comp: Competition, predicted: np.ndarray, thumbnails: np.n
 # %% ../notebooks/10_eda.ipynb #92461f76
 @stage("eda", reads=("input/train.csv", "input/test.csv", "input/sample_submission.csv", "input/train/*"))
 def run_eda(run: Run) -> dict:
-    """Write artefacts/folds.csv, artefacts/eda/*.csv and thumbnails.npz; return counts, zeros and baselines.
+    """Write folds.csv, eda/facts.csv, eda/baselines.csv and eda/thumbnails.npz; return counts and baselines.
 
     Raises `InputError` for a fault in the tables or photographs of the run's input.
     """
@@ -398,12 +410,8 @@ def run_eda(run: Run) -> dict:
     facts, thumbnails = describe_photos(comp)
     baselines = baseline_table(facts, comp.y, folds)
     targets = target_table(comp.train)
-    tables = {"facts": facts.assign(outlier_score=outlier_score(facts)), "targets": targets,
-              "zeros": zeros_table(comp.train), "zeros_by_species": zeros_table(comp.train, "species"),
-              "zeros_by_date": zeros_table(comp.train, "date"), "species": group_table(comp.train),
-              "covariates": covariate_table(comp.train), "baselines": baselines}
-    for name, table in tables.items():
-        _write_artefact(run, f"{name}.csv", table.to_csv)
+    _write_artefact(run, "facts.csv", facts.assign(outlier_score=outlier_score(facts)).to_csv)
+    _write_artefact(run, "baselines.csv", baselines.to_csv)
     arrays = {"image_id": facts.index.to_numpy(str), "photo": thumbnails}
     _write_artefact(run, "thumbnails.npz", lambda path: np.savez(path, **arrays))
     return {"photos": len(comp.train), "test_photos": len(comp.test), "sites": len(set(comp.groups)),
@@ -428,14 +436,15 @@ def show_eda(run: Run) -> pd.DataFrame:
     from IPython.display import display
 
     comp, folder = read_competition(run.input), run.artefacts / "eda"
+    folds = read_folds(run, comp.train)
     facts = pd.read_csv(folder / "facts.csv", index_col="image_id")[list(FACTS)]
     with np.load(folder / "thumbnails.npz") as arrays:
         thumbnails = arrays["photo"]
+    plot_folds(comp.train, folds)
     for plot in (plot_targets, plot_composition, plot_sites, plot_covariates):
         plot(comp.train)
     plt.show()  # without it IPython would draw every figure once more
-    fold = read_folds(run, comp.train)["fold_grouped"].to_numpy()
-    oof = predict_baselines(facts, comp.y, fold)["ridge on facts"]
+    oof = predict_baselines(facts, comp.y, folds["fold_grouped"].to_numpy())["ridge on facts"]
     display(draw_by_grams(comp, thumbnails), draw_outliers(facts, thumbnails),
             draw_disturbances(facts, thumbnails), draw_neighbours(comp, facts, thumbnails),
             draw_worst_errors(comp, oof, thumbnails))

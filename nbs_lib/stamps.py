@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEGMENTS', 'ENDS', 'MARKS', 'DOTS', 'FACES', 'FIT', 'HELD', 'FONTS', 'FIT_FONTS', 'HELD_FONTS', 'MONTHS',
            'draw_segments', 'draw_dots', 'draw_face', 'draw_text', 'stamp_text', 'place_stamp', 'log_uniform',
-           'random_colour', 'draw_glyphs', 'place_ink', 'burn', 'draw_stamp', 'draw_lamps', 'draw_tape',
+           'random_colour', 'draw_glyphs', 'place_ink', 'burn', 'add_lamps', 'draw_lamps', 'draw_tape',
            'draw_confusion']
 
 # %% ../notebooks/08_stamps.ipynb #5a000002
@@ -191,25 +191,28 @@ def burn(
     out[near] = (ground * (1 - opacity) + colour * opacity).round().clip(0, 255).astype(np.uint8)
     return out, ink > 0.3
 
-
-def draw_stamp(photo: np.ndarray, rng: np.random.Generator, heights: tuple[int, int] = (10, 60)) -> tuple:
-    "Return a copy with a random stamp in any of `FONTS`, and its mask (H, W) bool."
-    return burn(photo, rng, tuple(FONTS), heights)
-
 # %% ../notebooks/08_stamps.ipynb #5a00000c
+def add_lamps(rng: np.random.Generator, photo: np.ndarray) -> np.ndarray:
+    "Return a copy with two rows of saturated red lamps."
+    height, width = photo.shape[:2]
+    glow = np.zeros((height // 2, width // 2, 3), np.uint8)
+    count, left, gap = rng.integers(7, 13), rng.uniform(0.05, 0.2), rng.uniform(0.045, 0.065)
+    tilt = rng.normal(0, 0.02)
+    for row in (rng.uniform(0.2, 0.4), rng.uniform(0.55, 0.8)):
+        for k in range(count):
+            x = (left + k * gap + rng.normal(0, 0.003)) * width / 2
+            y = (row + tilt * k / 10 + rng.normal(0, 0.004)) * height / 2
+            axes = int(rng.uniform(.004, .007) * width), int(rng.uniform(.003, .005) * width)
+            cv2.ellipse(glow, (int(x), int(y)), axes, 0, 0, 360, (255, 26, 30), -1, cv2.LINE_AA)
+    halo = cv2.GaussianBlur(glow, (0, 0), 0.008 * width)
+    return cv2.add(photo, cv2.resize(cv2.addWeighted(glow, 0.85, halo, 0.9, 0), (width, height)))
+
+
 def draw_lamps(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "Return a dark copy with two rows of lit red lamps of a sensor."
-    out = (photo * rng.uniform(0.15, 0.4)).astype(np.uint8)
-    h, w = out.shape[:2]
-    r = max(2, int(rng.uniform(0.006, 0.02) * h))
-    x, y = int(rng.uniform(0.05, 0.4) * w), int(rng.uniform(0.05, 0.85) * h)
-    step = int(r * rng.uniform(2.4, 5))
-    for k in range(16):
-        colour = 255, int(rng.integers(80)), int(rng.integers(80))
-        cv2.circle(out, (x + step * (k // 2), y + step * (k % 2)), r, colour, -1, cv2.LINE_AA)
-    return cv2.GaussianBlur(out, (0, 0), 1.2)
+    "Return a dark copy with the lit red lamps of a sensor."
+    return add_lamps(rng, (photo * rng.uniform(0.15, 0.4)).astype(np.uint8))
 
-
+# %% ../notebooks/08_stamps.ipynb #d9593c54
 def draw_tape(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Return a copy with a piece of a yellow or orange tape measure with black ticks and numbers."
     out, (H, W) = photo.copy(), photo.shape[:2]  # noqa: N806
@@ -221,9 +224,9 @@ def draw_tape(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for k, x in enumerate(range(step // 2, w, step)):
         length = 0.7 if k % 10 == 0 else 0.4 if k % 5 == 0 else 0.25
         tape[: int(h * length), x : x + thick] = dark
-    for k, x in enumerate(range(step, w, 10 * step if step < h / 4 else 3 * step)):
-        number = str(int(rng.integers(1, 99)) + k)
-        glyphs = draw_text(number, max(6, int(0.42 * h)), str(rng.choice(FIT_FONTS)))[:, : w - x, None]
+    for x in range(step, w, (10 if step < h / 4 else 3) * step):
+        number, font = str(rng.integers(1, 200)), str(rng.choice(FIT_FONTS))
+        glyphs = draw_text(number, max(6, int(0.42 * h)), font)[:, : w - x, None]
         part = tape[h - len(glyphs) - thick : h - thick, x : x + glyphs.shape[1]]
         part += glyphs * (dark - part)
     x, y = int(rng.integers(0, max(1, W - w // 2))), int(rng.integers(0, max(1, H - h)))
@@ -232,30 +235,27 @@ def draw_tape(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 # %% ../notebooks/08_stamps.ipynb #3f4e96dc
 def draw_confusion(photo: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "Return a copy with orange stalks, lamps, leaves or a tape measure."
+    "Return a copy with orange stalks, discs, leaves or a tape measure."
     if rng.random() < 0.15:
         return draw_tape(photo, rng)
     out, (h, w) = photo.copy(), photo.shape[:2]
     colour = random_colour(rng, (0, 150, 150), (30, 255, 255)).tolist()
-    kind = str(rng.choice(["fence", "lamps", "long", "strewn", "leaves"]))
+    kind = str(rng.choice(["fence", "discs", "long", "strewn", "leaves"]))
     size, at = log_uniform(rng, 6, 60), rng.uniform((0, 0), (w, h))
     thick = max(1, int(rng.uniform(0.06, 0.35) * size))
-    for k in range(int(rng.integers(2, 14)) if kind != "long" else 3):
-        in_row, strewn = at + [k * size * 1.1, rng.normal(0, 0.2 * size)], at + rng.normal(0, 2 * size, 2)
-        centres = {"fence": in_row, "lamps": at + [k * size * 1.3, 0], "long": at + [0, k * size]}
-        centre = np.asarray(centres.get(kind, strewn))
-        angles = {"fence": rng.normal(np.pi / 2, 0.5), "long": rng.normal(0, 0.05)}
-        angle = angles.get(kind, rng.uniform(0, np.pi))
-        length = size * (rng.uniform(3, 20) if kind == "long" else rng.uniform(0.3, 0.8))
-        reach = length * np.array([np.cos(angle), np.sin(angle)])
-        middle = np.int32(centre).tolist()
-        if kind == "lamps":
-            cv2.circle(out, middle, max(2, int(size / 2.2)), colour, -1, cv2.LINE_AA)
-        elif kind == "leaves":
-            axes = max(2, int(size / 2)), thick
-            cv2.ellipse(out, middle, axes, float(np.degrees(angle)), 0, 360, colour, -1, cv2.LINE_AA)
+    for k in range(int(rng.integers(2, 14))):
+        in_row, strewn = at + [1.2 * k * size, rng.normal(0, 0.1 * size)], at + rng.normal(0, 2 * size, 2)
+        centre = in_row if kind in ("fence", "discs") else strewn
+        mean, spread = {"fence": (np.pi / 2, 0.5), "long": (0, 0.05)}.get(kind, (0, 3))
+        angle = rng.normal(mean, spread)
+        reach = size * (rng.uniform(3, 20) if kind == "long" else rng.uniform(0.3, 0.8))
+        if kind in ("discs", "leaves"):
+            radius, middle = max(2, int(size / 2)), np.int32(centre).tolist()
+            axes = radius, radius if kind == "discs" else thick
+            cv2.ellipse(out, middle, axes, np.degrees(angle), 0, 360, colour, -1, cv2.LINE_AA)
         else:
-            ends = np.int32(centre - reach).tolist(), np.int32(centre + reach).tolist()
+            half = reach * np.array([np.cos(angle), np.sin(angle)])
+            ends = np.int32(centre - half).tolist(), np.int32(centre + half).tolist()
             cv2.line(out, *ends, colour, thick, cv2.LINE_AA)
     opaque = rng.uniform(0.6, 1)
     mixed = cv2.addWeighted(out, opaque, photo, 1 - opaque, 0)

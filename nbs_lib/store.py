@@ -32,7 +32,7 @@ from .images import QUALITY, Shape
 from .runtime import InputError, write_json
 from .settings import InpaintSettings, PhotosSettings, Settings
 from .stages import Run
-from .stamps import draw_lamps, draw_stamp
+from .stamps import FONTS, burn, draw_lamps
 
 # %% ../notebooks/19_store.ipynb #384ee9bf
 FULL: Shape = (900, 1000)  # of a 2000 x 1000 photo whose bottom tenth is cropped: nothing is resized
@@ -116,11 +116,8 @@ class PhotoStore:
         size = "" if tuple(self.shape) == FULL else f"_{self.shape[0]}x{self.shape[1]}"
         return key + size if key else None
 
-    def __getstate__(self) -> dict:  # worker processes map the file themselves
-        return {k: self.__dict__[k] for k in ("folder", "ids", "shape")}
-
-    def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state)
+    def __reduce__(self) -> tuple:  # worker processes map the file themselves
+        return PhotoStore, (self.folder, self.ids, self.shape)
 
     def position(self, ids: Iterable[str]) -> list[int]:
         "Return the row of each of `ids`; raise `InputError` for a missing one."
@@ -276,7 +273,7 @@ def overlay_stamp(panorama: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Draw a date stamp as large as on a photo 2000 wide; a panorama narrower than 200 stays as it is."
     share = panorama.shape[1] / 2000
     heights = max(3, round(10 * share)), max(5, round(60 * share))
-    return draw_stamp(panorama, rng, heights=heights)[0] if share >= 0.1 else panorama
+    return burn(panorama, rng, tuple(FONTS), heights)[0] if share >= 0.1 else panorama
 
 # %% ../notebooks/19_store.ipynb #69fbd8ff
 _IMPORT_LOCK = threading.Lock()  # warning filters are shared by all threads

@@ -147,10 +147,10 @@ def test_the_orange_rule_is_applied_to_the_cropped_photo():
     at_bound = np.full((9, 9, 3), (150, 105, 62), np.uint8)  # hue 15, saturation and value 150
     assert orange_rule(at_bound).all()
     settings = replace(load_settings("kaggle", "recipe").inpaint, crop_bottom=0.1)
-    clean, mask = clean_photo(photo, settings, with_mask=True)
+    clean, mask = clean_photo(photo, settings)
     assert clean.shape == (90, 200, 3) and mask.shape == (100, 200) and mask[45, 40] and not mask[90:].any()
     assert np.abs(clean[45, 40].astype(int) - (60, 120, 50)).max() < 25
-    upright, turned = clean_photo(np.ascontiguousarray(np.rot90(photo, -1)), settings, with_mask=True)
+    upright, turned = clean_photo(np.ascontiguousarray(np.rot90(photo, -1)), settings)
     assert (upright == clean).all() and (np.rot90(turned) == mask).all()
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import claim_size, grass
 
 from benchmarks.store import bench_photos
-from nbs_lib import demo, images, inpaint
+from nbs_lib import demo, images, inpaint, stamp_detection, stamps
 from nbs_lib import store as store_module
 from nbs_lib.images import photo_quality, read_photo, split_halves
 from nbs_lib.inpaint import build_store, build_stores, clean_photo
@@ -64,8 +64,8 @@ def run_in(folder: Path, *overrides: str):
 
 # ---- cleaning
 def test_a_build_without_the_networks_says_so(folder, monkeypatch):
-    monkeypatch.setattr(inpaint, "networks_path", lambda: folder / "nets.safetensors")
-    inpaint.code_key.cache_clear(), inpaint.load_networks.cache_clear()
+    monkeypatch.setattr(stamp_detection, "networks_path", lambda: folder / "nets.safetensors")
+    inpaint.code_key.cache_clear(), stamp_detection.load_network.cache_clear()
     with pytest.raises(InputError, match="nets.safetensors: holds no weights of the StampDetector"):
         build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
 
@@ -135,7 +135,7 @@ def test_a_killed_build_resumes(folder):
         store = build_stores(run_in(folder), "train", paths, [p.stem for p in paths], [(320, 320), FULL])[1]
     assert 12 - done <= len(seen) <= 13 - done
     for k in (0, 5, 11):
-        whole = clean_photo(read_photo(paths[k]), load_settings("demo").inpaint)
+        whole, _ = clean_photo(read_photo(paths[k]), load_settings("demo").inpaint)
         assert (to_panorama(store[k]) == whole).all()
 
 
@@ -322,7 +322,7 @@ def test_photos_go_by_image_id_whatever_their_files_are_called(paddock):
     for name, table in (("train", train), ("test", test)):
         assert open_store(paddock, name, 64).ids == sorted(set(table["sample_id"].str.rpartition("__")[0]))
     where = open_store(paddock, "train", FULL).position([first])[0]
-    wanted = clean_photo(read_photo(renamed), paddock.settings.inpaint)
+    wanted, _ = clean_photo(read_photo(renamed), paddock.settings.inpaint)
     halves = np.stack([images.resize_half(half, FULL) for half in split_halves(wanted)])
     assert (open_store(paddock, "train", FULL)[where] == halves).all()
 
@@ -451,7 +451,7 @@ def test_each_number_separates_its_disturbance_from_the_others():
         "plain": plain,
         "rod": [rod(p) for p in plain],
         "frame": [demo.add_frame(rng, p) for p in plain],
-        "lamps": [demo.add_lamps(rng, gain(p, 0.3)) for p in plain],
+        "lamps": [stamps.add_lamps(rng, gain(p, 0.3)) for p in plain],
         "blur": [cv2.GaussianBlur(p, (0, 0), 2) for p in plain],
         "dim": [gain(p, 0.5) for p in plain],
         "bright": [gain(p, 2.5) for p in plain],
