@@ -106,7 +106,7 @@ weights: $(READY) ## download NAME=dinov3 (siglip, a timm backbone, a hub reposi
 
 push: $(READY)   ## STAGE=train (or another kernel or dataset): print the request; SEND=1 sends it, WATCH=1 follows the run
 	@test -n "$(STAGE)" || { echo "error: STAGE is empty; make push STAGE=train; kernels: eda, train, features, submit, suite; datasets: the folders of datasets-metadata" >&2; exit 2; }
-	$(KAGGLE) $(ARGS) push $(STAGE) $(if $(FROM),--source "$(FROM)") $(SENDING) $(if $(filter 1 yes,$(WATCH)),--watch) $(if $(filter 0 no,$(WAIT)),--no-wait)
+	$(KAGGLE) $(ARGS) push $(STAGE) $(if $(FROM),--source "$(FROM)") $(SENDING) $(if $(filter 1 yes,$(WATCH)),--watch)
 
 submit: $(READY) ## VERSION=3 of the kernel submit; SEND=1 sends it
 	$(KAGGLE) $(ARGS) submit $(if $(VERSION),--version $(VERSION)) $(if $(MESSAGE),--message "$(MESSAGE)") $(if $(FROM),--run "$(FROM)") $(SENDING)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['KAGGLE_DATASETS', 'CODE_DATASETS', 'WEIGHT_DATASETS', 'KAGGLE_KERNELS', 'RUN_SUITE', 'LINK', 'UNLINK',
-           'KAGGLE_PARAMETERS', 'MAX_DATASET_GB', 'Dataset', 'Kernel', 'metadata_files', 'update_metadata',
-           'select_stage_cells', 'build_kernel_notebook', 'link_artefacts', 'unlink_artefacts', 'list_upload',
-           'stage_kernel', 'stage_dataset', 'check_sources', 'check_response', 'send_kernel', 'send_dataset',
-           'watch_kernel', 'push', 'submit_version', 'download_data', 'parse_arguments', 'run_weights', 'run_command',
-           'main']
+           'KAGGLE_PARAMETERS', 'Dataset', 'Kernel', 'metadata_files', 'update_metadata', 'select_stage_cells',
+           'build_kernel_notebook', 'link_artefacts', 'unlink_artefacts', 'list_upload', 'stage_kernel',
+           'stage_dataset', 'check_sources', 'check_response', 'send_kernel', 'send_dataset', 'watch_kernel', 'push',
+           'submit_version', 'download_data', 'parse_arguments', 'run_weights', 'run_command', 'main']
 
 # %% ../notebooks/81_kaggle.ipynb #d18f973a
 import argparse
@@ -61,7 +60,11 @@ KAGGLE_DATASETS = {d.folder: d for d in (
     Dataset("dinov3-weights", "dinov3_dataset", "DINOv3 weights", "other", "", "make weights NAME=dinov3"),
     Dataset("siglip-weights", "siglip_dataset", "SigLIP weights", "apache-2.0", "preprocessor_config.json",
             "make weights NAME=siglip"),
-    Dataset("trained-models", "models_dataset", "trained models", "other", "stages/*.json", "make run"))}
+    Dataset("trained-models", "models_dataset", "trained models", "other", "stages/*.json", "make run"),
+    Dataset("bundle", "bundle_dataset", "a bundle to predict with", "other", "model.zip",
+            "python -m nbs_lib.predict pack RUN --to wheelhouse/bundle/model.zip"),
+    Dataset("photos", "photos_dataset", "photos to predict", "other", "*",
+            "make push STAGE=photos FROM=your-folder"))}
 
 # %% ../notebooks/81_kaggle.ipynb #0842cac4
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Kernel:
     datasets: tuple[str, ...]  # folders of `KAGGLE_DATASETS`
     after: tuple[str, ...] = ()  # kernels whose output is attached
     gpu: bool = True
+    competition: bool = True  # whether the competition is attached
 
     def ref(self, s: Settings) -> str:
         return f"{s.kaggle.username}/{s.kaggle.kernel_prefix}-{self.name}"
@@ -91,7 +95,7 @@ class Kernel:
                   "docker_image": s.kaggle.docker_image,
                   "docker_image_pinning_type": s.kaggle.docker_image_pinning_type,
                   "dataset_sources": [KAGGLE_DATASETS[d].ref(s) for d in datasets],
-                  "competition_sources": [s.kaggle.competition],
+                  "competition_sources": [s.kaggle.competition] * self.competition,
                   "kernel_sources": [KAGGLE_KERNELS[k].ref(s) for k in kernels], "model_sources": []}
         return {key: value for key, value in fields.items() if value != ""}
 
@@ -106,7 +110,9 @@ KAGGLE_KERNELS = {k.name: k for k in (
            CODE_DATASETS + WEIGHT_DATASETS, ("train",)),
     Kernel("submit", "predicts the hidden test", ("60_submit",), CODE_DATASETS + WEIGHT_DATASETS,
            ("train", "features")),
-    Kernel("suite", "runs the whole chain in one session", ("90_run",), CODE_DATASETS + WEIGHT_DATASETS))}
+    Kernel("suite", "runs the whole chain in one session", ("90_run",), CODE_DATASETS + WEIGHT_DATASETS),
+    Kernel("predict", "predicts the photos of a dataset", ("61_predict",),
+           (*CODE_DATASETS, "bundle", "photos"), competition=False))}
 
 # %% ../notebooks/81_kaggle.ipynb #bab5750e
 def metadata_files(s: Settings) -> dict[str, str]:
@@ -195,16 +201,11 @@ def unlink_artefacts(output: str | Path) -> int:
     return len(links)
 
 # %% ../notebooks/81_kaggle.ipynb #ab654862
-MAX_DATASET_GB = 100  # of a private dataset
-
-
 def list_upload(folder: Path) -> list[tuple[str, int]]:
-    "Return (name, bytes) of each file for Kaggle; raise `InputError` for an empty one or too much."
+    "Return (name, bytes) of each file for Kaggle; raise `InputError` for an empty one."
     paths = [p for p in list_files(folder) if not p.name.endswith("-metadata.json")]
     if empty := [p for p in paths if not p.is_file() or p.stat().st_size == 0]:
         raise InputError(f"{empty[0]}: empty or missing; make it again")
-    if (total := sum(p.stat().st_size for p in paths) / 2**30) > MAX_DATASET_GB:
-        raise InputError(f"{folder}: {total:.0f} GB, and Kaggle takes {MAX_DATASET_GB}; leave something out")
     return [(str(p.relative_to(folder)), p.stat().st_size) for p in paths]
 
 # %% ../notebooks/81_kaggle.ipynb #814cd799
@@ -240,14 +241,14 @@ def stage_dataset(dataset: Dataset, s: Settings, to: Path, source: Path) -> list
     return list_upload(to)
 
 # %% ../notebooks/81_kaggle.ipynb #d2b885b6
-def check_sources(client, metadata: dict, s: Settings, wait: bool = True) -> dict:
+def check_sources(client, metadata: dict, s: Settings) -> dict:
     "Return kernel metadata with pinned sources; raise `InputError` for one that is not ready or complete."
     if s.kaggle.pin_versions not in ("datasets", "all", "none"):
         raise InputError(f"kaggle.pin_versions: unknown value ({s.kaggle.pin_versions}); "
                          "write datasets, all or none")
     datasets, kernels = [], []
     for ref in metadata["dataset_sources"]:
-        status, number = wait_for(ref, lambda: dataset_state(client, ref), DATASET_ENDED | {"missing"}, wait)
+        status, number = wait_for(ref, lambda: dataset_state(client, ref), DATASET_ENDED | {"missing"})
         if status != "ready":
             folder = next(d.folder for d in KAGGLE_DATASETS.values() if d.ref(s) == ref)
             raise InputError(f"{ref}: {status} on Kaggle; push it first: make push STAGE={folder} SEND=1")
@@ -256,7 +257,7 @@ def check_sources(client, metadata: dict, s: Settings, wait: bool = True) -> dic
         newest = ask_kernel(client, "get_kernel", ref)
         number = newest.metadata.current_version_number or 0 if newest else 0
         ended = KERNEL_ENDED | {"missing", "new_script"}
-        status, reason = wait_for(ref, lambda: kernel_state(client, ref, number), ended, wait)
+        status, reason = wait_for(ref, lambda: kernel_state(client, ref, number), ended)
         if status != "complete":
             raise InputError(f"{ref} version {number}: {status} on Kaggle {reason}; its output is needed")
         kernels.append(f"{ref}/{number}" if number else ref)
@@ -281,10 +282,10 @@ def check_response(ref: str, response) -> None:
                          + (f" (it saved {saved})" if saved else ""))
 
 # %% ../notebooks/81_kaggle.ipynb #04c88447
-def send_kernel(client, folder: Path, s: Settings, wait: bool = True) -> int:
+def send_kernel(client, folder: Path, s: Settings) -> int:
     "Send a staged kernel after its sources are checked; return its version number."
     metadata = read_json(folder / "kernel-metadata.json")
-    write_json(folder / "kernel-metadata.json", check_sources(client, metadata, s, wait))
+    write_json(folder / "kernel-metadata.json", check_sources(client, metadata, s))
     with kaggle_errors(metadata["id"]):
         response = client.kernels_push(str(folder))
     check_response(metadata["id"], response)
@@ -292,7 +293,7 @@ def send_kernel(client, folder: Path, s: Settings, wait: bool = True) -> int:
     return response.version_number
 
 # %% ../notebooks/81_kaggle.ipynb #f5cb6309
-def send_dataset(client, folder: Path, wait: bool = True) -> None:
+def send_dataset(client, folder: Path) -> None:
     "Send a staged dataset, as a new version when it exists; wait until Kaggle has processed it."
     ref, count = read_json(folder / "dataset-metadata.json")["id"], len(list(folder.iterdir())) - 1
     (status, before), upload_files = dataset_state(client, ref), client.upload_files
@@ -308,15 +309,15 @@ def send_dataset(client, folder: Path, wait: bool = True) -> None:
                     if status != "missing" else client.dataset_create_new(str(folder), dir_mode="zip"))
     check_response(ref, response)
     print(f"dataset {ref}: {response.url}")
-    if wait:
-        def read() -> tuple[str, int]:
-            status, number = dataset_state(client, ref)
-            return (status if number > before or not number else "processing"), number
 
-        status, number = wait_for(ref, read, DATASET_ENDED, hours=3)
-        if status != "ready":
-            raise InputError(f"{ref} version {number}: {status} on Kaggle; see {response.url}")
-        print(f"dataset {ref} version {number}: ready")
+    def read() -> tuple[str, int]:
+        status, number = dataset_state(client, ref)
+        return (status if number > before or not number else "processing"), number
+
+    status, number = wait_for(ref, read, DATASET_ENDED, hours=3)
+    if status != "ready":
+        raise InputError(f"{ref} version {number}: {status} on Kaggle; see {response.url}")
+    print(f"dataset {ref} version {number}: ready")
 
 # %% ../notebooks/81_kaggle.ipynb #17ad3fe0
 def watch_kernel(client, ref: str, number: int, log: Path) -> bool:
@@ -343,7 +344,6 @@ def push(
     source: Path,  # of the dataset
     parameters: dict,  # of the kernel's notebook
     send: bool = False,
-    wait: bool = True,  # for sources, and for a dataset that was sent
     watch: bool = False,
 ) -> bool:
     "Print the request for a dataset or kernel, send it with `send`; return False when its run failed."
@@ -361,9 +361,9 @@ def push(
         return True
     client = sign_in(s.kaggle.username)
     if not kernel:
-        send_dataset(client, to, wait)
+        send_dataset(client, to)
         return True
-    number = send_kernel(client, to, s, wait)
+    number = send_kernel(client, to, s)
     return not watch or watch_kernel(client, kernel.ref(s), number, build / f"{name}-v{number}.log")
 
 # %% ../notebooks/81_kaggle.ipynb #2d26e1e9
@@ -433,7 +433,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     pushed = commands.add_parser("push", help="a dataset or a kernel")
     pushed.add_argument("name", help=f"{', '.join(KAGGLE_DATASETS)}; {', '.join(KAGGLE_KERNELS)}")
     pushed.add_argument("--source", type=Path, help="file or folder that becomes the dataset")
-    pushed.add_argument("--no-wait", dest="wait", action="store_false", help="for what is in progress")
     pushed.add_argument("--watch", action="store_true", help="follow the run; save the log if it fails")
     submitted = commands.add_parser("submit", help="a version of the kernel submit")
     submitted.add_argument("--version", type=int, default=0)
@@ -476,7 +475,7 @@ def run_command(a: argparse.Namespace) -> int:
         made = {"dinov3-weights": s.train_dinov3.weights, "siglip-weights": s.siglip.weights}
         source = checkout / ("weights" if a.name in made else "wheelhouse") / made.get(a.name, a.name)
         build = checkout / "build/kaggle"
-        return int(not push(a.name, s, build, a.source or source, parameters, a.send, a.wait, a.watch))
+        return int(not push(a.name, s, build, a.source or source, parameters, a.send, a.watch))
     elif a.command == "submit":
         submit_version(a.version, a.message, s, a.send, a.run, checkout / "ledger.jsonl")
     elif a.command == "weights":

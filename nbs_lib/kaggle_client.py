@@ -133,11 +133,11 @@ DATASET_ENDED = {"ready", "failed", "deleted"}
 KERNEL_ENDED = {"complete", "error", "cancel_acknowledged"}
 
 
-def wait_for(what: str, read: Callable[[], tuple], ended: set[str], wait: bool = True, hours: int = 24):
+def wait_for(what: str, read: Callable[[], tuple], ended: set[str], hours: int = 24):
     """Call `read` → (status, detail) until the status is one of `ended`; print each new one; return both.
 
-    Raise `InputError` after so many `hours`, or at once for any other status when `wait` is false. A question
-    that fails is asked again for some minutes, once the first was answered: a run is watched for hours.
+    Raise `InputError` after so many `hours`. A question that fails is asked again for some minutes, once the
+    first was answered: a run is watched for hours.
     """
     start, last, failures = time.monotonic(), "", 0
     while True:
@@ -151,7 +151,7 @@ def wait_for(what: str, read: Callable[[], tuple], ended: set[str], wait: bool =
         if status in ended:
             return status, detail
         minutes = (time.monotonic() - start) / 60
-        if not wait or minutes > 60 * hours:
+        if minutes > 60 * hours:
             raise InputError(f"{what}: still {status} on Kaggle; try again when it is done")
         if status != last:
             print(f"{what}: {status} after {minutes:.0f} min", flush=True)

@@ -3,7 +3,6 @@
 A changed signature in the `kaggle` package makes these tests fail, because the client's own code runs.
 """
 import contextlib
-import inspect
 import io
 import json
 import shutil
@@ -234,9 +233,7 @@ def test_a_kernel_is_sent_with_the_versions_that_were_found(server):
     )
 
 
-@pytest.mark.parametrize(
-    "pins, datasets, kernels", [("none", "", ""), ("datasets", "/3", ""), ("all", "/3", "/2")]
-)
+@pytest.mark.parametrize("pins, datasets, kernels", [("none", "", ""), ("all", "/3", "/2")])
 def test_what_is_pinned_is_a_setting(pins, datasets, kernels, server):
     assert call("--set", f"kaggle.pin_versions={pins}", "push", "features", "--send")[0] == 0
     request = server.last("SaveKernel")
@@ -244,29 +241,21 @@ def test_what_is_pinned_is_a_setting(pins, datasets, kernels, server):
     assert request.kernel_data_sources == [KERNELS["train"] + kernels]
 
 
-@pytest.mark.parametrize(
-    "overrides, image, pinning",
-    [
-        (["kaggle.docker_image="], None, "original"),
-        (["kaggle.docker_image_pinning_type=latest"], "gcr.io/", "latest"),
-    ],
-)
-def test_the_docker_image_is_a_setting(overrides, image, pinning, server):
-    assert call(*(word for o in overrides for word in ("--set", o)), "push", "eda", "--send")[0] == 0
+@pytest.mark.parametrize("override, image, pinning", [
+    ("kaggle.docker_image=", "", "original"),
+    ("kaggle.docker_image_pinning_type=latest", "gcr.io/", "latest"),
+])
+def test_the_docker_image_is_a_setting(override, image, pinning, server):
+    assert call("--set", override, "push", "eda", "--send")[0] == 0
     request = server.last("SaveKernel")
-    assert (request.docker_image or "").startswith(image or "") and bool(request.docker_image) == bool(image)
+    assert (request.docker_image or "").startswith(image) and bool(request.docker_image) == bool(image)
     assert request.docker_image_pinning_type == pinning
 
 
-@pytest.mark.parametrize(
-    "override, message",
-    [
-        ("kaggle.pin_versions=some", "kaggle.pin_versions"),
-        ("kaggle.docker_image_pinning_type=mine", "docker_image_pinning_type"),
-    ],
-)
-def test_a_setting_that_is_unknown_is_refused(override, message, server):
-    assert message in read_error(server, "--set", override, "push", "eda", "--send")
+@pytest.mark.parametrize("override", ["kaggle.pin_versions=some", "kaggle.docker_image_pinning_type=mine"])
+def test_a_setting_that_is_unknown_is_refused(override, server):
+    assert override.partition(".")[2].partition("=")[0] in read_error(
+        server, "--set", override, "push", "eda", "--send")
 
 
 def answer_of_save(**fields) -> ApiSaveKernelResponse:
@@ -277,31 +266,21 @@ def answer_of_save(**fields) -> ApiSaveKernelResponse:
     )
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        (
-            {"error": "Maximum weekly GPU quota reached", "url": "", "ref": ""},
-            "Maximum weekly GPU quota reached",
-        ),
-        (
-            {"invalid_dataset_sources": ["ann/gone/3"]},
-            "invalid dataset sources: ann/gone/3; correct them, or set kaggle.pin_versions",
-        ),
-        ({"invalid_kernel_sources": ["ann/train"]}, "invalid kernel sources: ann/train"),
-        ({"invalid_competition_sources": ["csiro"]}, "invalid competition sources: csiro"),
-        ({"invalid_model_sources": ["a/b/c/d/1"]}, "invalid model sources: a/b/c/d/1"),
-        ({"invalid_tags": ["hay"]}, "invalid tags: hay"),
-        ({"url": "https://www.kaggle.com/code/ann/image2biomass-eda-2"}, "ann/image2biomass-eda-2"),
-        ({"url": "", "ref": ""}, "saved as nothing"),
-    ],
-)
+@pytest.mark.parametrize("fields, words", [
+    ({"error": "Maximum weekly GPU quota reached", "url": "", "ref": ""}, "Maximum weekly GPU quota reached"),
+    ({"invalid_dataset_sources": ["ann/gone/3"]},
+     "invalid dataset sources: ann/gone/3; correct them, or set kaggle.pin_versions"),
+    ({"invalid_kernel_sources": ["ann/train"]}, "invalid kernel sources: ann/train"),
+    ({"invalid_tags": ["hay"]}, "invalid tags: hay"),
+    ({"url": "https://www.kaggle.com/code/ann/image2biomass-eda-2"}, "ann/image2biomass-eda-2"),
+    ({"url": "", "ref": ""}, "saved as nothing"),
+])
 def test_what_kaggle_refuses_in_a_kernel_is_exit_2_with_its_words(fields, words, server):
     server.answers["SaveKernel"] = answer_of_save(**fields)
     assert words in read_error(server, "push", "eda", "--send", sent=True)
 
 
-@pytest.mark.parametrize("code", [400, 401, 403, 404, 429, 500])
+@pytest.mark.parametrize("code", [403, 429, 500])
 def test_an_http_error_of_a_push_is_exit_2_with_kaggles_words(code, server):
     server.answers["SaveKernel"] = http_error(code, "Kaggle says no")
     assert "Kaggle says no" in read_error(server, "push", "eda", "--send", sent=True)
@@ -319,15 +298,8 @@ def test_another_user_sends_nothing(server, monkeypatch):
     assert "bob is signed in" in read_error(server, "submit", "--version", "3", "--send")
 
 
-@pytest.mark.parametrize(
-    "states, words",
-    [
-        (None, "missing"),
-        (["FAILED"], "failed"),
-        (["DELETED"], "deleted"),
-        (["BLOBS_RECEIVED", "FAILED"], "failed"),
-    ],
-)
+@pytest.mark.parametrize("states, words", [
+    (None, "missing"), (["FAILED"], "failed"), (["BLOBS_RECEIVED", "DELETED"], "deleted")])
 def test_a_kernel_whose_dataset_is_not_ready_is_not_sent(states, words, server):
     server.datasets[DATASETS["wheels"]] = states
     if not states:
@@ -337,24 +309,10 @@ def test_a_kernel_whose_dataset_is_not_ready_is_not_sent(states, words, server):
 
 
 def test_a_push_waits_for_a_dataset_in_progress(server):
-    server.datasets[DATASETS["wheels"]] = [
-        "NOT_YET_PERSISTED",
-        "BLOBS_DECOMPRESSED",
-        "BLOBS_DECOMPRESSED",
-        "READY",
-    ]
+    server.datasets[DATASETS["wheels"]] = ["NOT_YET_PERSISTED", *["BLOBS_DECOMPRESSED"] * 2, "READY"]
     code, out, _ = call("push", "eda", "--send")
     assert code == 0 and server.names()[-1] == "SaveKernel"
     assert out.count(f"{DATASETS['wheels']}: blobs_decompressed after") == 1
-
-
-@pytest.mark.parametrize("what", ["dataset", "kernel"])
-def test_no_wait_refuses_what_is_in_progress(what, server):
-    if what == "dataset":
-        server.datasets[DATASETS["wheels"]] = ["BLOBS_RECEIVED", "READY"]
-    else:
-        server.runs[KERNELS["train"], 2] = ["RUNNING", "COMPLETE"]
-    assert "still" in read_error(server, "push", "features", "--send", "--no-wait")
 
 
 def test_waiting_ends(server, monkeypatch):
@@ -364,16 +322,9 @@ def test_waiting_ends(server, monkeypatch):
     assert "still blobs_received" in read_error(server, "push", "eda", "--send")
 
 
-@pytest.mark.parametrize(
-    "states, words",
-    [
-        (["RUNNING", "COMPLETE"], ""),
-        (["ERROR"], "it ran out of memory"),
-        (["CANCEL_ACKNOWLEDGED"], "cancel_acknowledged"),
-        (["NEW_SCRIPT"], "new_script"),
-        (None, "missing"),
-    ],
-)
+@pytest.mark.parametrize("states, words", [
+    (["RUNNING", "COMPLETE"], ""), (["ERROR"], "it ran out of memory"), (["NEW_SCRIPT"], "new_script"),
+    (None, "missing")])
 def test_a_kernel_needs_the_complete_output_of_another(states, words, server):
     server.runs[KERNELS["train"], 2] = states
     server.runs[KERNELS["train"], 1] = ["COMPLETE"]  # an older version does not count
@@ -390,22 +341,17 @@ def test_a_kernel_needs_the_complete_output_of_another(states, words, server):
 def test_an_http_error_of_a_question_is_no_answer(code, server):
     server.answers["GetDatasetStatus"] = http_error(code, "Kaggle says no")
     assert "Kaggle says no" in read_error(server, "push", "eda", "--send")
-    assert server.names().count("GetDatasetStatus") == (
-        10 if code == 429 else 1
-    )  # the client retries a rate limit
+    questions = 10 if code == 429 else 1  # the client retries a rate limit
+    assert server.names().count("GetDatasetStatus") == questions
 
 
 def test_a_list_without_an_end_is_read_once(server):
     "The own datasets are asked for page after page until nothing new comes."
     server.answers["GetDatasetStatus"] = http_error(403, "Kaggle says no")
-    everything = make(
-        ApiListDatasetsResponse, datasets=[make(ApiDataset, ref=ref) for ref in DATASETS.values()]
-    )
-    server.ListDatasets = lambda request: everything
-    assert (
-        "Kaggle says no" in read_error(server, "push", "eda", "--send")
-        and server.names().count("ListDatasets") == 2
-    )
+    datasets = [make(ApiDataset, ref=ref) for ref in DATASETS.values()]
+    server.ListDatasets = lambda request: make(ApiListDatasetsResponse, datasets=datasets)
+    assert "Kaggle says no" in read_error(server, "push", "eda", "--send")
+    assert server.names().count("ListDatasets") == 2
 
 
 # The run of a kernel
@@ -432,9 +378,7 @@ def test_watch_asks_again_when_kaggle_does_not_answer(failures, ends, server):
 
     server.GetKernelSessionStatus = answer
     code, out, error = call("push", "eda", "--send", "--watch")
-    assert (code, "version 1: complete" in out, "Bad gateway" in error) == (
-        (0, True, False) if ends else (2, False, True)
-    )
+    assert (code, "version 1: complete" in out, "Bad gateway" in error) == (0 if ends else 2, ends, not ends)
 
 
 @pytest.mark.parametrize("end", ["ERROR", "CANCEL_ACKNOWLEDGED"])
@@ -475,11 +419,8 @@ def test_a_dataset_that_is_not_there_is_created_and_waited_for(server, wheels):
     code, out, _ = call("push", "wheels", "--source", str(wheels), "--send")
     request = server.last("CreateDataset")
     assert code == 0 and "CreateDatasetVersion" not in server.names() and request.is_private
-    assert {f.token for f in request.files} == {
-        "token-wheelhouse.lock",
-        "token-a-1-py3-none-any.whl",
-        "token-inner.zip",
-    }
+    sent = {f.token.removeprefix("token-") for f in request.files}
+    assert sent == {"wheelhouse.lock", "a-1-py3-none-any.whl", "inner.zip"}
     assert "version 1: ready" in out
 
 
@@ -495,11 +436,6 @@ def test_a_dataset_that_is_there_gets_a_version_and_is_waited_for(server, wheels
     code, out, _ = call("push", "wheels", "--source", str(wheels), "--send")
     assert code == 0 and "CreateDataset" not in server.names()
     assert out.index("processing") < out.index("blobs_received") < out.index("version 4: ready")
-
-
-def test_no_wait_leaves_a_dataset_in_progress(server, wheels):
-    code, out, _ = call("push", "wheels", "--source", str(wheels), "--send", "--no-wait")
-    assert code == 0 and server.names()[-1] == "CreateDatasetVersion" and "https://" in out.splitlines()[-1]
 
 
 def test_a_version_that_kaggle_cannot_process_is_exit_2(server, wheels):
@@ -518,15 +454,11 @@ def test_no_http_error_creates_a_new_dataset(code, where, server, wheels):
     assert where == "CreateDatasetVersion" or "CreateDatasetVersion" not in server.names()
 
 
-@pytest.mark.parametrize(
-    "fields, words",
-    [
-        ({"status": "Error", "error": "The title is in use"}, "The title is in use"),
-        ({"status": "Pending"}, "status Pending"),
-        ({"invalid_tags": ["hay"]}, "invalid tags: hay"),
-        ({"url": "https://www.kaggle.com/datasets/ann/other"}, "ann/other"),
-    ],
-)
+@pytest.mark.parametrize("fields, words", [
+    ({"status": "Error", "error": "The title is in use"}, "The title is in use"),
+    ({"status": "Pending"}, "status Pending"),
+    ({"url": "https://www.kaggle.com/datasets/ann/other"}, "ann/other"),
+])
 def test_what_kaggle_refuses_in_a_dataset_is_exit_2_with_its_words(fields, words, server, wheels):
     ref = DATASETS["wheels"]
     known = {"ref": ref, "url": f"https://www.kaggle.com/datasets/{ref}", "status": "Ok"}
@@ -552,20 +484,11 @@ def files(folder: Path, *names: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["model.safetensors"],
-        ["dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth"],
-        ["pytorch_model.bin", "config.json"],
-        ["hf/config.json", "hf/model.safetensors", ".cache/huggingface/x.bin"],
-        [
-            "model.safetensors.index.json",
-            "model-00001-of-00002.safetensors",
-            "model-00002-of-00002.safetensors",
-        ],
-    ],
-)
+@pytest.mark.parametrize("names", [
+    ["dinov3_vith16plus_pretrain_lvd1689m-7c1da9a5.pth"],
+    ["hf/config.json", "hf/model.safetensors", ".cache/huggingface/x.bin"],
+    ["model.safetensors.index.json", *(f"model-0000{k}-of-00002.safetensors" for k in (1, 2))],
+])
 @pytest.mark.parametrize("as_file", [False, True])
 def test_weights_of_any_name_are_sent_in_their_folders(names, as_file, server, tmp_path):
     source = files(tmp_path / "mine", *names)
@@ -586,28 +509,20 @@ def test_weights_with_the_name_in_the_settings_need_no_warning(server, tmp_path)
     assert "warning" not in call("push", "dinov3-weights", "--source", str(source))[1]
 
 
-@pytest.mark.parametrize(
-    "name, file",
-    [
-        ("dinov3-weights", SETTINGS.train_dinov3.weights),
-        ("siglip-weights", f"{SETTINGS.siglip.weights}/preprocessor_config.json"),
-    ],
-)
+@pytest.mark.parametrize("name, file", [
+    ("dinov3-weights", SETTINGS.train_dinov3.weights),
+    ("siglip-weights", f"{SETTINGS.siglip.weights}/preprocessor_config.json"),
+])
 def test_downloaded_weights_are_found_where_make_weights_puts_them(name, file, server, tmp_path):
     files(tmp_path / "weights", file)
     code, out, _ = call("push", name)
     assert code == 0 and Path(file).name in out and "warning" not in out
 
 
-@pytest.mark.parametrize(
-    "names, words",
-    [
-        (["a.safetensors", "b.pth"], "2 weights files (a.safetensors, b.pth)"),
-        (["config.json"], "no .safetensors"),
-        ([], "no .safetensors"),
-        (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], "2 of 3 shards"),
-    ],
-)
+@pytest.mark.parametrize("names, words", [
+    (["a.safetensors", "b.pth"], "2 weights files (a.safetensors, b.pth)"), ([], "no .safetensors"),
+    (["model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"], "2 of 3 shards"),
+])
 def test_weights_that_are_not_clear_are_refused(names, words, server, tmp_path):
     assert words in read_error(
         server, "push", "dinov3-weights", "--source", str(files(tmp_path / "mine", *names))
@@ -626,7 +541,8 @@ def test_a_folder_behind_a_link_is_zipped_with_its_files(server, tmp_path):
         return real(client, path, url, quiet, resume)
 
     KaggleApi.upload_complete.side_effect = upload
-    assert call("push", "dinov3-weights", "--source", str(tmp_path / "mine"), "--send", "--no-wait")[0] == 0
+    new_version(server, DATASETS["dinov3-weights"], ["READY"])
+    assert call("push", "dinov3-weights", "--source", str(tmp_path / "mine"), "--send")[0] == 0
     assert sizes == {"hf.zip": ["deep/config.json", "deep/model.safetensors"]}
 
 
@@ -644,16 +560,10 @@ def test_a_submission_that_was_sent_becomes_an_entry_of_the_ledger(server, tmp_p
     assert call(*words)[0] == 0 and not server.requests and not (tmp_path / "ledger.jsonl").exists()
     code, out, _ = call(*words, "--send")
     line = read_ledger(tmp_path / "ledger.jsonl")[entry]
-    assert (
-        code == 0
-        and "Successfully submitted" in out
-        and server.last("CreateCodeSubmission").kernel_version == 3
-    )
-    assert (line.get("message"), line.get("reference"), line.get("kernel")) == (
-        "the first",
-        "77",
-        f"{KERNELS['submit']}/3",
-    )
+    assert code == 0 and "Successfully submitted" in out
+    assert server.last("CreateCodeSubmission").kernel_version == 3
+    assert (line["message"], line["reference"]) == ("the first", "77")
+    assert line["kernel"] == f"{KERNELS['submit']}/3"
 
 
 @pytest.mark.parametrize(
@@ -693,23 +603,15 @@ TABLES = ["train.csv", "test.csv", "sample_submission.csv", "train/a.jpg"]
 def test_the_data_is_unpacked(server, monkeypatch, tmp_path):
     download_with(monkeypatch, [*TABLES, "test/b.jpg"])
     assert call("data", "--to", "here")[0] == 0
-    assert sorted(p.name for p in (tmp_path / "here").iterdir()) == [
-        "sample_submission.csv",
-        "test",
-        "test.csv",
-        "train",
-        "train.csv",
-    ]
+    names = {"sample_submission.csv", "test", "test.csv", "train", "train.csv"}
+    assert {p.name for p in (tmp_path / "here").iterdir()} == names
 
 
-@pytest.mark.parametrize(
-    "names, error, words",
-    [
-        (TABLES, None, "test is missing"),
-        ([], http_error(403, "You must accept this competition's rules"), "accept this competition's rules"),
-        ([], requests.ConnectionError("no route"), "no answer from kaggle.com"),
-    ],
-)
+@pytest.mark.parametrize("names, error, words", [
+    (TABLES, None, "test is missing"),
+    ([], http_error(403, "You must accept this competition's rules"), "accept this competition's rules"),
+    ([], requests.ConnectionError("no route"), "no answer from kaggle.com"),
+])
 def test_data_that_does_not_arrive_is_exit_2(names, error, words, server, monkeypatch):
     download_with(monkeypatch, names, error)
     assert words in read_error(server, "data", "--to", "here")
@@ -722,28 +624,3 @@ def test_an_archive_that_is_none_is_exit_2(server, monkeypatch, tmp_path):
     )
     monkeypatch.setattr(KaggleApi, "competition_download_files", lambda *a, **k: None)
     assert "cannot be unpacked" in read_error(server, "data", "--to", "here")
-
-
-# The client's signatures
-
-
-@pytest.mark.parametrize(
-    "method, args, kwargs",
-    [
-        ("kernels_push", ["folder"], {}),
-        ("dataset_create_new", ["folder"], {"dir_mode": "zip"}),
-        ("dataset_create_version", ["folder", "notes"], {"dir_mode": "zip"}),
-        ("dataset_status", ["a/b"], {"format": "json"}),
-        ("dataset_list", [], {"mine": True, "page": 1}),
-        ("with_retry", [print], {}),
-        ("get_config_value", ["username"], {}),
-        ("competition_download_files", ["c", "to"], {"quiet": False}),
-        (
-            "competition_submit_code",
-            [],
-            dict(file_name="", message="", quiet=True, competition="", kernel="", kernel_version=1),
-        ),
-    ],
-)
-def test_the_installed_client_takes_our_calls(method, args, kwargs):
-    inspect.signature(getattr(KaggleApi, method)).bind(None, *args, **kwargs)
