@@ -7,15 +7,12 @@ __all__ = ['SECTIONS', 'KEYS', 'RunSettings', 'LimitsSettings', 'DemoSettings', 
            'InpaintSettings', 'NetworkSettings', 'TrainDinov3Settings', 'SiglipSettings', 'FrozenSettings',
            'BoostingSettings', 'EnsembleSettings', 'SubmitSettings', 'LedgerSettings', 'Settings', 'parse_value',
            'package_folder', 'library_file', 'settings_file', 'read_ini', 'list_overlays', 'check_key',
-           'parse_overrides', 'load_settings', 'read_section', 'setting_comments', 'comment_settings', 'write_comments']
+           'parse_overrides', 'load_settings', 'read_section']
 
 # %% ../notebooks/02_settings.ipynb #3f2729fb
 import configparser
-import inspect
 import os
-import re
 import sys
-import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -29,8 +26,7 @@ class RunSettings:
     seed: int  # random seed of the folds, the models and the augmentation
     folds: int  # number of cross-validation folds, at least 2
     workers: int  # processes that read photos; 0: one a core
-    # repetitions of cross-validation with random site folds, for models that are fitted in seconds; 0: none
-    draws: int
+    draws: int  # random draws of site folds that also judge models that are fitted in seconds; 0: none
     compile: bool  # use torch.compile for frozen backbones on a CPU where enough photos repay it
     precision: str  # dtype of all networks: auto (by the hardware), float16, bfloat16 or float32
 
@@ -67,14 +63,10 @@ class KaggleSettings:
     photos_dataset: str  # slug of the dataset with the photos that the kernel predict predicts
     kernel_prefix: str  # first part of the slug of every kernel
     machine: str  # machine_shape of the kernels that need a GPU
-    # image of every kernel (users report Python 3.12 and torch 2.10 in this one); empty: Kaggle's choice
-    docker_image: str
-    # original: later versions of a kernel keep the image of its first version; latest: the newest image
-    docker_image_pinning_type: str
-    # sources that are pinned to their current version: datasets, all (kernels too, undocumented) or none
-    pin_versions: str
-    # where the submission finds trained models: kernels (outputs of train and features) or dataset
-    trained: str
+    docker_image: str  # image of every kernel (here with Python 3.12 and torch 2.10); empty: Kaggle's choice
+    docker_image_pinning_type: str  # image of later versions of a kernel: original or latest
+    pin_versions: str  # sources pinned to their current version: datasets, all (kernels too) or none
+    trained: str  # where the submission finds trained models: kernels (train, features) or dataset
 
 # %% ../notebooks/02_settings.ipynb #527cf99c
 @dataclass(frozen=True)
@@ -82,26 +74,22 @@ class PhotosSettings:
     "The store of cleaned halves, and the augmentation of the halves in training."
     workers: int  # threads that clean photos; 0: as many as run.workers
     flips: bool  # augmentation: mirror the panorama horizontally and vertically at random
-    # augmentation: rotate each half by multiples of 90 degrees; a half that is not square is padded
-    rotate90: bool
+    rotate90: bool  # augmentation: rotate each half by multiples of 90 degrees; pad it to a square
     rotate: float  # augmentation: largest random rotation of the panorama in degrees, 0 to 45
     rotate_chance: float  # augmentation: probability that the panorama is rotated at all, 0 to 1
     jitter: float  # augmentation: strength of random brightness, contrast and saturation changes, 0 to 1
     hue: float  # augmentation: strength of random hue changes, 0 to 0.5
     scale_pad: float  # augmentation: shrink by up to this fraction and pad by mirroring, 0 to 0.9
-    # augmentation: probability of drawing a sensor's red lamps over a darkened photo, 0 to 1
-    lamps: float
+    lamps: float  # augmentation: probability of a sensor's red lamps on a darkened photo, 0 to 1
     stamps: float  # augmentation: probability of drawing a date stamp, as if it had been missed, 0 to 1
-    # sample weights by columns of photos.csv, such as lamps>0.001:0.3, sharpness<0.2:0; weight 0 leaves a
-    # photo out of training; empty: all weights are 1
+    # sample weights by columns of photos.csv, such as lamps>0.001:0.3, sharpness<0.2:0; 0 leaves a photo out
     weights: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class InpaintSettings:
     "Cleaning of a photo."
-    # what is inpainted: stamp (only date stamps), orange (all orange pixels, the common colour rule) or none
-    rule: str
+    rule: str  # what is inpainted: stamp (date stamps), orange (all orange pixels, a common rule) or none
     crop_bottom: float  # fraction of the height that is cropped at the bottom, 0 to 0.5
 
 # %% ../notebooks/02_settings.ipynb #7cca1440
@@ -109,17 +97,14 @@ class InpaintSettings:
 class NetworkSettings:
     "The network of model 1: backbone, probe, mixers and head."
     backbone: str  # timm name of the backbone
-    # weights of the backbone: a file or folder, wheel:efficientnet_lite0, or random (only for tests)
-    weights: str
+    weights: str  # weights of the backbone: a file or folder, wheel:efficientnet_lite0, or random (for tests)
     size: int  # width of a stored half in pixels
     squeeze: bool  # resize each half to a square, as the recipe does
-    # widths of a half in pixels at which the features of the probe are pooled; empty: size alone
-    probe_sizes: tuple[int, ...]
+    probe_sizes: tuple[int, ...]  # widths of a half in pixels for the features of the probe; empty: size
     depths: int  # number of feature maps that the probe pools, counted from the last
     poolings: tuple[str, ...]  # poolings of each feature map for the probe: mean, sd, max, gem
     probe: bool  # initialise the prediction from a ridge on pooled features (the probe)
-    # head: density (grams a square metre of each patch), pooled, recipe (pooled, without layer norms) or none
-    head: str
+    head: str  # density (grams a square metre of each patch), pooled, recipe (without layer norms) or none
     fusion: str  # mixer that joins the two halves: gated_conv, mamba, film, attention or none
     layers: int  # number of mixers in sequence
     dim: int  # width of the mixers; 0: that of the backbone
@@ -128,8 +113,7 @@ class NetworkSettings:
     dropout: float  # dropout rate in the mixers
     head_dropout: float  # dropout rate in the head
     halves: bool  # predict each half by itself, with half of the label
-    # initialise output bias and scale from the labels; no: a plain softplus, as in the recipe
-    label_scale: bool
+    label_scale: bool  # initialise output bias and scale from the labels; no: softplus, as in the recipe
     unfreeze: int  # number of last backbone blocks that are trained; 0: none, -1: all
     lora: int  # rank of LoRA adapters that are trained instead of the blocks; 0: no LoRA
     views: tuple[str, ...]  # flips that are averaged in a prediction (TTA): id, H, V, HV
@@ -142,17 +126,13 @@ class TrainDinov3Settings(NetworkSettings):
     aux_weight: float  # weight of the auxiliary losses
     pseudo_rounds: int  # rounds of training with pseudo-labels; 0: none
     pseudo_weight: float  # weight of a pseudo-labelled photo in the loss
-    # photos that get pseudo-labels: test, held_out (the held-out fold, without its labels)
-    pseudo_from: tuple[str, ...]
+    pseudo_from: tuple[str, ...]  # photos with pseudo-labels: test, held_out (fold, without labels)
     schemes: tuple[str, ...]  # fold schemes that are trained: grouped, stratified
-    # folds trained at the same time, each by a process with a GPU of its own; 1: one after another
-    parallel_folds: int
+    parallel_folds: int  # folds trained at the same time, each on a GPU of its own
     layer_decay: float  # layer-wise learning-rate decay of the backbone; 1: none
-    # epoch selection: inner (inner folds), holdout (held-out sites), outer (optimistic) or last (none)
-    select: str
+    select: str  # epoch selection: inner (folds), holdout (sites), outer (optimistic) or last (none)
     inner_folds: int  # number of inner folds for select = inner or holdout
-    # with select = holdout: retrain on all training photos for the selected number of epochs, if time allows
-    refit: bool
+    refit: bool  # with select = holdout: retrain on all photos for the selected epochs, if time allows
     epochs: int  # largest number of epochs; 0: the probe alone
     warmup: int  # epochs of learning-rate warm-up
     freeze_epochs: int  # first epochs in which the backbone stays frozen
@@ -205,15 +185,12 @@ class FrozenSettings:
 class BoostingSettings:
     "Model 2: regressors on frozen features."
     features: tuple[str, ...]  # names of the feature files that are used; empty: all
-    # regressors, the base regressor first: ridge, catboost_joint, catboost, lightgbm, histgb, gb
-    members: tuple[str, ...]
+    members: tuple[str, ...]  # base regressor first: ridge, catboost_joint, catboost, lightgbm, histgb, gb
     transform: str  # transform of the grams before fitting: none or sqrt
-    # stack the members on the base regressor where inner folds show a clear gain; no: average all members
-    stack: bool
+    stack: bool  # stack members on the base regressor where that is a clear gain; no: average all
     clear: float  # share of bootstrap draws over sites in which a member must improve the score, 0.5 to 1
     inner_folds: int  # grouped inner folds in each training fold; 0: none, as in the recipe
-    # reconciliation of the five targets: mint (by their inner errors), euclid (equal weights) or no
-    reconcile: str
+    reconcile: str  # reconciliation of the five targets: mint (by inner errors), euclid (equally) or no
     pca_variance: float  # share of the variance that the PCA before the boosters keeps, 0 to 1
     pls: int  # number of partial-least-squares components for the boosters
     gmm: int  # number of Gaussian mixture components for the boosters
@@ -225,23 +202,17 @@ class BoostingSettings:
 @dataclass(frozen=True)
 class EnsembleSettings:
     "The blend of the models."
-    # candidates for the blend weights: equal, learned, single (each model alone), a model's name, recipe; the
-    # first is the default, each other must show a clear gain out of fold
+    # candidates for the blend weights: equal, learned, single (each model), a model's name, recipe; the first
+    # is the default
     weights: tuple[str, ...]
     recipe_weights: tuple[float, ...]  # blend weight of model 1 in each of the five targets, for recipe
-    # shrinkage of learned weights towards equal ones, in photos (errors within a site are correlated, so that
-    # 200 photos count as about 40)
-    pull: float
-    # candidates for the reconciliation of the five targets: euclid, metric, mint; the first is the default
-    weighting: tuple[str, ...]
-    # candidate rules, state:target: set the target to zero where the predicted state is certain
-    rules: tuple[str, ...]
-    # apply the rules after the reconciliation and recompute the sums, as in the recipe; no: within it
-    rules_last: bool
+    pull: float  # shrinkage of learned weights towards equal ones, in photos
+    weighting: tuple[str, ...]  # candidates for the reconciliation: euclid, metric, mint; default first
+    rules: tuple[str, ...]  # candidate rules state:target: zero where the predicted state is certain
+    rules_last: bool  # apply the rules after the reconciliation, as in the recipe; no: within it
     state_threshold: float  # probability above which the predicted state counts as certain
     shrink: bool  # candidate: shrink each target towards its mean
-    # use only candidates with a clear gain out of fold; no: use the first of each list and all rules
-    judge: bool
+    judge: bool  # use only candidates with a clear gain; no: the first of each list, and all rules
     clear: float  # a gain is clear in this share of the bootstrap draws over sites, 0.5 to 1
     draws: int  # number of bootstrap draws over sites
 
@@ -343,11 +314,11 @@ def read_ini(path: str | Path) -> configparser.ConfigParser:
         raise input_error(path, str(e), fix="mend the file") from e
     if "overlays" not in ini:
         raise input_error(path, "no section [overlays]", fix="list the profiles and presets there")
-    overlays = {*list_overlays(ini, "profiles"), *list_overlays(ini, "presets")}
+    overlays = ("", *list_overlays(ini, "profiles"), *list_overlays(ini, "presets"))
     for name in set(ini.sections()) - {"overlays"}:
         overlay, _, section = name.rpartition(".")
-        if section not in SECTIONS or (overlay and overlay not in overlays):
-            known = f"{', '.join(SECTIONS)}, each also after {', '.join(f'{o}.' for o in sorted(overlays))}"
+        if section not in SECTIONS or overlay not in overlays:
+            known = f"{', '.join(SECTIONS)}, each also after {'., '.join(overlays[1:])}."
             raise input_error(path, "unknown section", f"[{name}]", f"choose from {known}")
         for key in ini[name]:
             check_key(section, key, f"{path} [{name}]")
@@ -415,43 +386,3 @@ def read_section(
         raise input_error(f"{section}.{missing[0]}", "missing", path, f"add the key to [{section}]")
     values = {key: parse_value(texts[key], kind, f"{section}.{key}") for key, kind in KEYS[section].items()}
     return SECTIONS[section](**values)
-
-# %% ../notebooks/02_settings.ipynb #296ea300
-def setting_comments(section: str) -> dict[str, str]:
-    "Return the comment of each key of `section`: the lines above its field and the one behind it."
-    comments, above = {}, []
-    for kind in reversed(SECTIONS[section].__mro__[:-1]):
-        for line in map(str.strip, inspect.getsource(kind).splitlines()):
-            field = re.match(r"(\w+): [^#]+(?:# (.+))?$", line)
-            if line.startswith("# "):
-                above.append(line[2:])
-            elif field:
-                comments[field[1]] = " ".join([*above, field[2] or ""]).strip()
-                above = []
-    return comments
-
-
-def comment_settings(text: str) -> str:
-    "Return the text of a settings file with the comments of the dataclasses in its sections without overlay."
-    lines, above, comments = [], [], {}
-    for line in text.splitlines():
-        if line.startswith("#"):
-            above.append(line)
-            continue
-        section, key = re.match(r"\[(.+)\]", line), re.match(r"(\w+) *=", line)
-        comment = comments.get(key[1]) if key else None
-        if section:
-            known = section[1] in SECTIONS
-            comments = setting_comments(section[1]) if known else {}
-            comment = SECTIONS[section[1]].__doc__ if known else None
-        if comment:
-            above = textwrap.wrap(comment, 110, initial_indent="# ", subsequent_indent="# ")
-        lines += [*above, line]
-        above = []
-    return "\n".join([*lines, *above]) + "\n"
-
-
-def write_comments(path: str | Path) -> None:
-    "Write the comments of the dataclasses into the settings file `path`."
-    text = Path(path).read_text(encoding="utf-8")
-    Path(path).write_text(comment_settings(text), encoding="utf-8")

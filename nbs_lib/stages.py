@@ -108,15 +108,11 @@ class Run:
 
 # %% ../notebooks/03_stages.ipynb #be57a501
 def open_run(
-    input: str | Path,
-    output: str | Path,
-    profile: str = "demo",
-    preset: str = "",
-    overrides: Iterable[str] = (),
-    settings_path: str | Path | None = None,
+    input: str | Path, output: str | Path,
+    profile: str = "demo", preset: str = "", overrides: Iterable[str] = (),
 ) -> Run:
     "Load the settings and check the folders; raise `InputError` for what is wrong with them."
-    settings = load_settings(profile, preset, overrides, settings_path)
+    settings = load_settings(profile, preset, overrides)
     export_precision(settings)
     input, output = Path(input), Path(output)
     if not input.is_dir():
@@ -172,10 +168,9 @@ def hash_weights(files: Iterable[str | Path]) -> dict[str, dict | None]:
     "Return for each file of pretrained weights its size and hash; None for one that cannot be read."
     hashes: dict[str, dict | None] = {}
     for path in (Path(f).absolute() for f in files):
-        try:
+        hashes[str(path)] = None
+        with contextlib.suppress(OSError):
             hashes[str(path)] = {"bytes": path.stat().st_size, "blake2b": hash_file(path)}
-        except OSError:
-            hashes[str(path)] = None
     return hashes
 
 # %% ../notebooks/03_stages.ipynb #f18e435d
@@ -232,19 +227,8 @@ def is_fresh(run: Run, name: str) -> bool:
         return False  # a manifest of another version
 
 # %% ../notebooks/03_stages.ipynb #e5cd8229
-# The stage that writes an artefact, for messages.
-WRITERS = {
-    "folds.csv": "eda",
-    "photos": "inpaint",
-    "dinov3": "train_dinov3",
-    "oof/dinov3.parquet": "train_dinov3",
-    "features/siglip.npz": "siglip",
-    "features": "frozen",
-    "boosting": "boosting",
-    "oof/boosting.parquet": "boosting",
-    "blend.json": "ensemble",
-    "oof": "ensemble",
-}
+WRITERS = {"folds": "eda", "photos": "inpaint", "dinov3": "train_dinov3", "siglip": "siglip",
+           "features": "frozen", "boosting": "boosting", "blend": "ensemble", "oof": "ensemble"}  # of artefacts
 
 
 def check_reads(run: Run, name: str, reads: Iterable[str]) -> None:
@@ -256,7 +240,7 @@ def check_reads(run: Run, name: str, reads: Iterable[str]) -> None:
         if pattern.startswith("input/"):
             fix = "give the folder of train.csv, test.csv, sample_submission.csv, train/ and test/"
             raise input_error(run.input, f"{rest} is missing", fix=fix)
-        writer = WRITERS.get(rest) or WRITERS.get(rest.split("/")[0], "an earlier stage")
+        writer = WRITERS.get(Path(rest).stem) or WRITERS.get(rest.split("/")[0], "an earlier stage")
         fix = f"run stage {writer} first (--from {writer})"
         raise input_error(f"stage {name}", f"{rest} is missing", fix=fix)
 

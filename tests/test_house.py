@@ -10,9 +10,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from comments import read_comments, write_comments
 
 from nbs_lib.run import STAGES
-from nbs_lib.settings import KEYS, SECTIONS, comment_settings, setting_comments
+from nbs_lib.settings import KEYS, SECTIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -200,13 +201,12 @@ def test_no_file_contains_a_path_of_a_machine():
 
 def test_comments_of_settings_ini_are_those_of_the_dataclasses():
     text = (ROOT / "settings.ini").read_text(encoding="utf-8")
-    update = "python -c 'from nbs_lib.settings import write_comments; write_comments(\"settings.ini\")'"
-    assert comment_settings(text) == text, f"update settings.ini: {update}"
+    assert write_comments(text) == text, "run python tools/comments.py"
 
 
 @pytest.mark.parametrize("section", SECTIONS)
 def test_every_setting_has_a_comment(section):
-    comments = setting_comments(section)
+    comments = read_comments(section)
     assert comments.keys() == KEYS[section].keys() and all(comments.values())
 
 
