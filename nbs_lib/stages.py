@@ -228,7 +228,7 @@ def is_fresh(run: Run, name: str) -> bool:
 
 # %% ../notebooks/03_stages.ipynb #e5cd8229
 WRITERS = {"folds": "eda", "photos": "inpaint", "dinov3": "train_dinov3", "siglip": "siglip",
-           "features": "frozen", "boosting": "boosting", "blend": "ensemble", "oof": "ensemble"}  # of artefacts
+           "features": "frozen", "boosting": "boosting", "blend": "ensemble", "oof": "ensemble"}
 
 
 def check_reads(run: Run, name: str, reads: Iterable[str]) -> None:
