@@ -28,6 +28,15 @@ def paddock(tmp_path_factory) -> Path:
     return write_demo(folder, n_train=24, n_test=4, seed=3)
 
 
+@pytest.fixture(scope="session")
+def small_paddock(tmp_path_factory) -> Path:
+    "Write a competition folder with 42 small training photos of 9 sites and 8 test photos, with its truth."
+    from nbs_lib.demo import write_demo
+
+    folder = tmp_path_factory.mktemp("small") / "paddock"
+    return write_demo(folder, 42, 8, seed=5, sites=9, width=400)
+
+
 @pytest.fixture
 def tables(paddock, tmp_path) -> Path:
     "Copy the tables of `paddock` and link its photos, to put faults into them."

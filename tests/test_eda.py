@@ -12,18 +12,11 @@ from PIL import Image
 from tiny import competition, grass
 
 from nbs_lib import eda
-from nbs_lib.demo import write_demo
 from nbs_lib.images import read_photo, to_landscape
 from nbs_lib.runtime import InputError
 from nbs_lib.stages import open_run
 from nbs_lib.tables import read_competition
 from nbs_lib.targets import TARGETS
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eda") / "paddock"
-    return write_demo(folder, 42, 8, seed=5, sites=9, width=400, workers=2)
 
 
 # ---- image statistics
@@ -54,9 +47,9 @@ def facts_by_definition(photo: np.ndarray) -> dict[str, float]:
     }
 
 
-def test_facts_match_their_definitions(small, tmp_path):
-    tiny = read_competition(competition(tmp_path / "tiny"))
-    photos = [read_photo(p) for p in (*tiny.paths("train"), *read_competition(small).paths("train"))]
+def test_facts_match_their_definitions(small_paddock, tmp_path):
+    folders = competition(tmp_path / "tiny"), small_paddock
+    photos = [read_photo(p) for folder in folders for p in read_competition(folder).paths("train")[::6]]
     photos += [grass(0), np.zeros((200, 400, 3), np.uint8), np.full((200, 400, 3), 255, np.uint8)]
     rods = grass(1)
     rods[-60:], rods[:40], rods[300:340, 500:900] = 190, 10, (255, 30, 20)
@@ -66,8 +59,8 @@ def test_facts_match_their_definitions(small, tmp_path):
         assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_thumbnails_are_in_the_order_of_the_table(small):
-    comp = read_competition(small)
+def test_thumbnails_are_in_the_order_of_the_table(small_paddock):
+    comp = read_competition(small_paddock)
     facts, thumbnails = eda.describe_photos(comp)
     assert list(facts.index) == list(comp.train["image_id"])
     assert thumbnails.shape == (42, 150, 300, 3) and thumbnails.dtype == np.uint8
@@ -151,16 +144,16 @@ def test_sheet_marks_disturbances_that_do_not_occur(monkeypatch):
     assert titles[:6] == expected.split(",")
 
 
-def test_photos_by_grams_go_from_least_to_most(small, monkeypatch):
-    comp = read_competition(small)
+def test_photos_by_grams_go_from_least_to_most(small_paddock, monkeypatch):
+    comp = read_competition(small_paddock)
     found, titles = drawn(monkeypatch, eda.draw_by_grams, comp, numbered(42), count=10)
     total = comp.y[found, -1]
     assert len(found) == 10 and (np.diff(total) >= 0).all() and total[-1] == comp.y[:, -1].max()
     assert titles[0].startswith(f"{total[0]:.0f} g · {comp.train['state'][found[0]]}")
 
 
-def test_worst_errors_come_first(small, monkeypatch):
-    comp = read_competition(small)
+def test_worst_errors_come_first(small_paddock, monkeypatch):
+    comp = read_competition(small_paddock)
     predicted = comp.y.copy()
     predicted[[4, 9], -1] += (-80, 50)
     found, titles = drawn(monkeypatch, eda.draw_worst_errors, comp, predicted, numbered(42), count=2)
@@ -169,9 +162,9 @@ def test_worst_errors_come_first(small, monkeypatch):
 
 
 # ---- neighbours
-def test_neighbours_are_compared_with_random_pairs(small, monkeypatch):
-    comp = read_competition(small)
-    n, rng = len(comp.train), np.random.default_rng(1)
+def test_neighbours_are_compared_with_random_pairs(small_paddock, monkeypatch):
+    comp = read_competition(small_paddock)
+    n, rng, groups = len(comp.train), np.random.default_rng(1), comp.groups
     facts = pd.DataFrame(rng.normal(0, 1, (n, 4)))
     facts.iloc[30] = facts.iloc[2] + 1e-6
     nearest, distance = eda.nearest_neighbours(facts)
@@ -182,13 +175,13 @@ def test_neighbours_are_compared_with_random_pairs(small, monkeypatch):
     pairs = {"random": [(i, j) for i in range(n) for j in range(n) if i != j],
              "nearest": list(enumerate(nearest))}
     for kind, some in pairs.items():
-        same_site = np.mean([comp.groups[i] == comp.groups[j] for i, j in some])
+        same_site = np.mean([groups[i] == groups[j] for i, j in some])
         difference = np.mean([abs(total[i] - total[j]) for i, j in some])
         assert found[f"{kind}_same_site"] == pytest.approx(same_site)
         assert found[f"{kind}_difference_g"] == pytest.approx(difference)
     photos, titles = drawn(monkeypatch, eda.draw_neighbours, comp, facts, numbered(n), count=3)
     assert photos[:2] == [2, 30] and len(photos) == 6
-    assert titles[1] == f"pair 1: {comp.groups[30].replace('|', ' ')} · {total[30]:.0f} g"
+    assert titles[1] == f"pair 1: {groups[30].replace('|', ' ')} · {total[30]:.0f} g"
     assert len({tuple(sorted(p)) for p in zip(photos[::2], photos[1::2])}) == 3, "a pair is shown once"
 
 
@@ -226,8 +219,8 @@ def test_a_site_is_a_state_on_a_date_of_a_year():
         assert names == ["26 Jun 2014 Vic", "26 Jun 2015 Vic", "26 Jun 2015 WA"]
 
 
-def test_composition_names_the_parts_that_a_site_lacks(small):
-    train = read_competition(small).train
+def test_composition_names_the_parts_that_a_site_lacks(small_paddock):
+    train = read_competition(small_paddock).train
     train.loc[train["state"] == "WA", "Dry_Dead_g"] = 0
     axes = eda.plot_composition(train).axes[0]
     order = train.sort_values(["date", "state"])
@@ -237,9 +230,9 @@ def test_composition_names_the_parts_that_a_site_lacks(small):
 
 
 # ---- the stage
-def test_eda_stage(small, tmp_path, capsys):
-    run = open_run(small, tmp_path / "out", "demo")
-    summary, comp = eda.run_eda(run), read_competition(small)
+def test_eda_stage(small_paddock, tmp_path, capsys):
+    run = open_run(small_paddock, tmp_path / "out", "demo")
+    summary, comp = eda.run_eda(run), read_competition(small_paddock)
     folds = pd.read_csv(run.artefacts / "folds.csv")
     assert list(folds["image_id"]) == list(comp.train["image_id"])
     assert all(len(set(folds["fold_grouped"][comp.groups == g])) == 1 for g in set(comp.groups))
@@ -258,11 +251,11 @@ def test_eda_stage(small, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("photos", [2, 42])
-def test_each_photo_is_decoded_once(small, tmp_path, monkeypatch, photos):
+def test_each_photo_is_decoded_once(small_paddock, tmp_path, monkeypatch, photos):
     "By the stage and its pictures together; also with so few photos that no sheet is full."
     import matplotlib.pyplot as plt
 
-    folder = small if photos == 42 else competition(tmp_path / "two", 2, 1)
+    folder = small_paddock if photos == 42 else competition(tmp_path / "two", 2, 1)
     decoded, shown = [], []
     monkeypatch.setattr(eda, "read_photo", lambda path: decoded.append(path) or read_photo(path))
     monkeypatch.setattr("IPython.display.display", lambda *images: shown.extend(images))
@@ -277,6 +270,7 @@ def test_each_photo_is_decoded_once(small, tmp_path, monkeypatch, photos):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_executed_notebook_shows_small_pictures(paddock, tmp_path):
     "Six plots as PNG and five sheets of photos as JPEG; photos as PNG made a notebook of 8 MB."
     options = ("--profile", "demo", "--only", "eda", "--no-report")

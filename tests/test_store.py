@@ -106,14 +106,14 @@ def test_only_what_changed_is_done_again(folder, monkeypatch):
 
 
 def test_a_killed_build_resumes(folder):
-    paths = write_photos(folder, 12, (1000, 2000))
+    paths = write_photos(folder, 8, (1000, 2000))
     program = textwrap.dedent("""
         import sys
         from pathlib import Path
         from nbs_lib.stages import open_run
         from nbs_lib.inpaint import build_stores
         folder = Path(sys.argv[1])
-        paths = [folder / "in" / f"ID{k}.jpg" for k in range(12)]
+        paths = [folder / "in" / f"ID{k}.jpg" for k in range(8)]
         run = open_run(folder / "in", folder / "out", overrides=["photos.workers=1"])
         print("ready", flush=True)
         build_stores(run, "train", paths, [p.stem for p in paths], [(320, 320), (900, 1000)])
@@ -122,19 +122,19 @@ def test_a_killed_build_resumes(folder):
     rows = folder / "out/artefacts/photos/train_900x1000/rows.npy"
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and child.poll() is None:
-        if rows.is_file() and rows.stat().st_size and (np.load(rows)["key"] != b"").sum() >= 3:
+        if rows.is_file() and rows.stat().st_size and (np.load(rows)["key"] != b"").sum() >= 2:
             break
     child.send_signal(signal.SIGKILL)
     child.communicate()
     done = int((np.load(rows)["key"] != b"").sum())
-    assert 3 <= done < 12
+    assert 2 <= done < 8
     with pytest.raises(InputError, match="not finished"):
         open_store(run_in(folder), "train", FULL)
     with pytest.MonkeyPatch.context() as patch:
         seen = count_cleaned(patch)
         store = build_stores(run_in(folder), "train", paths, [p.stem for p in paths], [(320, 320), FULL])[1]
-    assert 12 - done <= len(seen) <= 13 - done
-    for k in (0, 5, 11):
+    assert 8 - done <= len(seen) <= 9 - done
+    for k in (0, 7):
         whole, _ = clean_photo(read_photo(paths[k]), load_settings("demo").inpaint)
         assert (to_panorama(store[k]) == whole).all()
 
@@ -576,6 +576,7 @@ def test_the_benchmark_needs_photographs(folder):
         bench_photos(folder / "in")
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_each_way(folder):
     from benchmarks.bench import find_benches
 
