@@ -252,7 +252,7 @@ def draw_contact_sheet(
         sheet.paste(Image.fromarray(tile), (x, y + line))
         pen.text((x + 2, y + 1), title, colours[k] if colours else "black", font)
     jpeg = io.BytesIO()
-    sheet.save(jpeg, "JPEG", quality=65)
+    sheet.save(jpeg, "JPEG", quality=55)
     return NotebookImage(jpeg.getvalue(), format="jpeg")
 
 
