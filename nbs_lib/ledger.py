@@ -32,7 +32,7 @@ import pandas as pd
 from . import __version__ as version
 from .runtime import CommandParser, InputError, exit_code_of, read_json
 from .settings import load_settings
-from .stages import FULL_DISK, Run
+from .stages import FULL_DISK, Run, open_run
 from .tables import read_competition, read_oof
 from .targets import TARGETS, TARGET_WEIGHTS, weighted_r2_score
 from .validation import SCHEMES, bootstrap_scores
@@ -161,10 +161,9 @@ def add_run(
     entries = [e for e in read_ledger(run / "ledger.jsonl").values() if e.get("sha256") == sha]
     if not entries:
         made = read_json(run / "run.json")
-        call = (made.get("profile", "demo"), made.get("preset", ""), made.get("overrides", ()))
-        settings = load_settings(*call)
-        input = Path(input or run / "input" / settings.kaggle.competition)
-        return add_facts(path, **collect_run_facts(Run(input, run, settings)), **facts)
+        call = (made["profile"], made.get("preset", ""), made.get("overrides", ()))
+        opened = open_run(Path(input or run / "input/csiro-biomass"), run, *call)
+        return add_facts(path, **collect_run_facts(opened), **facts)
     recorded = dict(entries[-1])
     return add_facts(path, recorded.pop("id"), **recorded | facts)
 
