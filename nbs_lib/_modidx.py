@@ -844,6 +844,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.report.describe_errors': ('report.html#describe_errors', 'nbs_lib/report.py'),
                                 'nbs_lib.report.describe_intervals': ('report.html#describe_intervals', 'nbs_lib/report.py'),
                                 'nbs_lib.report.describe_maps': ('report.html#describe_maps', 'nbs_lib/report.py'),
+                                'nbs_lib.report.describe_models': ('report.html#describe_models', 'nbs_lib/report.py'),
                                 'nbs_lib.report.describe_predictions': ('report.html#describe_predictions', 'nbs_lib/report.py'),
                                 'nbs_lib.report.describe_submission': ('report.html#describe_submission', 'nbs_lib/report.py'),
                                 'nbs_lib.report.describe_warnings': ('report.html#describe_warnings', 'nbs_lib/report.py'),

@@ -9,8 +9,8 @@ __all__ = ['INK', 'HUES', 'MARKERS', 'SVG_STYLE', 'INKED', 'RC', 'FLAGS', 'LEAST
            'compare_quality', 'describe_errors', 'plot_coverage', 'describe_intervals', 'caption_photo',
            'describe_worst', 'overlay_density', 'draw_map', 'describe_maps', 'describe_blend', 'plot_histogram',
            'describe_submission', 'plot_timeline', 'describe_warnings', 'describe_cost', 'load_templates',
-           'name_models', 'render_section', 'render_sections', 'explain_end', 'render_page', 'convert_notebook',
-           'write_pages', 'write_report', 'reopen', 'main']
+           'describe_models', 'name_models', 'render_section', 'render_sections', 'explain_end', 'render_page',
+           'convert_notebook', 'write_pages', 'write_report', 'reopen', 'main']
 
 # %% ../notebooks/82_report.ipynb #5096155d
 import argparse
@@ -383,20 +383,28 @@ def load_templates() -> jinja2.Environment:
     return environment
 
 
-def name_models(run: Run) -> dict[str, str]:
-    "Return what each model is, by the name of its files."
+def describe_models(run: Run) -> dict[str, str]:
+    "Return what each model is, in words, by the name of its files."
     path, members = manifest_path(run, "train_dinov3"), " + ".join(run.settings.boosting.members)
     first = read_json(path)["summary"].get("model") if path.is_file() else None
-    return {"dinov3": f"model 1 ({first or run.settings.train_dinov3.backbone})",
-            "boosting": f"model 2 ({members} on frozen features)"}
+    first = first or run.settings.train_dinov3.backbone
+    return {"dinov3": first.replace("tf_efficientnet_lite0", "EfficientNet-Lite0"),
+            "boosting": f"{members} on frozen features"}
+
+
+def name_models(run: Run) -> dict[str, str]:
+    "Return a short name for each model that says what it is, by the name of its files."
+    words, single = describe_models(run), len(run.settings.boosting.members) == 1
+    return {"dinov3": f"model 1 ({'ridge' if words['dinov3'].startswith('ridge') else 'network'})",
+            "boosting": f"model 2 ({run.settings.boosting.members[0] if single else 'stack'})"}
 
 # %% ../notebooks/82_report.ipynb #3119dfaa
 def render_section(outputs: RunOutputs, name: str, title: str, data: dict) -> Markup:
     "Return the HTML of one section."
     states = style_states(outputs.competition.train["state"])
+    models = {"names": name_models(outputs.run), "models": describe_models(outputs.run)}
     template = load_templates().get_template(f"{name}.html.j2")
-    data = {**data, "states": states, "names": name_models(outputs.run)}
-    return Markup(template.render(name=name, title=title, outputs=outputs, **data))
+    return Markup(template.render(name=name, title=title, outputs=outputs, states=states, **models, **data))
 
 
 def render_sections(outputs: RunOutputs, scores: dict) -> list[tuple[str, str, Markup]]:

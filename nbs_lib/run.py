@@ -453,15 +453,15 @@ def print_scores(run: Run) -> None:
     "Print the table of scores and where the files are."
     import pandas as pd
 
-    from nbs_lib.report import format_scores, name_models, summarise_scores
+    from nbs_lib.report import describe_models, format_scores, name_models, summarise_scores
 
     scores = read_json(run.output / "scores.json")
     head, rows = format_scores(scores)
     table = pd.DataFrame(rows, columns=head).replace({head[0]: name_models(run)})
     print("Weighted R² of the competition, and R² of each target:")
     print(table.to_string(index=False, float_format="{:.3f}".format))
-    print(f"{summarise_scores(scores)}\nopen {run.output / 'report.html'}; "
-          f"the file to submit is {run.output / 'submission.csv'}")
+    print(f"model 1: {describe_models(run)['dinov3']}\n{summarise_scores(scores)}")
+    print(f"open {run.output / 'report.html'}; the file to submit is {run.output / 'submission.csv'}")
 
 # %% ../notebooks/90_run.ipynb #e21a29b2
 def handle_signals() -> None:

@@ -203,7 +203,8 @@ def test_page_says_what_model_1_is(whole):
     write_json(manifest_path(run, "train_dinov3"), {"summary": {"model": "ridge on frozen features of x"}})
     page = report.render_page(outputs, scores.collect_scores(outputs))
     manifest_path(run, "train_dinov3").unlink()
-    assert '<th scope="row">model 1 (ridge on frozen features of x)</th>' in page
+    assert "<b>Model 1</b> (dinov3 in file names): ridge on frozen features of x." in page
+    assert '<th scope="row">model 1 (ridge)</th>' in page
     assert '<th scope="row">dinov3</th>' not in page
 
 

@@ -358,7 +358,10 @@ def test_time_budget_ends_the_run_with_3(run_submit, tmp_path):
     assert "a lesson" in notebook and "ZeroDivisionError" not in notebook
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name)
+HANG_UP = pytest.param(signal.SIGHUP, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, HANG_UP], ids=lambda s: s.name)
 def test_a_stopped_run_leaves_no_process(how, stubs, field, tmp_path):
     process = start_submit(field, tmp_path, stubs, "time.sleep(60)")
     tree = psutil.Process(process.pid).children(recursive=True)
