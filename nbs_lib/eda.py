@@ -39,14 +39,9 @@ def target_table(train: pd.DataFrame) -> pd.DataFrame:
 
 
 def zeros_table(train: pd.DataFrame, by: str = "state") -> pd.DataFrame:
-    """Count the photos of each state, species or date, and those without green, dead or clover matter.
-
-    Sorted by date, else by the number of photos.
-    """
+    "Count the photos of each state, species or date, and those without green, dead or clover matter."
     key = train[by].dt.strftime("%Y-%m-%d") if by == "date" else train[by]
-    zero = (train[list(TARGETS[:3])] == 0).groupby(key).sum()
-    table = zero.assign(photos=train.groupby(key).size())
-    return table if by == "date" else table.sort_values("photos", ascending=False)
+    return (train[list(TARGETS[:3])] == 0).groupby(key).sum().assign(photos=train.groupby(key).size())
 
 # %% ../notebooks/10_eda.ipynb #57b61e5c
 def plot_targets(train: pd.DataFrame):
@@ -91,6 +86,7 @@ def plot_composition(train: pd.DataFrame):
     ax.set_xticks(range(len(mean)), mean.index, ha="right")
     ax.set(ylabel="mean of the site, g", title="composition; above a bar: parts that are zero on all photos")
     ax.margins(y=0.2)
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     ax.figure.set_layout_engine("constrained")
     return ax.figure
 
@@ -127,12 +123,12 @@ def covariate_table(train: pd.DataFrame) -> pd.DataFrame:
     return pd.concat({k: t.corr("spearman").loc[list(TARGETS), columns] for k, t in parts.items()}, axis=1)
 
 
-def plot_covariates(train: pd.DataFrame, targets: Sequence[str] = (*TARGETS[:3], TARGETS[-1])):
+def plot_covariates(train: pd.DataFrame):
     "Plot grams against NDVI (top) and log height (bottom), a column per target. Returns the figure."
     import matplotlib.pyplot as plt
 
-    n = len(targets)
-    fig, axes = plt.subplots(2, n, figsize=(13, 4.6), sharex="row", sharey="col", layout="constrained")
+    targets = *TARGETS[:3], TARGETS[-1]
+    fig, axes = plt.subplots(2, 4, figsize=(13, 4.6), sharex="row", sharey="col", layout="constrained")
     for row, column, label in zip(axes, ("ndvi", "height_cm"), ("NDVI", "height, cm"), strict=True):
         for ax, target in zip(row, targets, strict=True):
             for state, part in train.groupby("state"):
@@ -173,6 +169,9 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
     grey = (red.astype(np.float32) + green + blue) / 3 / 255 + np.float32(1e-3)
     mean = grey.mean()
     dark, pale = grey < 0.22, (grey > 0.55) & (np.ptp(channels, axis=0) < 40)
+    border = np.ones(grey.shape, bool)
+    border[12:-12, 12:-12] = False
+    blocks = cv2.resize(grey, (16, 8), interpolation=cv2.INTER_AREA)
     facts = {
         "green_cover": (excess > 0.1).mean(),
         "straw_cover": ((r > g) & (g > b) & (excess < 0.06) & (grey > mean)).mean(),
@@ -180,9 +179,9 @@ def photo_facts(photo: np.ndarray) -> dict[str, float]:
         "redness": (r - b).mean(),
         **_grey_facts(grey),
         "lamps": ((r > 0.55) & (g < 0.25) & (red > 180)).mean(),
-        "dark_border": _border_share(dark) - dark[12:-12, 12:-12].mean(),
+        "dark_border": dark[border].mean() - dark[~border].mean(),
         "pale_edge": max(strip.mean() for strip in edge_strips(pale, 20)),
-        "shadow": _shadow_share(grey),
+        "shadow": (blocks < 0.6 * np.median(blocks)).mean(),
         "orange_rule": (orange_mask(small, 151) > 0).mean(),
     }
     return {name: float(value) for name, value in facts.items()}
@@ -196,18 +195,6 @@ def _grey_facts(grey: np.ndarray) -> dict[str, float]:
             "gaps": np.partition(grey, tenth, axis=None)[:tenth].mean() / mean,
             "fine_texture": np.abs(np.diff(grey)).mean() / mean,
             "coarse_texture": np.abs(np.diff(coarse)).mean() / mean}
-
-
-def _border_share(mask: np.ndarray) -> float:
-    "Return the share of a mask (400, 800) bool in its border of twelve pixels."
-    inside = mask[12:-12, 12:-12]
-    return (mask.sum() - inside.sum()) / (mask.size - inside.size)
-
-
-def _shadow_share(grey: np.ndarray) -> float:
-    "Return the share of 16 × 8 blocks that are darker than .6 of the median block."
-    blocks = cv2.resize(grey, (16, 8), interpolation=cv2.INTER_AREA)
-    return (blocks < 0.6 * np.median(blocks)).mean()
 
 # %% ../notebooks/10_eda.ipynb #26740ee8
 THUMBNAIL = (300, 150)  # width and height, pixels

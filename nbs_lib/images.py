@@ -7,10 +7,10 @@ __all__ = ['MIN_SIDE', 'MAX_PIXELS', 'END', 'RETRY', 'SIGNATURES', 'BRANDS', 'EX
            'BT2020', 'D50', 'D65', 'BRADFORD', 'PRIMARIES', 'HDR', 'NOT_READ', 'DNG_VERSION', 'AS_STORED', 'Shape',
            'QUALITY', 'read_photo', 'read_bytes', 'check_size', 'file_format', 'container_format', 'container_size',
            'check_complete', 'find_scan_end', 'edge_strips', 'has_flat_edge', 'has_missing_rows', 'read_orientation',
-           'turn_upright', 'xyz_matrix', 'pack_fixed', 'rgb_profile', 'srgb_transform', 'coded_colours',
-           'has_adobe_note', 'find_profile', 'open_image', 'open_heic', 'to_rgb', 'decode_photo', 'decode_format',
-           'to_landscape', 'crop_bottom', 'split_halves', 'resize_half', 'luminance', 'chromaticity', 'excess_green',
-           'orange_mask', 'photo_quality', 'red_lamps', 'pale_grey', 'pale_at_edge', 'dark_edge', 'sharpness']
+           'turn_upright', 'xyz_matrix', 'rgb_profile', 'srgb_transform', 'coded_colours', 'has_adobe_note',
+           'find_profile', 'open_image', 'to_rgb', 'decode_photo', 'decode_format', 'to_landscape', 'crop_bottom',
+           'split_halves', 'resize_half', 'luminance', 'chromaticity', 'excess_green', 'orange_mask', 'photo_quality',
+           'red_lamps', 'pale_grey', 'pale_at_edge', 'dark_edge', 'sharpness']
 
 # %% ../notebooks/07_images.ipynb #7d1e02ab
 import functools
@@ -201,11 +201,6 @@ def xyz_matrix(primaries: tuple) -> np.ndarray:
     return cones @ (columns * np.linalg.solve(columns, D65))
 
 # %% ../notebooks/07_images.ipynb #1ad9af1c
-def pack_fixed(values) -> bytes:
-    "Pack numbers as ICC's s15Fixed16, big-endian."
-    return b"".join(struct.pack(">i", round(float(v) * 65536)) for v in values)
-
-
 @functools.cache
 def rgb_profile(primaries: tuple, gamma: float = 0.0) -> bytes:
     "Build the ICC profile (ICC.1:2001-04) of an RGB space with white D65; gamma 0: the tone curve of sRGB."
@@ -213,7 +208,8 @@ def rgb_profile(primaries: tuple, gamma: float = 0.0) -> bytes:
     srgb = np.where(v <= 0.04045, v / 12.92, ((v + 0.055) / 1.055) ** 2.4)  # IEC 61966-2-1
     linear = np.round(65535 * (v**gamma if gamma else srgb)).astype(">u2").tobytes()
     curve = b"curv" + bytes(4) + struct.pack(">I", len(v)) + linear
-    xyz = [b"XYZ " + bytes(4) + pack_fixed(v) for v in (*xyz_matrix(primaries).T, D50)]
+    fixed = np.round(65536 * np.vstack([xyz_matrix(primaries).T, D50])).astype(">i4")  # ICC's s15Fixed16
+    xyz = [b"XYZ " + bytes(4) + row.tobytes() for row in fixed]
     text = b"desc" + bytes(4) + struct.pack(">I", 4) + b"RGB\0" + bytes(78)
     tags = dict(zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), xyz))
     tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
@@ -225,7 +221,7 @@ def rgb_profile(primaries: tuple, gamma: float = 0.0) -> bytes:
     body = struct.pack(">I", len(tags)) + table + data
     # version 2.4, a monitor (mntr)
     head = struct.pack(">I4xI4s4s4s12x4s28x", 128 + len(body), 0x02400000, b"mntr", b"RGB ", b"XYZ ", b"acsp")
-    return (head + pack_fixed(D50)).ljust(128, b"\0") + body
+    return (head + fixed[-1].tobytes()).ljust(128, b"\0") + body
 
 # %% ../notebooks/07_images.ipynb #92fcb0ac
 @functools.lru_cache(maxsize=16)
@@ -289,7 +285,12 @@ def open_image(content: bytes, form: str, name: str | Path) -> Image.Image:
     if form in NOT_READ:
         raise InputError(f"{name}: is a {form} file, which is not read; export the photo as JPEG")
     if form in ("HEIC", "HEIF"):
-        return open_heic(content, form, name)
+        try:
+            from pillow_heif import HeifImageFile
+        except ImportError as e:
+            raise InputError(f"{name}: is a {form} photo and pillow-heif is not installed; "
+                             "pip install pillow-heif, or export it as JPEG") from e
+        return HeifImageFile(io.BytesIO(content))
     if form == "AVIF" and not features.check("avif"):
         raise InputError(f"{name}: is an AVIF photo and this Pillow cannot read AVIF; "
                          "pip install 'pillow>=11.3', or export it as JPEG")
@@ -299,16 +300,6 @@ def open_image(content: bytes, form: str, name: str | Path) -> Image.Image:
         if DNG_VERSION in image.tag_v2 or thumbnail or content[8:10] == b"CR":  # CR: Canon's CR2
             raise InputError(f"{name}: is a camera's raw file (DNG, NEF, CR2 or alike); export it as JPEG")
     return image
-
-
-def open_heic(content: bytes, form: str, name: str | Path) -> Image.Image:
-    "Open a HEIC or HEIF picture by pillow-heif; raise `InputError` when that is not installed."
-    try:
-        from pillow_heif import HeifImageFile
-    except ImportError as e:
-        raise InputError(f"{name}: is a {form} photo and pillow-heif is not installed; "
-                         "pip install pillow-heif, or export it as JPEG") from e
-    return HeifImageFile(io.BytesIO(content))
 
 # %% ../notebooks/07_images.ipynb #9e8c5919
 def to_rgb(image: Image.Image, profile: bytes = b"") -> np.ndarray:

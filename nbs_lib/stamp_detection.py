@@ -8,7 +8,7 @@ __all__ = ['CELL', 'GLYPH', 'WINDOW', 'Box', 'FRAME', 'SIDE', 'WARM', 'MAYBE_LOG
            'StampDetector', 'normalise_pixels', 'downscale', 'StampSegmenter', 'networks_path', 'read_stamp_weights',
            'load_network', 'crop', 'is_warm', 'detect_cells', 'find_places', 'cell_box', 'Window', 'cut_window',
            'box_anchor', 'segment_box', 'score_candidates', 'ink_box', 'Line', 'read_line', 'mean_logit', 'find_stamps',
-           'ink_colours', 'overlap', 'segment_scales', 'line_mask', 'stamp_mask']
+           'overlap', 'segment_scales', 'line_mask', 'stamp_mask']
 
 # %% ../notebooks/18_stamp_detection.ipynb #ff29927a
 from dataclasses import dataclass
@@ -328,19 +328,15 @@ def find_stamps(photo: np.ndarray) -> list[Line]:
         line = read_line(photo, box) if score > CANDIDATE_LOGIT else None
         if line is None or line.score + FAR_LOGIT * min(logit, FAR_MAX) < ENOUGH_LOGIT:
             continue
-        if is_warm(ink_colours(photo, line), 0.5):
+        window = line.window  # white or black letters on a card are no stamp
+        colours = cut_window(photo, window.middle, window.height, window.ink.shape[1])[window.ink > 0.5]
+        if is_warm(colours, 0.5):
             lines.append(line)
     kept: list[Line] = []
     for line in sorted(lines, key=lambda line: -line.score):
         if not any(overlap(line.box, other.box) > 0.3 for other in kept):
             kept.append(line)
     return kept
-
-
-def ink_colours(photo: np.ndarray, line: Line) -> np.ndarray:
-    "Return the colours (n, 3) uint8 of the ink; white or black letters on a card are no stamp."
-    window = line.window
-    return cut_window(photo, window.middle, window.height, window.ink.shape[1])[window.ink > 0.5]
 
 
 def overlap(one: Box, other: Box) -> float:
