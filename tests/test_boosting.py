@@ -100,7 +100,8 @@ def test_shuffled_labels_score_no_better_than_the_constant(data):
     assert weighted_r2_score(y, oof) > np.mean(constants) + 0.2
 
 
-ALL_KINDS = PastureRegressor(members=("ridge", "catboost_joint", "lightgbm"), clear=0.5, rounds=0.005)
+ALL_KINDS = PastureRegressor(
+    members=("ridge", "catboost_joint", "lightgbm"), clear=0.5, inner=2, rounds=0.005)
 
 
 @pytest.mark.parametrize("estimator", [ALL_KINDS, StateClassifier()])
@@ -381,7 +382,8 @@ def ids_of(X):
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boosting")
     X, y = write_competition(folder / "in")
-    overrides = ["boosting.members=ridge,lightgbm", "boosting.rounds=0.02", "run.folds=3", "run.draws=2"]
+    overrides = ["boosting.members=ridge,lightgbm", "boosting.rounds=0.02", "boosting.inner_folds=2",
+                 "run.folds=3", "run.draws=2"]
     run = open_run(folder / "in", folder / "out", "demo", overrides=overrides)
     write_folds(run, read_competition(run.input, photos=False).train)  # an input of the stage
     order = np.random.default_rng(0).permutation(len(X) + 1)  # one photo more than train.csv

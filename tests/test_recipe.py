@@ -188,8 +188,8 @@ def recipe_run(tmp_path_factory):
     source = tiny.competition(folder / "in", n_train=12, n_test=4)
     small = ["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random",
              "train_dinov3.size=64", "train_dinov3.epochs=2", "train_dinov3.freeze_epochs=1",
-             "train_dinov3.dim=16", "train_dinov3.maps=0", "run.folds=2", "run.draws=0",
-             "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.005"]
+             "train_dinov3.dim=16", "train_dinov3.maps=0", "train_dinov3.schemes=grouped",
+             "run.folds=2", "run.draws=0", "siglip.weights=tiny", "frozen.widths=64", "boosting.rounds=0.005"]
     run = open_run(source, folder / "out", "demo", "recipe", small)
     stages = (run_inpaint, run_train_dinov3, run_siglip, run_frozen, run_boosting, run_ensemble, run_submit)
     return run, [stage(run) for stage in stages]
