@@ -2,7 +2,8 @@
 
 Sites, grams and seeds are drawn anew (nbs_lib.demo); each quadrat is shown at 0.7, 1 and 1.3 times the width
 on the ground that the model has learned: cropped from a larger rendering, or a smaller one continued by its
-mirror image. Flags are counted on these photos, on disturbed ones and on pictures that are no quadrat.
+mirror image; predicted as it is, and with `--ground-width`. Flags are counted on these photos, on disturbed
+ones and on pictures that are no quadrat.
 Run: `python -m benchmarks.predict runs/demo/model.zip FOLDER` after `make demo`; writes
 results/predict_study.csv and results/flags.csv. Rendered photos in FOLDER are used again.
 """
@@ -19,7 +20,7 @@ from skimage import data
 
 from nbs_lib.bundle import open_model
 from nbs_lib.demo import Shot, plan_shots, render_photo
-from nbs_lib.predict import Predictions, predict_photos
+from nbs_lib.predict import Predictions, predict_photos, rescale_photo
 from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.targets import QUADRAT_M2, TARGETS, TOTAL
 from nbs_lib.validation import intervals
@@ -28,22 +29,15 @@ RESULTS = Path(__file__).resolve().parent.parent / "results"
 WIDTHS = (0.7, 1.0, 1.3)  # on the ground, of the learned one
 
 
-def fit_frame(photo: np.ndarray) -> np.ndarray:
-    "Return the middle (1000, 2000, 3) of a photo, continued by its mirror image where it is smaller."
-    more = [max(0, -(-(want - have) // 2)) for want, have in zip((1000, 2000), photo.shape)]
-    photo = cv2.copyMakeBorder(photo, more[0], more[0], more[1], more[1], cv2.BORDER_REFLECT)
-    top, left = (photo.shape[0] - 1000) // 2, (photo.shape[1] - 2000) // 2
-    return photo[top : top + 1000, left : left + 2000]
-
-
 def render_widths(shot: Shot, folder: Path) -> list[float]:
     "Write one quadrat at each of `WIDTHS`, as `folder`/width/id.png; return its five targets in grams."
     cv2.setNumThreads(1)
     for width in WIDTHS:
         grams = shot.green_g, shot.dead_g, shot.clover_g
         photo, truth = render_photo(shot.seed, *grams, shot.site, shot.height_cm, round(2000 / width), False)
+        photo = rescale_photo(photo, photo.shape[1] / 2000)
         (folder / str(width)).mkdir(parents=True, exist_ok=True)
-        cv2.imwrite(str(folder / str(width) / f"{shot.image_id}.png"), fit_frame(photo)[..., ::-1])
+        cv2.imwrite(str(folder / str(width) / f"{shot.image_id}.png"), photo[..., ::-1])
     return [truth[t] for t in TARGETS]
 
 
@@ -84,41 +78,48 @@ def draw_others() -> dict[str, np.ndarray]:
     return textures | {"noise in pixels": noise, "noise in blobs": blobs}
 
 
-def judge_width(p: Predictions, rows: np.ndarray, truth: pd.DataFrame, width: float) -> dict:
-    "Return error and bias of the total in kg/ha without and with `--ground-width`, coverage and flags."
-    y, grams = truth.loc[[p.paths[i].stem for i in rows]].to_numpy(float), p.grams[rows]
-    low, high = intervals(grams, p.radii[1])
-    true, predicted = y[:, TOTAL] * 10 / QUADRAT_M2, grams[:, TOTAL] * 10 / QUADRAT_M2
-    out = {"ground width": width, "photos": len(rows), "true kg/ha": true.mean().round()}
-    for name, kg in (("as learned", predicted), ("with --ground-width", predicted / width**2)):
+def judge_width(learned: Predictions, rescaled: Predictions, truth: pd.DataFrame, width: float) -> dict:
+    "Return mean and error of the total in kg/ha, coverage and flags, without and with `--ground-width`."
+    y = truth.loc[[path.stem for path in learned.paths]].to_numpy(float)
+    true, out = y[:, TOTAL] * 10 / QUADRAT_M2, {"ground width": width, "photos": len(y)}
+    out["true kg/ha"] = true.mean().round()
+    for name, p in (("as learned", learned), ("--ground-width", rescaled)):
+        kg = p.grams[:, TOTAL] * 10 / p.area
         error = np.sqrt(((kg - true) ** 2).mean())
-        out |= {f"mean {name}": kg.mean().round(), f"error {name}": error.round()}
-    unlike = [any("unlike" in flag for flag in p.flags[i]) for i in rows]
-    return out | {"covered": ((low <= y) & (y <= high)).mean().round(3), "unlike": np.mean(unlike).round(3)}
+        low, high = intervals(p.grams, p.radii[1])
+        grams = y * p.area / QUADRAT_M2
+        unlike = [any("unlike" in flag for flag in flags) for flags in p.flags]
+        out |= {f"{name}: mean": kg.mean().round(), f"{name}: error": error.round(),
+                f"{name}: covered": ((low <= grams) & (grams <= high)).mean().round(3),
+                f"{name}: unlike": np.mean(unlike).round(3)}
+    return out
 
 
 def study(model_path: str, folder: Path) -> None:
     "Render, predict, and write both tables."
     is_rendered = (folder / "truth.csv").is_file()
     truth = pd.read_csv(folder / "truth.csv", index_col=0) if is_rendered else render_study(folder)
-    sites = sorted(folder.glob("*.*/*.png"))
+    rows, learned = [], {}
     with open_model(model_path) as model, tempfile.TemporaryDirectory() as kept:
         start = time.time(), time.process_time()
-        p = predict_photos(model, sites, Path(kept))
+        for width in WIDTHS:
+            photos = sorted((folder / str(width)).glob("*.png"))
+            learned[width] = predict_photos(model, photos, Path(kept), maps=0)
+            rescaled = predict_photos(model, photos, Path(kept), QUADRAT_M2 * width**2, maps=0)
+            rows.append(judge_width(learned[width], rescaled, truth, width))
         wall, cpu = time.time() - start[0], time.process_time() - start[1]
-        print(f"{len(sites)} photos, seconds a photo: {wall / len(sites):.2f}, CPU {cpu / len(sites):.2f}")
-        photo = cv2.imread(str(next(path for path in sites if path.parent.name == "1.0")))
+        count = len(truth) * (2 * len(WIDTHS) - 1)
+        print(f"{count} photos, seconds a photo: {wall / count:.2f}, CPU {cpu / count:.2f}")
+        new = learned[1.0]
+        photo = cv2.imread(str(new.paths[0]))
         odd = disturb_photo(photo) | draw_others()
         paths = [Path(kept) / f"{name}.png" for name in odd]
         for path, picture in zip(paths, odd.values(), strict=True):
             cv2.imwrite(str(path), picture)
-        others = predict_photos(model, paths, Path(kept) / "others")
-    parents = np.array([path.parent.name for path in sites])
-    table = pd.DataFrame([judge_width(p, np.flatnonzero(parents == str(w)), truth, w) for w in WIDTHS])
-    new = [flags for flags, width in zip(p.flags, parents, strict=True) if width == "1.0"]
-    counts = pd.Series([flag for flags in new for flag in flags]).value_counts()
-    farthest = p.distances[parents == "1.0"].max()
-    rows = [{"picture": f"{len(new)} photos of new sites", "distance": f"at most {farthest:.2f}",
+        others = predict_photos(model, paths, Path(kept) / "others", maps=0)
+    table = pd.DataFrame(rows)
+    counts = pd.Series([flag for flags in new.flags for flag in flags]).value_counts()
+    rows = [{"picture": f"{len(truth)} photos of new sites", "distance": f"at most {new.distances.max():.2f}",
              "flags": "; ".join(f"{count} {flag}" for flag, count in counts.items()) or "none"}]
     rows += [{"picture": path.stem, "distance": f"{distance:.2f}", "flags": "; ".join(flags) or "none"}
              for path, distance, flags in zip(paths, others.distances, others.flags, strict=True)]

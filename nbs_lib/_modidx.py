@@ -788,6 +788,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'nbs_lib.predict.read_paddocks': ('predict.html#read_paddocks', 'nbs_lib/predict.py'),
                                  'nbs_lib.predict.read_place': ('predict.html#read_place', 'nbs_lib/predict.py'),
                                  'nbs_lib.predict.render_predictions': ('predict.html#render_predictions', 'nbs_lib/predict.py'),
+                                 'nbs_lib.predict.rescale_files': ('predict.html#rescale_files', 'nbs_lib/predict.py'),
+                                 'nbs_lib.predict.rescale_photo': ('predict.html#rescale_photo', 'nbs_lib/predict.py'),
                                  'nbs_lib.predict.round_cell': ('predict.html#round_cell', 'nbs_lib/predict.py'),
                                  'nbs_lib.predict.run_predict': ('predict.html#run_predict', 'nbs_lib/predict.py'),
                                  'nbs_lib.predict.tabulate_paddocks': ('predict.html#tabulate_paddocks', 'nbs_lib/predict.py'),

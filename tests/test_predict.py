@@ -206,7 +206,7 @@ def test_bad_calls_are_refused_in_one_line(model, photos, tmp_path, capsys):
     refused(capsys, tmp_path, "there is no such run or bundle", "--model", tmp_path / "gone", photos)
     refused(capsys, tmp_path, "holds no artefacts/blend.json", "--model", tmp_path / "empty", photos)
     refused(capsys, tmp_path, "not a whole bundle", "--model", photos / "hill" / "notes.txt", photos)
-    refused(capsys, tmp_path, "--area: must be above 0", "--model", model, photos, "--area", "-1")
+    refused(capsys, tmp_path, "--area: must be from 0.1 to 2 (-1)", "--model", model, photos, "--area", "-1")
     wide = "--ground-width", "wide"
     refused(capsys, tmp_path, "--ground-width: not a number (wide)", "--model", model, photos, *wide)
     with pytest.raises(SystemExit) as e:
@@ -223,7 +223,8 @@ def test_area_location_and_heic(model, photos, tmp_path):
     call("--model", model, tmp_path / "IMG_1.HEIC", "--output", tmp_path / "a", "--ground-width", "1")
     row, = read_table(tmp_path / "a").to_dict("records")
     assert row["latitude"] == -41.5 and row["time"].startswith("2015-09-04")
-    assert row["Dry_Total_kg_ha"] == pytest.approx(row["Dry_Total_g"] * 10 / 0.5, abs=1e-3)
+    area = 0.21 * (1 / 0.7) ** 2
+    assert row["Dry_Total_kg_ha"] == pytest.approx(row["Dry_Total_g"] * 10 / area, abs=1e-3)
     call("--model", model, tmp_path / "IMG_1.HEIC", "--output", tmp_path / "b", "--no-location")
     assert not {"time", "latitude", "longitude"} & set(read_table(tmp_path / "b").columns)
     page = (tmp_path / "b" / "predictions.html").read_text()
@@ -264,7 +265,7 @@ def test_own_cuts_correct_the_predictions(model, photos, predicted, tmp_path, ca
     assert (tmp_path / "out" / "calibration.json").is_file() and "error without" in capsys.readouterr().out
 
 
-def answer_by_name(model, paths, maps) -> list[dict]:
+def answer_by_name(model, paths, maps, scale) -> list[dict]:
     "Stand in for `predict.predict_piece`: grams from the name of the file."
     grams = [np.array([3.0, 1, 1, 4, 5]) * (1 + sum(path.name.encode()) % 7) for path in paths]
     return [{"grams": y.tolist(), "distance": 0.5, "flags": [], "pictures": {}} for y in grams]
@@ -276,7 +277,7 @@ def plain(tmp_path, monkeypatch) -> list:
     for i in range(7):
         path = tmp_path / "farm" / ("hill" if i < 3 else "flat") / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 10 + i)).save(path)
+        Image.new("RGB", (200, 100 + i)).save(path)
     monkeypatch.setattr(predict, "predict_piece", answer_by_name)
     monkeypatch.setattr(predict, "PIECE", 2)
     return ["--model", "", tmp_path / "farm"]
@@ -285,17 +286,17 @@ def plain(tmp_path, monkeypatch) -> list:
 def test_an_interrupted_call_goes_on_where_it_stopped(plain, model, tmp_path, monkeypatch, capsys):
     plain[1], asked = model, []
 
-    def stop_at_five(model, paths, maps):
+    def stop_at_five(model, paths, maps, scale):
         asked.extend(path.name for path in paths)
         if len(asked) > 5:
             raise KeyboardInterrupt
-        return answer_by_name(model, paths, maps)
+        return answer_by_name(model, paths, maps, scale)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(predict, "predict_piece", stop_at_five)
         call(*plain, "--output", tmp_path / "stopped")
     assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["answers"], "nothing looks finished"
-    Image.new("RGB", (20, 99)).save(tmp_path / "farm" / "hill" / "1.png")  # taken again
+    Image.new("RGB", (200, 99)).save(tmp_path / "farm" / "hill" / "1.png")  # taken again
     asked.clear()
     monkeypatch.setattr(predict, "predict_piece", lambda *a: asked.extend(a[1]) or answer_by_name(*a))
     assert call(*plain, "--output", tmp_path / "stopped") == 0
@@ -313,16 +314,36 @@ def test_photos_of_a_paddock_are_averaged(plain, model, tmp_path):
     assert call(*plain, "--output", tmp_path / "out") == 0
     means = pd.read_csv(tmp_path / "out" / "paddocks.csv").set_index("paddock")
     table = read_table(tmp_path / "out")
-    assert means["photos"].to_dict() == {"farm/flat": 4, "farm/hill": 3}
-    own = table[table["paddock"] == "farm/flat"]
-    assert means.loc["farm/flat", "Dry_Total_kg_ha"] == pytest.approx(own["Dry_Total_kg_ha"].mean())
+    assert means["photos"].to_dict() == {"flat": 4, "hill": 3}
+    own = table[table["paddock"] == "flat"]
+    assert means.loc["flat", "Dry_Total_kg_ha"] == pytest.approx(own["Dry_Total_kg_ha"].mean())
     widths = means["Dry_Total_g_high"] - means["Dry_Total_g_low"]
     assert (means["Dry_Total_g_low"] < means["Dry_Total_g"]).all() and (widths > 0).all()
     (tmp_path / "p.csv").write_text("file,paddock\n0.png,north\n3.png,north\n4.png,\n")
     assert call(*plain, "--output", tmp_path / "out", "--paddocks", tmp_path / "p.csv") == 0
     means = pd.read_csv(tmp_path / "out" / "paddocks.csv").set_index("paddock")
-    assert means["photos"].to_dict() == {"farm/flat": 3, "farm/hill": 2, "north": 2}
+    assert means["photos"].to_dict() == {"flat": 3, "hill": 2, "north": 2}
     assert "<h2>north</h2>" in (tmp_path / "out" / "predictions.html").read_text()
+
+
+def test_a_photo_from_higher_up_is_cropped_to_the_learned_width(plain, tmp_path, monkeypatch, model):
+    "The kg/ha are those of the cropped photo; the grams and their interval are those of the area given."
+    plain[1], seen = model, []
+
+    def measure(model, paths, maps, scale):
+        files = predict.rescale_files(paths, scale, tmp_path / "rescaled") if scale != 1 else paths
+        seen.append([cv2.imread(str(path)).shape[:2] for path in files])
+        return answer_by_name(model, paths, maps, scale)
+
+    monkeypatch.setattr(predict, "predict_piece", measure)
+    monkeypatch.setattr(predict, "PIECE", 9)
+    assert call(*plain, "--output", tmp_path / "a") == 0
+    assert call(*plain, "--output", tmp_path / "b", "--area", ".84") == 0
+    assert np.abs(np.array(seen[1]) - np.array(seen[0]) / 2).max() <= 0.5, "half the sides"
+    one, other = read_table(tmp_path / "a"), read_table(tmp_path / "b")
+    for name in ("Dry_Total", "Dry_Total_low", "Dry_Total_high"):
+        kg, grams = (name.replace("Total", f"Total_{unit}") for unit in ("kg_ha", "g"))
+        assert np.allclose(one[kg], other[kg]) and np.allclose(4 * one[grams], other[grams])
 
 
 CUTS = "file,Dry_Total_g\n0.png,40\n1.png,55\n2.png,61\n"

@@ -510,7 +510,21 @@ def row(result: dict) -> str:
     return f"| {result['fault']} | {result['said']} | {', '.join(answered) or 'colour or the means'} |"
 
 
-@pytest.mark.parametrize("name", DRILL)
+# One of each kind; the others are long drills.
+QUICK = {
+    "nothing is wrong", "photos of another size, format, ending", "one table lacks a photo and has odd rows",
+    "a photo cut in half", "a checkpoint is half written", "a fold gives NaN",
+    "the shared backbone is broken", "no SigLIP weights", "no weights for the frozen features",
+    "model 2 of another scikit-learn",
+    "model 2 gives a NaN", "no model, no blend, no training table", "blend.json is half written",
+    "memory for one photo at a time", "no memory on the GPU at all", "the disk is full",
+    "the deadline has passed",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in DRILL]
+)
 def test_fault(name, trained, untouched, tmp_path, monkeypatch):
     result = drill(name, trained, tmp_path, monkeypatch)
     grams, reference = result["grams"], untouched[0]
@@ -588,19 +602,20 @@ def with_another_fold(run, k: int, **changes) -> None:
     )
 
 
-@pytest.mark.parametrize("k", [0, 1])
+CHANGES = [
+    {"head": "density", "dim": 8},
+    {"size": 160},
+    {"size": 160, "squeeze": True},
+    {"depths": 1},
+    {"poolings": ("mean", "sd")},
+    {"probe_sizes": (64, 128)},
+    {"head": "pooled", "dim": 8, "size": 128, "probe_sizes": (64,)},
+]
+
+
+@pytest.mark.parametrize("k", [0, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"size": 160},
-        {"size": 160, "squeeze": True},
-        {"head": "density", "dim": 8},
-        {"depths": 1},
-        {"poolings": ("mean", "sd")},
-        {"probe_sizes": (64, 128)},
-        {"head": "pooled", "dim": 8, "size": 128, "probe_sizes": (64,)},
-    ],
-    ids=str,
+    "changes", [*CHANGES[:2], *(pytest.param(c, marks=pytest.mark.slow) for c in CHANGES[2:])], ids=str
 )
 def test_a_fold_of_another_configuration_predicts_in_its_own_way(trained, tmp_path, monkeypatch, k, changes):
     "Training with other settings stopped after some of its folds; or one fold alone kept its head."
@@ -796,35 +811,29 @@ def test_folds_with_backbones_of_their_own_and_two_devices(trained, untouched, t
 
 
 # ---- the clock ----
-def slowed(monkeypatch, seconds: float) -> None:
-    real = inference.extract_store
+def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
+    "In virtual time: features cost 1000 seconds a photo, and nothing else costs any."
+    now, ends, real = [0.0], [np.inf], inference.extract_store
 
     def extract(net, store, views, batch, device, extractor, index):
-        time.sleep(seconds * len(index))
+        now[0] += 1000 * len(index)
         return real(net, store, views, batch, device, extractor, index)
 
     monkeypatch.setattr(inference, "extract_store", extract)
-
-
-def test_half_the_time_it_needs(trained, tmp_path, monkeypatch):
-    slowed(monkeypatch, 0.4)
-    whole_run = copy_run(trained, tmp_path / "whole")
+    monkeypatch.setattr(submit, "open_clock", lambda run: deadline.Clock(ends[-1], lambda: now[0]))
+    monkeypatch.setattr(submit, "raise_at_deadline", lambda clock: contextlib.nullcontext())
+    whole_run, run = copy_run(trained, tmp_path / "whole"), copy_run(trained, tmp_path / "half")
     part_ways(whole_run)
-    start = time.time()
-    assert not run_submit(whole_run)["dropped"]
-    needed = time.time() - start
-    run = copy_run(
-        trained, tmp_path / "half", [f"limits.hours={needed / 2 / 3600}", "submit.margin_minutes=0"]
-    )
     part_ways(run)
-    monkeypatch.setenv("NBS_STARTED", str(time.time()))
-    start = time.time()
+    assert not run_submit(whole_run)["dropped"]
+    ends.append(now[0] / 2)
+    now[0] = 0.0
     summary = run_submit(run)
-    took = time.time() - start
-    assert took <= 1.05 * needed / 2, f"{took:.2f} s of {needed / 2:.2f}"
+    # two photos measure the pace of a kind of work; should they be too many, the alarm stops them
+    assert 0.5 * ends[-1] < now[0] <= ends[-1] + 2000, "as much as the time allows"
     whole(run.output / "submission.csv", run.input)
     assert summary["dropped"] and "view H" in summary["dropped"][-1], "further views go first"
-    assert summary["models"]["dinov3"] == 6, "every photo had a look"
+    assert summary["models"]["dinov3"] == 6, "every photo was predicted once"
     warnings = read_json(run.artefacts / "stages" / "submit.json")["warnings"]
     assert any("no time for" in w for w in warnings)
 
@@ -868,12 +877,13 @@ def test_folds_of_an_earlier_division_do_not_answer(trained, untouched, tmp_path
 
 def test_a_stall_is_broken_off(trained, tmp_path, monkeypatch):
     "One photo takes a minute: no plan sees that coming, the alarm does."
-    slowed(monkeypatch, 60)
+    real = inference.extract_store
+    monkeypatch.setattr(inference, "extract_store", lambda *args: time.sleep(60) or real(*args))
     run = copy_run(trained, tmp_path, ["limits.hours=0.001", "submit.margin_minutes=0"])  # 3.6 s
     monkeypatch.setenv("NBS_STARTED", str(time.time()))
     start = time.time()
     run_submit(run)
-    assert time.time() - start < 6
+    assert time.time() - start < 40
     whole(run.output / "submission.csv", run.input)
     assert any(
         "the deadline came" in w for w in read_json(run.artefacts / "stages" / "submit.json")["warnings"]
@@ -893,7 +903,7 @@ def test_a_lost_ring_is_followed_by_another():
         slow = Slow()
         del slow
         time.sleep(30)
-    assert 0.4 <= time.time() - start < 5
+    assert 0.4 <= time.time() - start < 20
 
 
 def test_a_second_run_changes_nothing_and_an_earlier_file_is_not_made_worse(trained, tmp_path, monkeypatch):
@@ -954,32 +964,31 @@ CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["nbs_lib.submit", "tiny"])
 
 
-def kill_ten_times(trained: Path, tmp_path: Path) -> None:
+def kill_at_random(trained: Path, tmp_path: Path, times: int) -> None:
     "SIGTERM and SIGKILL in turn, at random moments of a run; whenever the file is there it is whole."
     run = copy_run(trained, tmp_path)
     watched(tmp_path)  # warms the fork server
     (run.output / "submission.csv").unlink()
     needed, first, reads = watched(tmp_path)
     assert first < 60 and reads > 5
-    moments = np.random.default_rng(int(time.time())).uniform(0, needed, 10)
     outcomes = []
-    for k, moment in enumerate(moments):
+    for k, moment in enumerate(np.random.default_rng(0).uniform(0, needed, times)):
         (run.output / "submission.csv").unlink(missing_ok=True)
-        number = (signal.SIGTERM, signal.SIGKILL)[k % 2]
-        _, came, _ = watched(tmp_path, moment, number)
-        assert came is not None or moment < first + 2, (
-            f"killed after {moment:.2f} s of {needed:.2f}, and no file"
-        )
+        _, came, _ = watched(tmp_path, moment, (signal.SIGTERM, signal.SIGKILL)[k % 2])
+        assert came is not None or moment < 2 * first + 2, f"killed after {moment:.1f} s, and no file"
         outcomes.append(came is not None)
     assert any(outcomes)
     watched(tmp_path)
-    assert not list(run.output.glob(".submission.tmp-*")), (
-        "half-written temporary files are swept up by the next run"
-    )
+    assert not list(run.output.glob(".submission.tmp-*")), "the next run removes temporary files"
 
 
+def test_killed_at_two_random_moments(trained, tmp_path):
+    kill_at_random(trained, tmp_path, 2)
+
+
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(trained, tmp_path):
-    kill_ten_times(trained, tmp_path)
+    kill_at_random(trained, tmp_path, 10)
     assert KILLED in ROBUSTNESS.read_text().splitlines()
 
 
@@ -996,7 +1005,7 @@ def write_table() -> None:
     for k, name in enumerate(DRILL):
         with pytest.MonkeyPatch.context() as monkeypatch:
             lines.append(row(drill(name, source, folder / str(k), monkeypatch)))
-    kill_ten_times(source, folder / "killed")
+    kill_at_random(source, folder / "killed", 10)
     before, _, rest = ROBUSTNESS.read_text().partition(BEGIN)
     ROBUSTNESS.write_text(before + BEGIN + "\n".join([*lines, KILLED]) + "\n" + END + rest.partition(END)[2])
     shutil.rmtree(folder)

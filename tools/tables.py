@@ -169,6 +169,20 @@ def format_stamps() -> str:
     )
 
 
+def format_calibration() -> str:
+    "Format errors in grams and coverage at new sites by the number of weighed quadrats."
+    table = pd.read_csv(RESULTS / "calibration_study.csv").set_index(["site", "cuts"])
+    own, squares = (table[table["method"] == name] for name in ("out-of-fold prior", "least squares"))
+    lines = []
+    for site, rows in own.groupby("site", sort=False):
+        errors = [f"{error:.1f}" for error in rows["error"]]
+        least = " / ".join(f"{error:.1f}" for error in squares.loc[site, "error"])
+        covered = [f"{rows['covered_without'].mean():.0%}", f"{rows['covered'].min():.0%}"]
+        lines.append([site, f"{rows['without'].mean():.1f}", *errors, least, *covered])
+    head = ["new site", "no cuts, g", "3", "10", "30", "least squares, 3 / 10 / 30", "covered", "with cuts"]
+    return format_table(head, lines)
+
+
 def format_bench() -> str:
     "Format every row that `make bench` measured, with its machine."
     from benchmarks.bench import label_row, main_column  # here: pandas alone makes the other tables
@@ -223,6 +237,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "synthetic_all": lambda: format_scores("synthetic"),
     "ablation": format_ablation,
     "stamps": format_stamps,
+    "calibration": format_calibration,
+    "widths": lambda: format_csv("predict_study.csv"),
+    "flags": lambda: format_csv("flags.csv"),
     "bench": format_bench,
 }
 
