@@ -216,8 +216,9 @@ def list_notebooks() -> str:
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))[1:]:
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         title = next("".join(c["source"]) for c in cells if c["cell_type"] == "markdown").partition("\n")[0]
-        parameters = any(c["metadata"].get("tags") == ["parameters"] for c in cells)
-        name = f"**{path.stem}**" if parameters else path.stem
+        exported = ["".join(c["source"]) for c in cells if c["source"][:1] == ["#| export\n"]]
+        is_stage = any("\n@stage(" in source for source in exported)
+        name = f"**{path.stem}**" if is_stage else path.stem
         subject = title.partition(": ")[2]
         subject = subject if len(subject) < 40 else subject.partition(",")[0]
         number = int(path.stem[:2])
