@@ -226,7 +226,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'nbs_lib.bundle.fit_distance': ('bundle.html#fit_distance', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.fit_quality_limits': ('bundle.html#fit_quality_limits', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.fit_radii': ('bundle.html#fit_radii', 'nbs_lib/bundle.py'),
-                                'nbs_lib.bundle.hash_bytes': ('bundle.html#hash_bytes', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.mean_radius': ('bundle.html#mean_radius', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.nearest_distance': ('bundle.html#nearest_distance', 'nbs_lib/bundle.py'),
                                 'nbs_lib.bundle.open_bundle': ('bundle.html#open_bundle', 'nbs_lib/bundle.py'),

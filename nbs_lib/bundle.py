@@ -6,13 +6,12 @@
 __all__ = ['COUNTS', 'LEAST', 'USED', 'FOLD_KEYS', 'ESTIMATOR_KEYS', 'FEATURE_META_KEYS', 'FeatureDistance', 'nearest_distance',
            'fit_axes', 'fit_distance', 'fit_radii', 'mean_radius', 'PastureModel', 'read_labels', 'fit_quality_limits',
            'describe_training', 'run_settings', 'open_run_model', 'open_model', 'copy_metadata', 'copy_weights',
-           'collect_bundle', 'write_card', 'write_statistics', 'check_estimators', 'pack_bundle', 'hash_bytes',
-           'check_versions', 'extract_bundle', 'read_settings', 'open_bundle']
+           'collect_bundle', 'write_card', 'write_statistics', 'check_estimators', 'pack_bundle', 'check_versions',
+           'extract_bundle', 'read_settings', 'open_bundle']
 
 # %% ../notebooks/60_bundle.ipynb #c6499be7
 import contextlib
 import dataclasses
-import hashlib
 import importlib.resources
 import json
 import os
@@ -33,7 +32,7 @@ from .calibration import SitePrior, estimate_prior
 from .ensemble import Blend, load_blend
 from .features import read_features
 from .inference import count_folds
-from .runtime import InputError, atomic_write, progress, read_json, write_json
+from .runtime import InputError, atomic_write, hash_file, progress, read_json, write_json
 from .settings import SECTIONS, Settings, load_settings
 from .siglip import locate_siglip
 from .stages import Run
@@ -198,7 +197,7 @@ def open_run_model(folder: Path, work: Path) -> PastureModel:
     except (OSError, KeyError, ValueError) as e:
         raise InputError(f"--model {folder}: the run is not complete ({e}); run it again") from e
     records = [folder / "run.json", *sorted((artefacts / "stages").glob("*.json"))]
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in records)).hexdigest()
+    key = "-".join(map(hash_file, records))
     return PastureModel(work, settings, blend, settings.boosting.coverage, **about, key=key)
 
 # %% ../notebooks/60_bundle.ipynb #5b1d07ab
@@ -320,7 +319,7 @@ def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
         meta, estimators = folder / "artefacts" / "boosting" / "model.json", {}
         if meta.is_file():
             estimators = read_json(meta)["versions"]
-        files = {name: hash_bytes(folder / name) for name in names}
+        files = {name: hash_file(folder / name) for name in names}
         write_json(folder / "manifest.json", {"nbs_lib": version, "estimators": estimators, "files": files})
         try:
             with atomic_write(to) as temporary, zipfile.ZipFile(temporary, "w") as archive:
@@ -329,12 +328,6 @@ def pack_bundle(run_folder: str | Path, to: str | Path) -> Path:
         except OSError as e:
             raise InputError(f"--to {to}: cannot be written ({e.strerror}); choose another file") from e
     return to
-
-
-def hash_bytes(path: Path) -> str:
-    "Return the SHA-256 of a file."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 # %% ../notebooks/60_bundle.ipynb #b7aebfa0
 def check_versions(path: Path, manifest: dict) -> None:
@@ -362,8 +355,8 @@ def extract_bundle(path: Path, work: Path) -> None:
         manifest = json.loads((work / "manifest.json").read_bytes())
         check_versions(path, manifest)
         for name, wanted in manifest["files"].items():
-            if hash_bytes(work / name) != wanted:
-                raise InputError(f"{path}: {name} is broken (SHA-256 differs); copy the bundle again")
+            if hash_file(work / name) != wanted:
+                raise InputError(f"{path}: {name} is broken (its hash differs); copy the bundle again")
     except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, ValueError, EOFError,
             FileNotFoundError) as e:
         raise InputError(f"{path}: is not a whole bundle ({e}); copy or download it again") from e
@@ -404,4 +397,4 @@ def open_bundle(path: Path, work: Path) -> PastureModel:
         raise InputError(f"{path}: is not a bundle of this library ({e!r}); pack it again") from e
     blend = load_blend(work / "artefacts" / "blend.json")
     return PastureModel(work, settings, blend, statistics["coverage"], radii, statistics["measured"],
-                        statistics["limits"], distance, prior, hash_bytes(work / "manifest.json"))
+                        statistics["limits"], distance, prior, hash_file(work / "manifest.json"))

@@ -220,7 +220,11 @@ def predict_piece(
 # %% ../notebooks/61_predict.ipynb #9428b183
 def name_answer(path: Path, *words) -> str:
     "Return a name for the answer about a photo: of its bytes, the library's version and `words`."
-    text = "\n".join(map(str, (hash_file(path), version, *words)))
+    try:
+        content = hash_file(path)
+    except OSError:  # reading it names the fault
+        content = path
+    text = "\n".join(map(str, (content, version, *words)))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

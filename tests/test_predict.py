@@ -308,6 +308,17 @@ def test_an_interrupted_call_goes_on_where_it_stopped(plain, model, tmp_path, mo
         assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_photo_that_may_not_be_opened_stops_no_other(plain, model, tmp_path, monkeypatch):
+    def deny(path):
+        if Path(path).name == "3.png":
+            raise PermissionError(13, "Permission denied")
+        return Path(path).name
+
+    plain[1] = model
+    monkeypatch.setattr(predict, "hash_file", deny)
+    assert call(*plain, "--output", tmp_path / "out") == 0 and len(read_table(tmp_path / "out")) == 7
+
+
 def test_photos_of_a_paddock_are_averaged(plain, model, tmp_path):
     "By folder, and by a table that names paddocks for some of the photos."
     plain[1] = model
