@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'PHOTO_STAGES', 'PACKAGES', 'choose_stages', 'Session', 'start_session', 'is_run_cell', 'make_engine',
            'own_kernel_manager', 'notebook_path', 'output_path', 'read_last_cell', 'execute_stage', 'LimitPassed',
-           'measure_folder', 'check_limits', 'watch_stage', 'watched', 'raise_limit', 'check_input', 'run_stage',
+           'measure_folder', 'check_limits', 'enforce_limits', 'watch_stage', 'raise_limit', 'check_input', 'run_stage',
            'describe_run', 'lock_output', 'describe_result', 'raise_fault', 'run_chain', 'run_stages', 'find_input',
            'open_here', 'parse_run_call', 'plan_budget', 'run_call', 'try_report', 'print_scores', 'handle_signals',
            'main']
@@ -19,6 +19,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -115,6 +116,10 @@ def own_kernel_manager(isolation: Isolation = Isolation(), input: Path = Path(),
         def _transport_default(self) -> str:
             return "ipc" if isolation.network == "namespace" else "tcp"
 
+        def _ip_default(self) -> str:  # of ipc: the first part of the sockets' paths, which must be short
+            path = f"{tempfile.gettempdir()}/nbs-{os.getpid()}-{time.monotonic_ns()}"
+            return path if isolation.network == "namespace" else "127.0.0.1"
+
         def format_kernel_cmd(self, *args, **kwargs) -> list[str]:
             command = super().format_kernel_cmd(*args, **kwargs)
             return isolate_command(command, input) if isolation.network == "namespace" else command
@@ -181,9 +186,10 @@ class LimitPassed(Exception):
 def measure_folder(folder: Path) -> float:
     "Sum the sizes of all files below `folder`, GB (2³⁰ bytes); a link counts as itself."
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone since it was listed
-            total += path.lstat().st_size
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):  # gone since it was listed
+                total += os.lstat(os.path.join(place, name)).st_size
     return total / 2**30
 
 
@@ -196,7 +202,7 @@ def check_limits(limits: LimitsSettings, seconds: float, memory: float, disk: fl
     return ""
 
 # %% ../notebooks/90_run.ipynb #7764ae96
-def watch_stage(run: Run, entry: dict, deadline: float, known: set[int], ended: threading.Event) -> None:
+def enforce_limits(run: Run, entry: dict, deadline: float, known: set[int], ended: threading.Event) -> None:
     "Note the peak memory of a stage until it has `ended`; at a limit note that and kill its processes."
     start, limits, now = time.monotonic(), run.settings.limits, time.monotonic()
     while not ended.wait(max(0.2, 4 * (time.monotonic() - now))):
@@ -211,11 +217,11 @@ def watch_stage(run: Run, entry: dict, deadline: float, known: set[int], ended: 
 
 
 @contextlib.contextmanager
-def watched(run: Run, entry: dict, deadline: float) -> Iterator[None]:
+def watch_stage(run: Run, entry: dict, deadline: float) -> Iterator[None]:
     "Watch the stage that runs in the block, and end all its processes after it."
     ended = threading.Event()
     with end_children_after() as known:
-        watcher = threading.Thread(target=watch_stage, args=(run, entry, deadline, known, ended), daemon=True)
+        watcher = threading.Thread(target=enforce_limits, args=(run, entry, deadline, known, ended))
         watcher.start()
         try:
             yield
@@ -246,7 +252,7 @@ def run_stage(run: Run, entry: dict, session: Session) -> None:
     entry |= {"network": session.isolation.network, "peak_rss_gb": 0.0, "limit": ""}
     output_path(run, name).unlink(missing_ok=True)
     try:
-        with watched(run, entry, session.deadline):
+        with watch_stage(run, entry, session.deadline):
             fault = execute_stage(run, name, session)
         fault |= check_input(run, name, session)
         entry["status"] = "stopped" if entry["limit"] else "failed" if fault else "done"

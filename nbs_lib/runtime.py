@@ -87,11 +87,7 @@ def to_plain(value):
         return dataclasses.asdict(value)
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, set | frozenset):
-        return sorted(value)
-    raise TypeError(f"no JSON for {type(value).__name__}")
+    return sorted(value) if isinstance(value, set | frozenset) else os.fspath(value)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -268,9 +264,7 @@ def pick_device():
     import torch
 
     usable = usable_gpus()
-    if not usable:
-        return torch.device("cpu")
-    return torch.device("cuda", usable[0]) if usable[0] else torch.device("cuda")
+    return torch.device(f"cuda:{usable[0]}".removesuffix(":0") if usable else "cpu")
 
 # %% ../notebooks/01_runtime.ipynb #1b871f43
 PRECISIONS = ("auto", "float16", "bfloat16", "float32")

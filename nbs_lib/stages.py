@@ -185,14 +185,9 @@ def describe_inputs(
     "Return all that decides what a stage writes, as plain JSON."
     names = [s for s in dict.fromkeys((name, "run", *sections)) if s in SECTIONS]
     inputs = {
-        "stage": name,
-        "module": module,
+        "stage": name, "module": module, "library": version, "code": hash_code(module),
         "settings": {s: dataclasses.asdict(getattr(run.settings, s)) for s in names},
-        "seed": run.settings.run.seed,
-        "library": version,
-        "code": hash_code(module),
-        "inputs": hash_inputs(run, reads),
-        "weights": hash_weights(weights),
+        "seed": run.settings.run.seed, "inputs": hash_inputs(run, reads), "weights": hash_weights(weights),
     }
     return json.loads(json.dumps(inputs, default=to_plain))
 
