@@ -964,7 +964,7 @@ CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["nbs_lib.submit", "tiny"])
 
 
-def kill_at_random(trained: Path, tmp_path: Path, times: int) -> None:
+def kill_ten_times(trained: Path, tmp_path: Path) -> None:
     "SIGTERM and SIGKILL in turn, at random moments of a run; whenever the file is there it is whole."
     run = copy_run(trained, tmp_path)
     watched(tmp_path)  # warms the fork server
@@ -972,7 +972,7 @@ def kill_at_random(trained: Path, tmp_path: Path, times: int) -> None:
     needed, first, reads = watched(tmp_path)
     assert first < 60 and reads > 5
     outcomes = []
-    for k, moment in enumerate(np.random.default_rng(0).uniform(0, needed, times)):
+    for k, moment in enumerate(np.random.default_rng(0).uniform(0, needed, 10)):
         (run.output / "submission.csv").unlink(missing_ok=True)
         _, came, _ = watched(tmp_path, moment, (signal.SIGTERM, signal.SIGKILL)[k % 2])
         assert came is not None or moment < 2 * first + 2, f"killed after {moment:.1f} s, and no file"
@@ -982,13 +982,23 @@ def kill_at_random(trained: Path, tmp_path: Path, times: int) -> None:
     assert not list(run.output.glob(".submission.tmp-*")), "the next run removes temporary files"
 
 
-def test_killed_at_two_random_moments(trained, tmp_path):
-    kill_at_random(trained, tmp_path, 2)
+def test_killed_as_soon_as_there_is_a_file(trained, tmp_path):
+    run = copy_run(trained, tmp_path)
+    path = run.output / "submission.csv"
+    process = CONTEXT.Process(target=submit_quietly, args=[str(tmp_path)])
+    process.start()
+    while not path.exists() and process.is_alive():
+        time.sleep(0.005)
+    process.kill()
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
+    whole(path, run.input)
+    assert run_submit(run)["models"] == ALL and not list(run.output.glob(".submission.tmp-*"))
 
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments(trained, tmp_path):
-    kill_at_random(trained, tmp_path, 10)
+    kill_ten_times(trained, tmp_path)
     assert KILLED in ROBUSTNESS.read_text().splitlines()
 
 
@@ -1005,7 +1015,7 @@ def write_table() -> None:
     for k, name in enumerate(DRILL):
         with pytest.MonkeyPatch.context() as monkeypatch:
             lines.append(row(drill(name, source, folder / str(k), monkeypatch)))
-    kill_at_random(source, folder / "killed", 10)
+    kill_ten_times(source, folder / "killed")
     before, _, rest = ROBUSTNESS.read_text().partition(BEGIN)
     ROBUSTNESS.write_text(before + BEGIN + "\n".join([*lines, KILLED]) + "\n" + END + rest.partition(END)[2])
     shutil.rmtree(folder)
