@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from skimage import data
 from test_submit import SMALL, copy_run, train_small
 
-from nbs_lib import bundle, predict
+from nbs_lib import bundle, kaggle, predict
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import Run
@@ -391,15 +391,23 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(plain, model, t
     assert capsys.readouterr().err.count("\n") == 1 and not list((tmp_path / "out").rglob("*.*"))
 
 
-def test_a_kernel_predicts_an_attached_dataset_with_an_extracted_bundle(plain, model, tmp_path):
+def test_the_kernel_predicts_an_attached_dataset_with_an_extracted_bundle(
+    plain, model, tmp_path, monkeypatch
+):
     "Kaggle extracts the zips of a dataset, and its input is read only."
     root = tmp_path / "input" / "datasets" / "ann"
     shutil.copytree(tmp_path / "farm", root / "photos")
     with zipfile.ZipFile(model) as archive:
         archive.extractall(root / "bundle" / "model")
     before = list_files(root)
-    table = predict.predict_attached(str(tmp_path / "input"), str(tmp_path / "working"))
-    assert len(table) == 7 and list_files(root) == before
+    monkeypatch.setenv("NBS_KAGGLE_INPUT", str(tmp_path / "input"))
+    parameters = kaggle.KAGGLE_PARAMETERS | {"output": str(tmp_path / "working")}
+    kernel, settings = kaggle.KAGGLE_KERNELS["predict"], load_settings("kaggle")
+    names: dict = {}
+    for cell in kaggle.build_kernel_notebook(kernel, settings, parameters).cells:
+        if cell.cell_type == "code":
+            exec(cell.source, names)
+    assert len(names["predictions"]) == 7 and list_files(root) == before
     written = {path.name for path in (tmp_path / "working").iterdir()}
     assert written == {"predictions.csv", "paddocks.csv", "predictions.html"}
     with bundle.open_model(model) as one, bundle.open_model(root / "bundle" / "model") as other:
