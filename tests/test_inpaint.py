@@ -125,14 +125,14 @@ def test_writing_close_to_an_edge_is_not_read_with_its_mirror(x, y, height):
     assert stamp_mask(photo)[place][text > 0.5].mean() > 0.95
 
 
-@pytest.mark.parametrize("turn", [1, 3])
-def test_writing_that_was_turned_with_the_photo_is_found(turn):
+def test_writing_that_was_turned_with_the_photo_is_found():
     "A camera writes along its sensor; a photo that is turned afterwards has vertical writing."
-    for one in composites(6, 3):
-        mask = stamp_mask(np.ascontiguousarray(np.rot90(one.stamped, turn)))
+    for one in composites(4, 3):
         upright = stamp_mask(one.stamped)[one.truth].mean()
-        assert mask[np.rot90(one.truth, turn)].mean() == pytest.approx(upright, abs=0.05)
-        assert not stamp_mask(np.ascontiguousarray(np.rot90(one.empty, turn))).any()
+        for turn in (1, 3):
+            mask = stamp_mask(np.ascontiguousarray(np.rot90(one.stamped, turn)))
+            assert mask[np.rot90(one.truth, turn)].mean() == pytest.approx(upright, abs=0.05)
+            assert not stamp_mask(np.ascontiguousarray(np.rot90(one.empty, turn))).any()
 
 
 def test_networks_fitted_anew_make_what_they_cleaned_stale(tmp_path, monkeypatch):

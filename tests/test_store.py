@@ -21,7 +21,7 @@ from PIL import Image
 from tiny import claim_size, grass
 
 from benchmarks.store import bench_photos
-from nbs_lib import demo, images, inpaint, stamp_detection, stamps
+from nbs_lib import demo, images, inpaint, stamps
 from nbs_lib import store as store_module
 from nbs_lib.images import photo_quality, read_photo, split_halves
 from nbs_lib.inpaint import build_store, build_stores, clean_photo
@@ -60,14 +60,6 @@ def write_photos(folder: Path, n: int, size=(300, 600)) -> list[Path]:
 
 def run_in(folder: Path, *overrides: str):
     return open_run(folder / "in", folder / "out", overrides=["photos.workers=2", *overrides])
-
-
-# ---- cleaning
-def test_a_build_without_the_networks_says_so(folder, monkeypatch):
-    monkeypatch.setattr(stamp_detection, "networks_path", lambda: folder / "nets.safetensors")
-    inpaint.code_key.cache_clear(), stamp_detection.load_network.cache_clear()
-    with pytest.raises(InputError, match="nets.safetensors: holds no weights of the StampDetector"):
-        build_stores(run_in(folder), "test", write_photos(folder, 1), ["ID0"], [64], strict=False)
 
 
 # --- the store
