@@ -22,9 +22,11 @@ EXACT = ("04_targets", "05_tables")  # arithmetic alone: the same pixels under t
 PACKAGES = ("numpy==", "pandas==", "scikit-learn==", "matplotlib==", "pillow==")
 PINS = [line for line in (ROOT / "constraints.txt").read_text().split() if line.startswith(PACKAGES)]
 SAME = all(importlib.metadata.version(name) == pin for name, pin in (line.split("==") for line in PINS))
+INLINE = "module://matplotlib_inline.backend_inline"
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # Lessons whose output depends on the clock or the machine: how their cells begin.
-OF_THE_MACHINE = {"89_isolation": ("code = \"import os, time; a = b'x'",)}
+OF_THE_MACHINE = {"70_ledger": ('torn = folder / "torn.jsonl"',),
+                  "89_isolation": ("code = \"import os, time; a = b'x'",)}
 
 
 def list_lessons(path: Path) -> list[nbformat.NotebookNode]:
@@ -34,13 +36,18 @@ def list_lessons(path: Path) -> list[nbformat.NotebookNode]:
 
 def run_lessons(path: Path) -> list[dict[str, str]]:
     "Execute the lessons of a notebook in this process; return what each cell shows, by MIME type."
+    import matplotlib
     import pandas as pd
     from ipykernel.zmqshell import ZMQInteractiveShell
     from IPython.utils.capture import capture_output
+    from matplotlib_inline.backend_inline import configure_inline_support
 
+    os.environ.update({**QUIET, "MPLBACKEND": INLINE})
     shell, shown = ZMQInteractiveShell.instance(), []
     shell._showtraceback = lambda *_: None  # there is no front end: the error is raised
     shell.enable_gui = lambda *_: None  # that of `%matplotlib inline`
+    matplotlib.use(INLINE)
+    configure_inline_support(shell, INLINE)
     pd.set_option("display.max_columns", 20)  # as in a notebook
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
@@ -70,9 +77,9 @@ def forks():
     "A way to start processes that have loaded the large packages already; each notebook gets one."
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["nbs_lib.predict", "matplotlib.pyplot", "ipykernel.zmqshell"])
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in {**QUIET, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}.items():
-            environment.setenv(name, value)
+    with pytest.MonkeyPatch.context() as environment:  # what the packages read when they are loaded
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "NO_ALBUMENTATIONS_UPDATE"):
+            environment.setenv(name, "1")
         yield context
 
 
