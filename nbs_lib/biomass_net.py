@@ -35,7 +35,7 @@ from .weights import load_weights
 
 # %% ../notebooks/32_biomass_net.ipynb #f1f48bc1
 CHOICES = {"head": ("pooled", "recipe", "density", "none"), "order": ("panorama", "left_right")}
-AUX = ("intervals", "state", "ndvi", "height")  # auxiliary targets in training
+AUX = ("intervals",)  # auxiliary targets in training
 INTERVALS = 7  # classes of each target, for aux = intervals
 
 
@@ -48,9 +48,8 @@ def check_model_config(c: "ModelConfig") -> None:
     if not c.probe and c.head == "none":
         raise InputError("train_dinov3.head: predicts nothing (none, without a probe); "
                          "set head to pooled or density")
-    if set(c.aux) - set(AUX) or ("state" in c.aux and not c.states):
-        raise InputError(f"train_dinov3.aux: unknown, or the states are not given ({', '.join(c.aux)}); "
-                         f"choose from {', '.join(AUX)}")
+    if set(c.aux) - set(AUX):
+        raise InputError(f"train_dinov3.aux: unknown ({', '.join(c.aux)}); choose from {', '.join(AUX)}")
     check_poolings(c.poolings, "train_dinov3.poolings")
     for key, smallest, least in (("size", c.size, 32), ("probe_sizes", min(c.probe_sizes, default=32), 32),
                                  ("depths", c.depths, 1)):
@@ -71,14 +70,13 @@ class ModelConfig:
     head: str = "density"  # pooled, recipe, density, or none: the probe alone
     fusion: str = "gated_conv"  # a mixer of 30_fusion
     layers: int = 2  # mixers in sequence
-    dim: int = 0  # channels of the neck; 0: those of the backbone
+    dim: int = 0  # channels of the mixers; 0: those of the backbone
     order: str = "panorama"  # tokens row by row across both halves; left_right: the whole left half first
-    prefix: bool = False  # keep a ViT's class and register tokens in the neck
+    prefix: bool = False  # keep a ViT's class and register tokens in the mixers
     dropout: float = 0.1  # in the mixers
     head_dropout: float = 0.1
     halves: bool = False  # predict each half by itself and add the two
     aux: tuple[str, ...] = ()  # auxiliary targets, of AUX
-    states: int = 0  # number of states, for aux = state
     lora: int = 0  # rank of low-rank adapters in the backbone; 0: none
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of the backbone's training pixels (0 to 1)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -271,7 +269,7 @@ class BiomassNet(BasePredictor):
         tokens = to_tokens(*grids, self.config.order) if len(grids) == 2 else grids[0].flatten(1, 2)
         if self.config.prefix:
             tokens = torch.cat([features.prefix.flatten(1, 2), tokens], 1)
-        return self.fusion(self.neck(tokens))
+        return self.fusion(self.projection(tokens))
 
     def forward(self, x: Tensor | BackboneFeatures, base: Tensor | None = None, full: bool = False):
         """Map pixels (B, 2, 3, H, W) or their features to grams (B, 3); `base` (B, 3) replaces the probe.
@@ -296,23 +294,22 @@ class BiomassNet(BasePredictor):
     def drop_head(self) -> None:
         "Remove everything but the probe."
         self.config = dataclasses.replace(self.config, head="none")
-        del self.neck, self.fusion, self.head, self.aux
+        del self.projection, self.fusion, self.head, self.aux
 
 # %% ../notebooks/32_biomass_net.ipynb #600eb42c
 def add_head(net: BiomassNet) -> None:
-    "Add neck, mixers, head and auxiliary layers to `net`; raise `InputError` for an unknown mixer."
+    "Add projection, mixers, head and auxiliary layers to `net`; raise `InputError` for an unknown mixer."
     c, width = net.config, net.backbone.channels[-1]
     dim = c.dim or width
     norm = nn.Identity() if c.head == "recipe" else nn.LayerNorm(width)
-    net.neck = nn.Sequential(norm, nn.Linear(width, dim) if dim != width else nn.Identity())
+    net.projection = nn.Sequential(norm, nn.Linear(width, dim) if dim != width else nn.Identity())
     options = {} if c.fusion == "none" else {"dropout": c.dropout}
     try:
         net.fusion = build_fusion(c.fusion, dim, depth=c.layers, **options)
     except ValueError as e:
         raise InputError(f"train_dinov3.{e}") from e
     net.head = Head(c.head, dim, c.head_dropout)
-    sizes = {"intervals": 5 * INTERVALS, "state": c.states, "ndvi": 1, "height": 1}
-    net.aux = nn.ModuleDict({name: nn.Linear(dim, sizes[name]) for name in c.aux})
+    net.aux = nn.ModuleDict({name: nn.Linear(dim, 5 * INTERVALS) for name in c.aux})
 
 
 def predict_tokens(net: BiomassNet, features: BackboneFeatures, base: Tensor) -> tuple[Tensor, Tensor]:

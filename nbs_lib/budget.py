@@ -310,7 +310,7 @@ def simulate(settings: Settings) -> Simulations:
     "Simulate all networks of a profile; about 10 seconds for a ViT-H+."
     s, batch = settings.train_dinov3, settings.submit.batch
     shape = half_shape(s.size, s.squeeze)
-    config = dataclasses.replace(model_config(s, 4), probe_sizes=())
+    config = dataclasses.replace(model_config(s), probe_sizes=())
     with fake_tensors():
         net = build_fake(lambda: build_model(config))
         inference = simulate_inference(net, lambda n: n(torch.zeros(batch, 2, 3, *shape)), batch)

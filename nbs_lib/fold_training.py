@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SELECT', 'CONFIDENCE', 'check_train_settings', 'FoldData', 'clone_model', 'init_output', 'init_fold_model',
-           'split_groups', 'gain_by_group', 'significance_margin', 'cross_selected_predictions', 'predict_inner_folds',
-           'nested_cv_gate', 'score_epoch', 'split_selection', 'refit_on_all', 'make_train_config', 'fit_fold',
-           'ConcatStore', 'add_unlabelled', 'choose_unlabelled', 'mask_aux_targets', 'pseudo_round', 'pseudo_rounds']
+           'split_groups', 'gain_by_group', 'cross_selected_predictions', 'predict_inner_folds', 'nested_cv_gate',
+           'score_epoch', 'split_selection', 'refit_on_all', 'make_train_config', 'fit_fold', 'ConcatStore',
+           'add_unlabelled', 'choose_unlabelled', 'pseudo_round', 'pseudo_rounds']
 
 # %% ../notebooks/34_fold_training.ipynb #b47e7936
+import bisect
 import copy
 import dataclasses
 import math
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import t as student_t
-from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from .backbones import VIEWS, BackboneFeatures
 from .biomass_net import BiomassNet
@@ -28,7 +29,8 @@ from .settings import TrainDinov3Settings
 from .store import PhotoStore
 from .targets import TARGET_WEIGHTS, weighted_r2_score
 from nbs_lib.trainer import (
-    Stopwatch, TrainConfig, aux_targets, hit_time_budget, make_accelerator, read_checkpoint, train, unfreeze,
+    Stopwatch, TrainConfig, hit_time_budget, interval_targets, make_accelerator, read_checkpoint, train,
+    unfreeze,
 )
 from .validation import group_folds
 
@@ -53,7 +55,6 @@ def check_train_settings(s: TrainDinov3Settings) -> None:
         (s.pseudo_rounds and (s.select == "outer" or s.head == "none" or not s.epochs),
          "pseudo_rounds: needs a trained head, and select = outer would leak the fold's own labels; "
          "set head, epochs and another select, or pseudo_rounds = 0"),
-        (s.pseudo_rounds < 0, f"pseudo_rounds: negative ({s.pseudo_rounds}); set 0 or more"),
         (s.pseudo_weight <= 0, f"pseudo_weight: not positive ({s.pseudo_weight:g}); set more than 0"),
         (not s.pseudo_from or not set(s.pseudo_from) <= {"test", "held_out"},
          f"pseudo_from: unknown ({', '.join(s.pseudo_from) or 'nothing'}); choose from test, held_out"),
@@ -77,9 +78,12 @@ class FoldData:
     groups: np.ndarray  # (n,) site: place and date
     features: dict[str, BackboneFeatures] | None  # of the frozen backbone, by view
     augmentation: object = None  # settings of `store.augment`, for a trained backbone
-    meta: dict[str, np.ndarray] | None = None  # state (codes, −1 unknown), ndvi, height
     names: Sequence[str] | None = None  # image_ids
-    sample_weights: np.ndarray | None = None  # (n,) factors on the loss
+    sample_weights: np.ndarray | None = None  # (n,) factors on the loss; None: 1
+
+    def __post_init__(self):
+        if self.sample_weights is None:
+            self.sample_weights = np.ones(len(self.y))
 
     def photo_keys(self) -> list[str]:
         "Return the store's key of each photograph: its file and how it was processed."
@@ -132,17 +136,14 @@ def split_groups(groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.nda
 def gain_by_group(
     y: np.ndarray, before: np.ndarray, after: np.ndarray, groups: np.ndarray
 ) -> tuple[float, float]:
-    "Return the weighted squared error that `after` saves over `before` (n, 5), and its standard error."
+    "Return the weighted squared error that `after` saves over `before` (n, 5), and what is significant."
     saved = ((before - y) ** 2 - (after - y) ** 2) @ TARGET_WEIGHTS
     by_group = np.array([saved[groups == g].sum() for g in np.unique(groups)])
-    if len(by_group) < 2:
+    count = len(by_group)
+    if count < 2:
         return float(by_group.sum()), math.inf
-    return float(by_group.sum()), float(by_group.std(ddof=1) * math.sqrt(len(by_group)))
-
-
-def significance_margin(error: float, groups: np.ndarray) -> float:
-    "Return the gain that is significant given its standard error over `groups`."
-    return float(student_t.ppf(CONFIDENCE, max(1, len(set(groups)) - 1))) * error
+    error = by_group.std(ddof=1) * math.sqrt(count)
+    return float(by_group.sum()), float(student_t.ppf(CONFIDENCE, count - 1) * error)
 
 # %% ../notebooks/34_fold_training.ipynb #ab26021b
 def cross_selected_predictions(curve: np.ndarray, y: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
@@ -201,8 +202,7 @@ def nested_cv_gate(m: FoldData, fit: TrainConfig, warn: Callable = print) -> dic
     scores = [weighted_r2_score(y, predicted) for predicted in curve]
     epochs = int(np.argmax(scores))
     selected = cross_selected_predictions(curve, y, [out for _, out in splits])
-    gain, error = gain_by_group(y, curve[0], selected, sites)
-    margin = significance_margin(error, sites)
+    gain, margin = gain_by_group(y, curve[0], selected, sites)
     return {"keep": epochs > 0 and gain > margin, "epochs": epochs, "gain": gain, "margin": margin,
             "scores": [round(score, 4) for score in scores]}
 
@@ -255,8 +255,8 @@ def make_train_config(
     "Configure the training of a fold on photographs `inside` of its `index`; `more`: fields of TrainConfig."
     frozen = s.unfreeze == 0
     data = CachedFeatures(m.features["id"]) if frozen else ImageBatches(m.store, net.config, m.augmentation)
-    aux = aux_targets(m.y, m.meta, index) if net.config.aux else None
-    return TrainConfig(data, m.y, inside, s, epochs=s.epochs, aux=aux, names=m.names,
+    intervals = interval_targets(m.y, index) if net.config.aux else None
+    return TrainConfig(data, m.y, inside, s, epochs=s.epochs, intervals=intervals, names=m.names,
                        sample_weights=m.sample_weights, **more)
 
 # %% ../notebooks/34_fold_training.ipynb #44c043ab
@@ -273,8 +273,7 @@ def fit_fold(
 ) -> tuple[BiomassNet, dict]:
     "Fit the network of one fold; return it and notes: penalty, gate, history, rounds, refit."
     device = device or pick_device()
-    if m.sample_weights is not None:  # a photograph of weight 0 is left out altogether
-        index = index[m.sample_weights[index] > 0]
+    index = index[m.sample_weights[index] > 0]  # a photograph of weight 0 is left out altogether
     if s.epochs == 0 or s.head == "none":
         net, _, notes = init_fold_model(m, s, index, seed, device)
         return net, notes
@@ -302,60 +301,34 @@ def fit_fold(
     return net, notes
 
 # %% ../notebooks/34_fold_training.ipynb #827a334d
-class ConcatStore:
-    "Concatenate several stores."
-
-    def __init__(self, *stores):
-        self.stores = stores
-        self.starts = np.cumsum([0, *map(len, stores)])
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        store, row = self.locate(i)
-        return store[row]
+class ConcatStore(ConcatDataset):
+    "Concatenate several stores, their keys and rows too."
 
     def key(self, i: int) -> str | None:
         "Return the key of photograph `i`, see `PhotoStore.key`."
-        store, row = self.locate(i)
-        return store.key(row)
-
-    def locate(self, i: int) -> tuple[PhotoStore, int]:
-        "Return the store of photograph `i` and its row there."
-        which = int(np.searchsorted(self.starts, i, "right")) - 1
-        return self.stores[which], i - int(self.starts[which])
+        which = bisect.bisect_right(self.cumulative_sizes, i)
+        return self.datasets[which].key(i - [0, *self.cumulative_sizes][which])
 
     @property
     def rows(self) -> np.ndarray:
         "Return the rows of all stores."
-        return np.concatenate([store.rows for store in self.stores])
+        return np.concatenate([store.rows for store in self.datasets])
 
-# %% ../notebooks/34_fold_training.ipynb #6d3daca1
+
 def add_unlabelled(m: FoldData, extra: PhotoStore) -> FoldData:
     "Append the photographs of `extra` to `m`, without labels, each a group of its own."
     n = len(extra)
-    meta = {k: np.r_[v, np.full(n, -1 if v.dtype.kind == "i" else np.nan)] for k, v in (m.meta or {}).items()}
     groups = np.r_[m.groups.astype(str), [f"unlabelled {i}" for i in range(n)]]
-    sample_weights = None if m.sample_weights is None else np.r_[m.sample_weights, np.ones(n)]
     return dataclasses.replace(
-        m, store=ConcatStore(m.store, extra), y=np.r_[m.y, np.full((n, 5), np.nan)], groups=groups, meta=meta,
-        names=[*m.names, *extra.ids], sample_weights=sample_weights)
+        m, store=ConcatStore([m.store, extra]), y=np.r_[m.y, np.full((n, 5), np.nan)], groups=groups,
+        names=[*m.names, *extra.ids], sample_weights=np.r_[m.sample_weights, np.ones(n)])
 
 
 def choose_unlabelled(m: FoldData, s: TrainDinov3Settings, index: np.ndarray, out: np.ndarray) -> np.ndarray:
     "Return the photographs that get pseudo-labels: held-out ones, and those outside all folds, as set."
-    usable = np.arange(len(m.y)) if m.sample_weights is None else np.flatnonzero(m.sample_weights)
+    usable = np.flatnonzero(m.sample_weights)
     pools = {"held_out": out, "test": np.setdiff1d(usable, np.r_[index, out])}
     return np.concatenate([out[:0], *(pool for name, pool in pools.items() if name in s.pseudo_from)])
-
-# %% ../notebooks/34_fold_training.ipynb #cd029261
-def mask_aux_targets(aux: dict[str, Tensor] | None, pool: np.ndarray) -> dict[str, Tensor] | None:
-    "Return the auxiliary targets with those of photographs `pool` set to unknown."
-    if aux is None:
-        return None
-    at = torch.as_tensor(pool)
-    return {k: v.index_fill(0, at, math.nan if v.is_floating_point() else -1) for k, v in aux.items()}
 
 # %% ../notebooks/34_fold_training.ipynb #ad136cb3
 def pseudo_round(
@@ -364,16 +337,17 @@ def pseudo_round(
 ) -> tuple[BiomassNet, list[dict]]:
     "Train a student from `seed` on labels of `index` and pseudo-labels of `pool`; return it and its history."
     s, features = fit.settings, m.cached(fit.settings)
-    y, weights = m.y.copy(), np.ones(len(m.y)) if m.sample_weights is None else m.sample_weights.copy()
+    y, weights = m.y.copy(), m.sample_weights.copy()
     predicted = predict(teacher, m.store, s.views, s.batch, fit.device, pool, features)
-    y[pool] = require_finite(predicted, [fit.name(i) for i in pool], "teacher of pseudo-labels")
+    y[pool] = require_finite(predicted, [fit.names[i] for i in pool], "teacher of pseudo-labels")
     weights[pool] = s.pseudo_weight
     teacher.cpu()  # frees GPU memory for the student
     student, base, _ = init_fold_model(m, s, index, seed, fit.device)
     if base is not None:
         base[pool] = student.probe(features["id"].pooled[pool].to(fit.device)).cpu().numpy()
     fit = dataclasses.replace(fit, y=y, sample_weights=weights, base=base, index=np.r_[fit.index, pool])
-    fit.aux = mask_aux_targets(fit.aux, pool)
+    if fit.intervals is not None:  # those of a pseudo-label are unknown
+        fit.intervals = fit.intervals.index_fill(0, torch.as_tensor(pool), -1)
     return student, train(student, fit, warn)
 
 # %% ../notebooks/34_fold_training.ipynb #f55883b5

@@ -122,7 +122,7 @@ class NetworkSettings:
 @dataclass(frozen=True)
 class TrainDinov3Settings(NetworkSettings):
     "Model 1: the network (backbone, probe, mixers, head) and its training."
-    aux: tuple[str, ...]  # auxiliary targets: intervals (of grams, by classification), state, ndvi, height
+    aux: tuple[str, ...]  # auxiliary targets: intervals (of grams, by classification)
     aux_weight: float  # weight of the auxiliary losses
     pseudo_rounds: int  # rounds of training with pseudo-labels; 0: none
     pseudo_weight: float  # weight of a pseudo-labelled photo in the loss

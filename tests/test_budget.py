@@ -56,14 +56,14 @@ def twin(words: list[str]):
 
 def predict_gb(s, shape, half: bool) -> float:
     with budget.fake_tensors():
-        net = budget.build_fake(lambda: build_model(model_config(s, 4)))
+        net = budget.build_fake(lambda: build_model(model_config(s)))
         return sum(budget.simulate_step(net, s, shape, half).gb.values())
 
 
 @mock.patch.object(fusion, "chunked_scan", fusion.blocked_scan)
 def train(s, shape, half: bool = False, steps: int = 2) -> None:
     "Take real optimiser steps on black photos, with the scan of a GPU."
-    net = build_model(model_config(s, 4))
+    net = build_model(model_config(s))
     unfreeze(net, s.unfreeze)
     net.train().backbone.net.set_grad_checkpointing(s.checkpointing and s.unfreeze != 0)
     optimiser, ema = torch.optim.AdamW(parameter_groups(net, s), foreach=True), EMA(net, s.ema)
@@ -134,7 +134,7 @@ def test_operations_match_the_formulas():
     The backward pass costs twice as much, and recomputing once more."""
     s, (h, w) = twin([VIT, "checkpointing=yes", "head=pooled", "fusion=none", "dim=16"])
     with budget.fake_tensors():
-        net = budget.build_fake(lambda: build_model(model_config(s, 4)))
+        net = budget.build_fake(lambda: build_model(model_config(s)))
         inference = budget.simulate_inference(net, lambda n: n(torch.zeros(3, 2, 3, h, w)), 3)
         step = budget.simulate_step(net, s, (h, w))
     tokens, body = h * w // 256 + 5, net.backbone.net
@@ -208,7 +208,7 @@ def test_disk_matches_the_files(card, rounds, refit, tmp_path, monkeypatch):
     overrides = [f"train_dinov3.{w}" for w in (*words, f"refit={refit}")]
     settings = load_settings("kaggle", overrides=[*TWIN, "run.folds=2", *overrides])
     s, most = settings.train_dinov3, 0
-    net = build_model(model_config(s, 4))
+    net = build_model(model_config(s))
     unfreeze(net, s.unfreeze)
     if card == "T4":  # computes in float16
         cast_frozen_layers(net, torch.float16)
@@ -235,7 +235,7 @@ def test_disk_matches_the_files(card, rounds, refit, tmp_path, monkeypatch):
     if refit == "yes" and not rounds:
         names.append("state_refit")
     for name in names:
-        fit = TrainConfig(None, None, None, s, 0, 1, state=tmp_path / f"{name}.pt", key="k")
+        fit = TrainConfig(None, [], None, s, 0, 1, state=tmp_path / f"{name}.pt", key="k")
         for _ in range(4):
             write_checkpoint(fit.state, key="k", **progress.plain())
         if name != names[-1]:

@@ -274,6 +274,7 @@ t.extractor(Path({folder!r})).extract(t.Photos("abcd"), range(4), t.SMALL)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_files_only(tmp_path):
     code = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -signal.SIGKILL
@@ -293,6 +294,7 @@ def fill(folder: str, start, keys: str) -> None:
     assert not warned, warned
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_folder_and_a_third_reads_whole_files(tmp_path):
     context = get_context("spawn")
     start, keys = context.Barrier(3), "abcdefgh"

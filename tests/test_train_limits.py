@@ -264,6 +264,7 @@ def names(run, folder: str = "dinov3") -> set[str]:
 QUICK = ("train_dinov3.select=last", "train_dinov3.epochs=1")
 
 
+@pytest.mark.slow
 def test_files_that_no_fold_refers_to_are_removed(tmp_path):
     before = opened(tmp_path, *QUICK, "run.folds=3", "train_dinov3.schemes=grouped, stratified")
     train_dinov3.run_train_dinov3(before)
@@ -363,7 +364,7 @@ def oof_matches_weights(run) -> bool:
     return np.allclose(predicted, oof, rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("unfreeze", [0, 2])
+@pytest.mark.parametrize("unfreeze", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreeze, tmp_path):
     from safetensors.torch import save_file
 
@@ -385,6 +386,7 @@ def test_weights_that_are_replaced_under_their_name_leave_no_fold_behind(unfreez
     assert sum(name.startswith("backbone_") for name in names(runs[-1])) == 1
 
 
+@pytest.mark.slow
 def test_adapters_that_are_switched_on_bring_their_own_backbone(tmp_path):
     for lora in (0, 2, 0):
         run = opened(
@@ -423,6 +425,7 @@ def fail_or_sleep(run, jobs, threads):
     raise InputError("fold 0 cannot be trained")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 1])
 def test_a_fold_that_fails_ends_the_others_at_once(first, tmp_path, monkeypatch):
     run = opened(tmp_path, *QUICK)
@@ -535,7 +538,7 @@ def equal(a, b) -> bool:
     return all(torch.equal(p, trained(b)[n]) for n, p in trained(a).items())
 
 
-@pytest.mark.parametrize("steps_of_two", [0, 1, 2])
+@pytest.mark.parametrize("steps_of_two", [*(pytest.param(n, marks=pytest.mark.slow) for n in (0, 2)), 1])
 def test_a_kill_in_the_second_round_repeats_no_step(steps_of_two, tmp_path, monkeypatch):
     "With and without a checkpoint of the second round; heads are initialised anew for each training."
     run = opened(tmp_path, *POOL, "train_dinov3.label_scale=no", "train_dinov3.save_minutes=0")
@@ -577,6 +580,7 @@ def test_a_kill_in_the_second_round_repeats_no_step(steps_of_two, tmp_path, monk
         )
 
 
+@pytest.mark.slow
 def test_one_time_budget_for_a_fold_and_its_rounds(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
     monkeypatch.setattr(trainer, "take_step", clock.taking(60, trainer.take_step))
@@ -691,7 +695,7 @@ def test_the_holdout_selects_the_epochs_of_the_refit(tmp_path, monkeypatch):
     assert "refit" not in notes and not equal(net, without)
 
 
-@pytest.mark.parametrize("steps_of_refit", [0, 1])
+@pytest.mark.parametrize("steps_of_refit", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_kill_in_the_refit_repeats_no_step(steps_of_refit, tmp_path, monkeypatch):
     run, state = opened(tmp_path, *REFIT), {"state": tmp_path / "killed.pt", "key": "k"}
     with monkeypatch.context() as patched:
@@ -778,6 +782,7 @@ def test_adapters_of_all_blocks_have_the_backbones_rate():
     assert min(rates[0].values()) < 1e-7 < max(rates[0].values()) == 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0, 0.02])
 def test_two_processes_under_accelerate_run_the_whole_stage(budget, tmp_path):
     "From the command line, with rounds and maps; the first process removes stale artefacts."
