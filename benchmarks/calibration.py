@@ -6,6 +6,7 @@ EfficientNet-Lite0, fitted on other sites. Compared: no calibration, least squar
 `covered` is the share of photos whose grams are inside their 90 % interval, before and after.
 Run: `python -m benchmarks.calibration` (3 minutes on 2 free cores); writes results/calibration_study.csv.
 """
+import argparse
 from pathlib import Path
 
 import cv2
@@ -129,4 +130,6 @@ def study(repeats: int = 50, seed: int = 0) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    print(study().to_string(index=False))
+    p = argparse.ArgumentParser(prog="python -m benchmarks.calibration", description=study.__doc__)
+    p.add_argument("--repeats", type=int, default=50, help="random draws of the cuts of a site")
+    print(study(p.parse_args().repeats).to_string(index=False))

@@ -7,7 +7,7 @@ ones and on pictures that are no quadrat.
 Run: `python -m benchmarks.predict runs/demo/model.zip FOLDER` after `make demo`; writes
 results/predict_study.csv and results/flags.csv. Rendered photos in FOLDER are used again.
 """
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -130,4 +130,8 @@ def study(model_path: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    study(sys.argv[1], Path(sys.argv[2]))
+    p = argparse.ArgumentParser(prog="python -m benchmarks.predict", description=study.__doc__)
+    p.add_argument("model", help="a bundle or a run")
+    p.add_argument("folder", type=Path, help="where the photos are rendered, or were")
+    args = p.parse_args()
+    study(args.model, args.folder)
