@@ -293,6 +293,8 @@ def lock_output(output: Path) -> Iterator[None]:
         except BlockingIOError as e:
             advice = "wait for its end, or choose another --output"
             raise InputError(f"output {output}: another run is at work there; {advice}") from e
+        except OSError as e:  # a file system without locks
+            print(f"warning: no lock in {output} ({e.strerror}); start no second run there", file=sys.stderr)
         yield
 
 # %% ../notebooks/90_run.ipynb #d1f056a3

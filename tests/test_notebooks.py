@@ -25,8 +25,7 @@ SAME = all(importlib.metadata.version(name) == pin for name, pin in (line.split(
 INLINE = "module://matplotlib_inline.backend_inline"
 NUMBER = re.compile(r"\d+(?:\.\d+)?(?:e[+-]?\d+)?")
 # Lessons whose output depends on the clock or the machine: how their cells begin.
-OF_THE_MACHINE = {"70_ledger": ('torn = folder / "torn.jsonl"',),
-                  "89_isolation": ("code = \"import os, time; a = b'x'",)}
+OF_THE_MACHINE = {"89_isolation": ("code = \"import os, time; a = b'x'",)}
 
 
 def list_lessons(path: Path) -> list[nbformat.NotebookNode]:
