@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'CAUTION', 'CONTEXT_GB', 'FRAGMENTATION', 'WEEK_HOURS', 'SESSION_HOURS', 'FLOPS', 'SO400M', 'SO400M_TEXT',
-           'SO400M_VISION', 'CPU_SECONDS', 'CHECKPOINT_BYTES', 'WRITE_GB_S', 'Gpu', 'parse_gpus', 'MemoryTracker',
-           'fake_tensors', 'build_fake', 'Simulation', 'summarise_forecast', 'simulate_step', 'create_training_state',
-           'simulate_inference', 'simulate_features', 'simulate_frozen', 'simulate_siglip', 'count_forward_passes',
-           'trains_backbone', 'count_trainings', 'estimate_saving_hours', 'estimate_disk_gb', 'Simulations', 'simulate',
-           'count_tflop', 'split_memory', 'estimate_hours', 'Forecast', 'forecast', 'write_forecast', 'print_forecast',
-           'main']
+           'SO400M_VISION', 'CPU_SECONDS', 'CHECKPOINT_BYTES', 'WRITE_GB_S', 'KERNEL_STAGES', 'Gpu', 'parse_gpus',
+           'MemoryTracker', 'fake_tensors', 'build_fake', 'Simulation', 'summarise_forecast', 'simulate_step',
+           'create_training_state', 'simulate_inference', 'simulate_features', 'simulate_frozen', 'simulate_siglip',
+           'count_forward_passes', 'trains_backbone', 'count_trainings', 'estimate_saving_hours', 'estimate_disk_gb',
+           'Simulations', 'simulate', 'count_tflop', 'split_memory', 'estimate_hours', 'Forecast', 'judge_kernels',
+           'describe_verdict', 'forecast', 'write_forecast', 'print_forecast', 'main']
 
 # %% ../notebooks/80_budget.ipynb #c1503f55
 import argparse
@@ -386,6 +386,32 @@ class Forecast:
         return [{"what": what, "needed": round(float(needed), 1), "allowed": allowed, "unit": unit,
                  "fits": bool(needed <= allowed)} for what, needed, allowed, unit in rows]
 
+# %% ../notebooks/80_budget.ipynb #00105be0
+KERNEL_STAGES = {"train": ("inpaint", "train_dinov3"),
+                 "features": ("inpaint", "siglip", "frozen", "boosting", "ensemble"),
+                 "submit": ("submit",), "suite": tuple(CPU_SECONDS)}  # as in `kaggle.KAGGLE_KERNELS`
+
+
+def judge_kernels(f: Forecast) -> dict[str, list[str]]:
+    "Return kernel → what of it is too much, such as `11.1 of 9 h`; an empty list where it fits."
+    disk, faults = sum(f.disk.values()), {}
+    for kernel, stages in KERNEL_STAGES.items():
+        rows = f.stages.loc[list(stages)]
+        session = f.limits["hours"] if kernel in ("submit", "suite") else SESSION_HOURS
+        uses = [(rows["cautious_hours"].sum(), session, "h"),
+                (rows["gb"].max(), f.gpu.memory_gb, "GB of GPU memory")]
+        uses += [(disk, f.limits["working_gb"], "GB of disk")] if "train_dinov3" in stages else []
+        faults[kernel] = [f"{used:.1f} of {limit:g} {unit}" for used, limit, unit in uses if used > limit]
+    return faults
+
+
+def describe_verdict(f: Forecast) -> str:
+    "Describe in one line which kernels fit and which do not."
+    faults = judge_kernels(f)
+    fitting = ", ".join(kernel for kernel, fault in faults.items() if not fault) or "no kernel"
+    lacking = [f"{kernel} does not ({', '.join(fault)})" for kernel, fault in faults.items() if fault]
+    return f"kernels on {f.gpu.name} x{f.gpus}: " + "; ".join([f"{fitting} fit", *lacking])
+
 # %% ../notebooks/80_budget.ipynb #4ff91f6c
 def forecast(
     settings: Settings, gpus: str = "T4x2", photos: int = 357, test_photos: int = 805,
@@ -415,7 +441,8 @@ def write_forecast(f: Forecast, output: Path, settings: Settings) -> None:
 
 
 def print_forecast(f: Forecast) -> None:
-    "Print the forecast and the limits."
+    "Print the verdict, the forecast and the limits."
+    print(describe_verdict(f), end="\n\n")
     print(f.stages.to_string(float_format=lambda v: f"{v:,.2f}"))
     print(f"\nhours on {f.gpu.name} x{f.gpus}, assumed: {f.gpu.tflops * f.gpu.share:.0f} TFLOP/s a card "
           f"({f.gpu.share:.0%} of its peak), checkpoints written at {WRITE_GB_S:g} GB/s; "

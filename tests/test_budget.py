@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from nbs_lib import budget, fusion
 from nbs_lib.biomass_net import build_model, load_model, save_model
+from nbs_lib.kaggle import KAGGLE_KERNELS
+from nbs_lib.run import STAGES
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.store import half_shape
@@ -272,6 +274,23 @@ def test_a_kill_while_a_state_is_written_leaves_the_one_before(tmp_path):
 def test_a_network_that_is_too_large_does_not_fit(gpus, fits):
     limits = forecast(gpus=gpus, step=budget.Simulation({"weights": 15.5}, 8.0)).check_limits()
     assert [v["fits"] for v in limits if v["what"] == "memory of one GPU"] == [fits]
+
+
+def test_the_verdict_names_the_kernels_that_fit_and_those_that_do_not(capsys):
+    f = forecast(step=dataclasses.replace(simulations().step, tflop=12.0))
+    budget.print_forecast(f)
+    first = capsys.readouterr().out.splitlines()[0]
+    hours = f.stages["cautious_hours"].sum()
+    assert first == f"kernels on T4 x2: train, features, submit fit; suite does not ({hours:.1f} of 9 h)"
+    faults = budget.judge_kernels(forecast(step=budget.Simulation({"weights": 15.5}, 8.0)))
+    assert [kernel for kernel, fault in faults.items() if fault] == ["train", "suite"]
+    assert "of 15.8 GB of GPU memory" in faults["train"][0]
+
+
+def test_kernels_have_the_stages_of_those_on_kaggle():
+    for kernel, names in budget.KERNEL_STAGES.items():
+        expected = tuple(STAGES.values()) if kernel == "suite" else KAGGLE_KERNELS[kernel].notebooks
+        assert tuple(STAGES[name] for name in names) == expected
 
 
 @pytest.mark.parametrize("name", ["", "T5", "T4x", "T4x0", "x2", "T4xtwo"])

@@ -220,8 +220,7 @@ def test_refusals(run):
     with pytest.raises(InputError, match="boosting.parquet"):
         run_ensemble(run)
     for wrong, message in (
-        ("ensemble.weights=", "weights"), ("ensemble.weights=best", "best"), ("ensemble.weighting=l1", "l1"),
-        ("ensemble.rules=WA", "WA"),
+        ("ensemble.weights=", "weights"), ("ensemble.weights=best", "best"), ("ensemble.rules=WA", "WA"),
     ):
         fresh = tiny.run_on(run.input, run.output, wrong)
         tiny.fake_members(fresh)

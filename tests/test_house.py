@@ -9,11 +9,25 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from comments import read_comments, write_comments
 
+from nbs_lib import (
+    backbones,
+    biomass_net,
+    boosting,
+    fold_training,
+    fusion,
+    inpaint,
+    members,
+    runtime,
+    targets,
+    validation,
+)
 from nbs_lib.run import STAGES
-from nbs_lib.settings import KEYS, SECTIONS
+from nbs_lib.runtime import InputError
+from nbs_lib.settings import KEYS, SECTIONS, SETTING_CHOICES, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -208,6 +222,30 @@ def test_comments_of_settings_ini_are_those_of_the_dataclasses():
 def test_every_setting_has_a_comment(section):
     comments = read_comments(section)
     assert comments.keys() == KEYS[section].keys() and all(comments.values())
+
+
+def test_names_in_settings_are_those_of_the_modules():
+    "A mixer, head or rule that is added to its module can be chosen; one that is gone is refused."
+    tables = {
+        "run.precision": runtime.PRECISIONS, "inpaint.rule": inpaint.RULES,
+        "train_dinov3.poolings": backbones.POOLINGS, "frozen.poolings": backbones.POOLINGS,
+        "train_dinov3.views": backbones.VIEWS, "train_dinov3.fusion": (*fusion.FUSIONS, "none"),
+        "train_dinov3.order": fusion.ORDERS, "train_dinov3.head": biomass_net.CHOICES["head"],
+        "train_dinov3.aux": biomass_net.AUX, "train_dinov3.select": fold_training.SELECT,
+        "train_dinov3.schemes": validation.SCHEMES, "boosting.members": ("ridge", *members.BOOSTERS),
+        "boosting.transform": members.TRANSFORMS, "boosting.reconcile": boosting.RECONCILE,
+    }
+    assert {key: set(SETTING_CHOICES[key]) for key in tables} == {key: set(tables[key]) for key in tables}
+    for name in SETTING_CHOICES["ensemble.weighting"]:
+        assert targets.make_weighting(name, np.random.default_rng(0).normal(size=(20, 5))).shape == (5, 5)
+
+
+@pytest.mark.parametrize("where", SETTING_CHOICES)
+def test_a_wrong_name_is_refused_when_settings_are_read(where):
+    section, _, key = where.partition(".")
+    assert all(name in read_comments(section)[key] for name in SETTING_CHOICES[where])
+    with pytest.raises(InputError, match=rf"^{where}: unknown \(shfit\); choose from \w+"):
+        load_settings(overrides=[f"{where}=shfit"])
 
 
 @pytest.mark.parametrize(("given", "kept"), [({}, "300"), ({"GOMP_SPINCOUNT": "7"}, "7")])

@@ -109,7 +109,7 @@ def test_what_the_client_refuses_is_one_line(change, words, tmp_path):
     ("kaggle.wheels_dataset=w" + 50 * "x", "no owner/slug"),
     ("kaggle.kernel_prefix=My_Kernels", "no owner/slug"),
     ("kaggle.wheels_dataset=image2biomass-nbs-lib", "used twice"),
-    ("kaggle.trained=disk", "kernels or dataset"),
+    ("kaggle.trained=disk", "kernels, dataset"),
 ])
 def test_settings_that_kaggle_would_refuse(override, words):
     with pytest.raises(InputError, match=words):

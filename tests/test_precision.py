@@ -389,7 +389,7 @@ def test_a_stage_exports_the_precision_of_its_own_run(tmp_path):
 def test_an_impossible_precision_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     choices = "auto, float16, bfloat16, float32"
-    with pytest.raises(InputError, match=f"^run.precision: unknown precision .half.; choose from {choices}$"):
+    with pytest.raises(InputError, match=f"^run.precision: unknown .half.; choose from {choices}$"):
         open_run(tmp_path / "in", tmp_path / "out", overrides=["run.precision=half"])
     monkeypatch.setenv("NBS_PRECISION", "bfloat16")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))

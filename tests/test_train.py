@@ -681,10 +681,10 @@ def test_pseudo_labels_do_not_leak_the_held_out_fold(tmp_path):
     [
         ("pseudo_rounds=1, select=outer", "select = outer would leak"),
         ("pseudo_rounds=1, head=none", "needs a trained head"),
-        ("pseudo_from=train", "choose from test, held_out"),
+        ("pseudo_from=", "choose from test, held_out"),
         ("pseudo_weight=0", "pseudo_weight: not positive"),
         ("parallel_folds=0", "set 1 or more"),
-        ("views=sideways", "choose from id"),
+        ("views=", "choose from id"),
     ],
 )
 def test_contradicting_settings_are_refused(wrong, message):
