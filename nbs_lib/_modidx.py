@@ -894,6 +894,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'nbs_lib.run.raise_fault': ('run.html#raise_fault', 'nbs_lib/run.py'),
                              'nbs_lib.run.raise_limit': ('run.html#raise_limit', 'nbs_lib/run.py'),
                              'nbs_lib.run.read_last_cell': ('run.html#read_last_cell', 'nbs_lib/run.py'),
+                             'nbs_lib.run.remove_stale_sockets': ('run.html#remove_stale_sockets', 'nbs_lib/run.py'),
                              'nbs_lib.run.run_call': ('run.html#run_call', 'nbs_lib/run.py'),
                              'nbs_lib.run.run_chain': ('run.html#run_chain', 'nbs_lib/run.py'),
                              'nbs_lib.run.run_stage': ('run.html#run_stage', 'nbs_lib/run.py'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'PHOTO_STAGES', 'PACKAGES', 'choose_stages', 'Session', 'start_session', 'is_run_cell', 'make_engine',
-           'own_kernel_manager', 'notebook_path', 'output_path', 'read_last_cell', 'execute_stage', 'LimitPassed',
-           'measure_folder', 'check_limits', 'enforce_limits', 'watch_stage', 'raise_limit', 'check_input', 'run_stage',
-           'describe_run', 'lock_output', 'describe_result', 'raise_fault', 'run_chain', 'run_stages', 'find_input',
-           'open_here', 'parse_run_call', 'plan_budget', 'run_call', 'try_report', 'print_scores', 'handle_signals',
-           'main']
+           'remove_stale_sockets', 'own_kernel_manager', 'notebook_path', 'output_path', 'read_last_cell',
+           'execute_stage', 'LimitPassed', 'measure_folder', 'check_limits', 'enforce_limits', 'watch_stage',
+           'raise_limit', 'check_input', 'run_stage', 'describe_run', 'lock_output', 'describe_result', 'raise_fault',
+           'run_chain', 'run_stages', 'find_input', 'open_here', 'parse_run_call', 'plan_budget', 'run_call',
+           'try_report', 'print_scores', 'handle_signals', 'main']
 
 # %% ../notebooks/90_run.ipynb #2a221625
 import argparse
@@ -68,6 +68,7 @@ class Session:
 
 def start_session(run: Run, overrides: list[str], sandbox: str, hours: float) -> Session:
     "Choose the isolation, list the input and start the clock."
+    remove_stale_sockets()
     call = {"input": str(run.input.resolve()), "output": str(run.output.resolve()),
             "profile": run.settings.profile, "preset": run.settings.preset, "overrides": list(overrides)}
     return Session(
@@ -102,6 +103,14 @@ def make_engine(path: Path) -> type:
                 save()
 
     return RunCellsEngine
+
+# %% ../notebooks/90_run.ipynb #3d7b3d18
+def remove_stale_sockets() -> None:
+    "Remove the kernel sockets of runners that were killed; `own_kernel_manager` names them by process."
+    for path in Path(tempfile.gettempdir()).glob("nbs-[0-9]*-[0-9]*-[0-9]*"):
+        if path.is_socket() and not psutil.pid_exists(int(path.name.split("-")[1])):
+            with contextlib.suppress(OSError):  # of another user, or removed by another run
+                path.unlink()
 
 # %% ../notebooks/90_run.ipynb #f3f4ab97
 def own_kernel_manager(isolation: Isolation = Isolation(), input: Path = Path(), **more) -> type:
@@ -469,7 +478,8 @@ def print_scores(run: Run) -> None:
     print("Weighted R² of the competition, and R² of each target:")
     print(table.to_string(index=False, float_format="{:.3f}".format))
     print(f"model 1: {describe_models(run)['dinov3']}\n{summarise_scores(scores)}")
-    print(f"open {run.output / 'report.html'}; the file to submit is {run.output / 'submission.csv'}")
+    submission = run.output / "submission.csv"
+    print(f"open {run.output / 'report.html'}" + (f"; submit {submission}" if submission.is_file() else ""))
 
 # %% ../notebooks/90_run.ipynb #e21a29b2
 def handle_signals() -> None:

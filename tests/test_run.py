@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -375,12 +377,19 @@ def test_a_stopped_run_leaves_no_process(how, stubs, field, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing ends a stage whose runner was killed")
 def test_a_killed_runner_takes_its_stage_along(stubs, field, tmp_path):
-    """Linux ends the kernel of a runner that got SIGKILL."""
+    """Linux ends the kernel of a runner that got SIGKILL; the next run removes its sockets, and no others."""
     process = start_submit(field, tmp_path, stubs, "time.sleep(60)")
     tree = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
     assert tree and not psutil.wait_procs(tree, timeout=60)[1]
+    folder = Path(tempfile.gettempdir())
+    mine = folder / f"nbs-{os.getpid()}-0-1"
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(mine))
+    nbs_lib.run.remove_stale_sockets()
+    assert mine.is_socket() and not list(folder.glob(f"nbs-{process.pid}-*"))
+    mine.unlink()
 
 
 def test_a_killed_kernel_is_reported(run_submit, tmp_path):
