@@ -13,6 +13,7 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import make_once
 from PIL import ExifTags, Image
 from skimage import data
 from test_submit import SMALL, copy_run, train_small
@@ -31,7 +32,7 @@ NUMBERS = [t.removesuffix("_g") + "_g" for t in TARGETS]
 def trained(tmp_path_factory) -> Path:
     "A folder with in/ (a competition) and out/ (a finished run)."
     source = os.environ.get("NBS_TRAINED")
-    folder = Path(source) if source else train_small(tmp_path_factory.mktemp("trained"))
+    folder = Path(source) if source else make_once(tmp_path_factory, "trained", train_small)
     run = copy_run(folder, tmp_path_factory.mktemp("run"))
     record = {"profile": "demo", "preset": "", "overrides": list(SMALL)}
     (run.output / "run.json").write_text(json.dumps(record))

@@ -6,14 +6,18 @@ free to change: commands are found in fenced blocks and between backticks.
 """
 
 import ast
+import contextlib
 import functools
+import io
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -132,11 +136,13 @@ def check_python(words: list[str]) -> None:
 
 @functools.cache
 def help_of(module: str, *part: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *part, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    "Return what `python -m module part --help` prints, run in this process."
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "argv", [module, *part, "--help"])
+        with warnings.catch_warnings(action="ignore"), pytest.raises(SystemExit) as end:
+            runpy.run_module(module, run_name="__main__")  # warns where the module is imported already
+    assert not end.value.code
+    return shown.getvalue()
 
 
 def check_flags(words: list[str], known: str) -> None:

@@ -24,6 +24,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from conftest import make_once
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -128,7 +129,7 @@ def before_submit() -> list[Callable]:
 def trained(tmp_path_factory) -> Path:
     if os.environ.get("NBS_TRAINED"):
         return Path(os.environ["NBS_TRAINED"])
-    return train_small(tmp_path_factory.mktemp("trained"))
+    return make_once(tmp_path_factory, "trained", train_small)
 
 
 @pytest.fixture(scope="session")
