@@ -83,8 +83,6 @@ class Kernel:
 
     def metadata(self, s: Settings) -> dict:
         "Return what `kaggle kernels push` reads; Kaggle turns the title back into the slug."
-        if s.kaggle.trained not in ("kernels", "dataset"):
-            raise InputError(f"kaggle.trained: unknown value ({s.kaggle.trained}); write kernels or dataset")
         datasets, kernels = self.datasets, self.after
         if self.name == "submit" and s.kaggle.trained == "dataset":
             datasets, kernels = (*datasets, "trained-models"), ()
@@ -243,9 +241,6 @@ def stage_dataset(dataset: Dataset, s: Settings, to: Path, source: Path) -> list
 # %% ../notebooks/81_kaggle.ipynb #d2b885b6
 def check_sources(client, metadata: dict, s: Settings) -> dict:
     "Return kernel metadata with pinned sources; raise `InputError` for one that is not ready or complete."
-    if s.kaggle.pin_versions not in ("datasets", "all", "none"):
-        raise InputError(f"kaggle.pin_versions: unknown value ({s.kaggle.pin_versions}); "
-                         "write datasets, all or none")
     datasets, kernels = [], []
     for ref in metadata["dataset_sources"]:
         status, number = wait_for(ref, lambda: dataset_state(client, ref), DATASET_ENDED | {"missing"})

@@ -475,6 +475,15 @@ def test_one_run_at_a_time_in_an_output(run_submit, tmp_path):
         assert [p.name for p in tmp_path.iterdir()] == [".lock"], "files of the other run were touched"
 
 
+def test_a_submission_is_named_only_where_it_was_written(run_submit, tmp_path):
+    for written in (False, True):
+        if written:
+            (tmp_path / "submission.csv").write_text("sample_id,target\n")
+        code, out, _ = run_submit("--report")
+        assert code == 0 and f"open {tmp_path / 'report.html'}" in out
+        assert ("submission.csv" in out) == written
+
+
 def test_half_a_run_has_its_report(run_submit, tmp_path):
     """A fault of the report is a warning and leaves the run's own end as it was."""
     code, _, err = run_submit("--report", fault="1 / 0")
