@@ -20,7 +20,7 @@ from skimage import data
 
 from nbs_lib.bundle import open_model
 from nbs_lib.demo import Shot, plan_shots, render_photo
-from nbs_lib.predict import Predictions, predict_photos, rescale_photo
+from nbs_lib.predict import GROUND_WIDTH, Ground, Predictions, crop_photo, predict_photos
 from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.targets import QUADRAT_M2, TARGETS, TOTAL
 from nbs_lib.validation import intervals
@@ -33,9 +33,9 @@ def render_widths(shot: Shot, folder: Path) -> list[float]:
     "Write one quadrat at each of `WIDTHS`, as `folder`/width/id.png; return its five targets in grams."
     cv2.setNumThreads(1)
     for width in WIDTHS:
-        grams = shot.green_g, shot.dead_g, shot.clover_g
-        photo, truth = render_photo(shot.seed, *grams, shot.site, shot.height_cm, round(2000 / width), False)
-        photo = rescale_photo(photo, photo.shape[1] / 2000)
+        pixels = round(2000 / width)
+        photo, truth = render_photo(shot.seed, *shot.grams, shot.site, shot.height_cm, pixels, False)
+        photo = crop_photo(photo, photo.shape[1] / 2000)
         (folder / str(width)).mkdir(parents=True, exist_ok=True)
         cv2.imwrite(str(folder / str(width) / f"{shot.image_id}.png"), photo[..., ::-1])
     return [truth[t] for t in TARGETS]
@@ -105,7 +105,7 @@ def study(model_path: str, folder: Path) -> None:
         for width in WIDTHS:
             photos = sorted((folder / str(width)).glob("*.png"))
             learned[width] = predict_photos(model, photos, Path(kept), maps=0)
-            rescaled = predict_photos(model, photos, Path(kept), QUADRAT_M2 * width**2, maps=0)
+            rescaled = predict_photos(model, photos, Path(kept), Ground(GROUND_WIDTH * width), maps=0)
             rows.append(judge_width(learned[width], rescaled, truth, width))
         wall, cpu = time.time() - start[0], time.process_time() - start[1]
         count = len(truth) * (2 * len(WIDTHS) - 1)

@@ -224,8 +224,8 @@ def test_area_location_and_heic(model, photos, tmp_path):
     call("--model", model, tmp_path / "IMG_1.HEIC", "--output", tmp_path / "a", "--ground-width", "1")
     row, = read_table(tmp_path / "a").to_dict("records")
     assert row["latitude"] == -41.5 and row["time"].startswith("2015-09-04")
-    area = 0.21 * (1 / 0.7) ** 2
-    assert row["Dry_Total_kg_ha"] == pytest.approx(row["Dry_Total_g"] * 10 / area, abs=1e-3)
+    assert row["Dry_Total_kg_ha"] == pytest.approx(row["Dry_Total_g"] * 10 / 0.21, abs=1e-3)
+    assert "1 m along the long side" in (tmp_path / "a" / "predictions.html").read_text()
     call("--model", model, tmp_path / "IMG_1.HEIC", "--output", tmp_path / "b", "--no-location")
     assert not {"time", "latitude", "longitude"} & set(read_table(tmp_path / "b").columns)
     page = (tmp_path / "b" / "predictions.html").read_text()
@@ -266,10 +266,10 @@ def test_own_cuts_correct_the_predictions(model, photos, predicted, tmp_path, ca
     assert (tmp_path / "out" / "calibration.json").is_file() and "error without" in capsys.readouterr().out
 
 
-def answer_by_name(model, paths, maps, scale) -> list[dict]:
+def answer_by_name(model, paths, maps, ground) -> list[dict]:
     "Stand in for `predict.predict_piece`: grams from the name of the file."
     grams = [np.array([3.0, 1, 1, 4, 5]) * (1 + sum(path.name.encode()) % 7) for path in paths]
-    return [{"grams": y.tolist(), "distance": 0.5, "flags": [], "pictures": {}} for y in grams]
+    return [{"grams": y.tolist(), "distance": 0.5, "flags": [], "crop": "", "pictures": {}} for y in grams]
 
 
 @pytest.fixture
@@ -287,11 +287,11 @@ def plain(tmp_path, monkeypatch) -> list:
 def test_an_interrupted_call_goes_on_where_it_stopped(plain, model, tmp_path, monkeypatch, capsys):
     plain[1], asked = model, []
 
-    def stop_at_five(model, paths, maps, scale):
+    def stop_at_five(model, paths, maps, ground):
         asked.extend(path.name for path in paths)
         if len(asked) > 5:
             raise KeyboardInterrupt
-        return answer_by_name(model, paths, maps, scale)
+        return answer_by_name(model, paths, maps, ground)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(predict, "predict_piece", stop_at_five)
@@ -338,24 +338,85 @@ def test_photos_of_a_paddock_are_averaged(plain, model, tmp_path):
     assert "<h2>north</h2>" in (tmp_path / "out" / "predictions.html").read_text()
 
 
-def test_a_photo_from_higher_up_is_cropped_to_the_learned_width(plain, tmp_path, monkeypatch, model):
-    "The kg/ha are those of the cropped photo; the grams and their interval are those of the area given."
-    plain[1], seen = model, []
+def read_crops(monkeypatch, folder: Path) -> list:
+    "Answer by names from now on; return the list that gets {name: shape of the photo that a model is shown}."
+    seen = []
 
-    def measure(model, paths, maps, scale):
-        files = predict.rescale_files(paths, scale, tmp_path / "rescaled") if scale != 1 else paths
-        seen.append([cv2.imread(str(path)).shape[:2] for path in files])
-        return answer_by_name(model, paths, maps, scale)
+    def measure(model, paths, maps, ground):
+        files, _ = predict.crop_files(paths, ground, folder / str(len(seen)))
+        shapes = [cv2.imread(str(file)).shape[:2] for file in files]
+        seen.append({path.name: shape for path, shape in zip(paths, shapes, strict=True)})
+        return answer_by_name(model, paths, maps, ground)
 
     monkeypatch.setattr(predict, "predict_piece", measure)
-    monkeypatch.setattr(predict, "PIECE", 9)
+    monkeypatch.setattr(predict, "PIECE", 99)
+    return seen
+
+
+def test_other_formats_are_cropped_to_the_learned_width(model, tmp_path, monkeypatch):
+    "What a model is shown: 2:1, 0.70 m wide; the area is that of the whole photo, before cropping."
+    farm, seen = tmp_path / "farm", read_crops(monkeypatch, tmp_path / "cropped")
+    farm.mkdir()
+    sides = {"phone": (400, 300), "upright": (300, 400), "competition": (400, 200), "square": (400, 400),
+             "wide": (400, 150)}
+    for name, size in sides.items():
+        Image.new("RGB", size).save(farm / f"{name}.png")
+    words = "--model", model, farm, "--output", tmp_path / "out"
+    for more in ((), ("--ground-width", "1.4"), ("--area", "1.47"), ("--area", "0.98")):
+        assert call(*words, *more) == 0
+    plain, wide, phone, flat = seen
+    assert plain == {"phone.png": (200, 400), "upright.png": (400, 200), "competition.png": (200, 400),
+                     "square.png": (200, 400), "wide.png": (200, 400)}
+    assert set(wide.values()) == {(100, 200), (200, 100)}, "1.4 m: half of the width is shown"
+    assert phone["phone.png"] == flat["competition.png"] == (100, 200), "1.4 m x 1.05 m, 1.4 m x 0.7 m"
+    assert phone["upright.png"] == (200, 100)
+
+
+def test_kg_per_hectare_are_those_of_the_learned_quadrat(plain, tmp_path, monkeypatch, model):
+    "5 g on 0.21 m2 are 238 kg/ha, whatever area the photo shows; grams and interval are for `--area`."
+    plain[1] = model
     assert call(*plain, "--output", tmp_path / "a") == 0
     assert call(*plain, "--output", tmp_path / "b", "--area", ".84") == 0
-    assert np.abs(np.array(seen[1]) - np.array(seen[0]) / 2).max() <= 0.5, "half the sides"
-    one, other = read_table(tmp_path / "a"), read_table(tmp_path / "b")
+    assert call(*plain, "--output", tmp_path / "c", "--ground-width", "1.4") == 0
+    one, area, width = (read_table(tmp_path / name) for name in "abc")
+    assert np.allclose(one["Dry_Total_kg_ha"], one["Dry_Total_g"] * 10 / 0.21, atol=1e-3)
     for name in ("Dry_Total", "Dry_Total_low", "Dry_Total_high"):
         kg, grams = (name.replace("Total", f"Total_{unit}") for unit in ("kg_ha", "g"))
-        assert np.allclose(one[kg], other[kg]) and np.allclose(4 * one[grams], other[grams])
+        assert np.allclose(one[kg], area[kg]) and np.allclose(4 * one[grams], area[grams])
+        assert np.allclose(one[kg], width[kg]) and np.allclose(one[grams], width[grams])
+
+
+def test_a_phone_photo_is_named_as_cropped_and_not_flagged(photos, model, tmp_path, capsys):
+    "Its numbers are those of its middle; a 2:1 photo is used as it is."
+    source = next((photos / "hill").glob("ID*"))
+    whole = cv2.imread(str(source))
+    more = whole.shape[1] // 8  # above and below: 4:3
+    phone = cv2.copyMakeBorder(whole, more, more, 0, 0, cv2.BORDER_REFLECT)
+    (tmp_path / "in").mkdir()
+    cv2.imwrite(str(tmp_path / "in" / "whole.png"), whole)
+    cv2.imwrite(str(tmp_path / "in" / "phone.png"), phone)
+    assert call("--model", model, tmp_path / "in", "--output", tmp_path / "out") == 0
+    assert "1 of 2 photos were cropped to 2:1" in capsys.readouterr().out
+    table = read_table(tmp_path / "out")
+    size = f"{phone.shape[1]} x {phone.shape[0]}"
+    assert table["crop"].fillna("").to_dict() == {"phone": f"cropped to 2:1 ({size})", "whole": ""}
+    assert table.loc["phone", "flags"] == table.loc["whole", "flags"].replace(
+        f"{whole.shape[1]} x {whole.shape[0]}", size)
+    assert np.allclose(table.loc["phone", NUMBERS].astype(float), table.loc["whole", NUMBERS].astype(float))
+    assert f"cropped to 2:1 ({size})" in (tmp_path / "out" / "predictions.html").read_text()
+
+
+def test_paddocks_without_cuts_are_named_when_they_are_corrected(plain, model, tmp_path, capsys):
+    plain[1] = model
+    (tmp_path / "cuts.csv").write_text(CUTS)
+    words = *plain, "--calibrate", tmp_path / "cuts.csv", "--output", tmp_path / "out"
+    assert call(*words) == 0
+    message = "no cuts in flat, whose predictions are corrected too; predict one paddock a call"
+    assert message in capsys.readouterr().err
+    names = "".join(f"{i}.png,all\n" for i in range(7))
+    (tmp_path / "paddocks.csv").write_text(f"file,paddock\n{names}")
+    assert call(*words, "--paddocks", tmp_path / "paddocks.csv") == 0
+    assert "no cuts in" not in capsys.readouterr().err
 
 
 CUTS = "file,Dry_Total_g\n0.png,40\n1.png,55\n2.png,61\n"
