@@ -138,6 +138,7 @@ def plot_covariates(train: pd.DataFrame):
             ax.set_title(f"{target}: Spearman ρ = {rho:+.2f}", fontsize=9)
     for ax in axes[1]:
         ax.set_xscale("log")
+        ax.xaxis.set_minor_formatter("")  # their labels overlap
     axes[0, 0].legend(fontsize=8)
     return fig
 

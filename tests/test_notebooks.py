@@ -12,10 +12,12 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+from nbs_lib.isolation import kill_processes
 from notebooks import QUIET, RUN, list_notebooks
 
 EXACT = ("04_targets", "05_tables")  # arithmetic alone: the same pixels under the same pins
@@ -58,6 +60,7 @@ def run_lessons(path: Path) -> list[dict[str, str]]:
             data = {mime: value for output in captured.outputs for mime, value in output.data.items()}
             shown.append(data | ({"stdout": captured.stdout} if captured.stdout else {}))
         os.chdir("/")
+    kill_processes(psutil.Process().children(recursive=True))  # joblib's wait five minutes for more work
     return shown
 
 
