@@ -350,7 +350,8 @@ def select_folds(context: InferenceContext) -> list[tuple[int, ...]]:
 
     warn(odd, "learned from photos cleaned otherwise than the others; left out")
     warn(there - wanted, f"is of an earlier division into {len(there)} folds, and is left out")
-    warn(wanted - there, "is missing; " + ("the others answer" if kept else "what else is known answers"))
+    rest = "other folds" if kept else "remaining predictions"
+    warn(wanted - there, f"is missing; the {rest} are used")
     return kept
 
 # %% ../notebooks/59_inference.ipynb #581f4233
@@ -505,7 +506,7 @@ class Model2:
             context.results.take_states(rows, proba, names)
             refused = context.results.take("boosting", rows, grams)
         if refused:
-            context.warn(f"model 2 gave no number for {refused} photos; what else is known answers")
+            context.warn(f"model 2 gave no number for {refused} photos; the remaining predictions are used")
         self.predicted = self.described
         context.results.write()
 
@@ -544,6 +545,6 @@ def predict_remaining(context: InferenceContext, model1: Model1) -> Model2 | Non
         run_or_warn(context.warn, f"view {view} of model 1", work)
         context.pending.pop(0)
     if model1.nan_count:
-        context.warn(f"model 1 gave {model1.nan_count} answers that are no numbers; "
-                     "the other folds and views answer")
+        context.warn(f"model 1 gave {model1.nan_count} NaN predictions; "
+                     "the other folds and views are used")
     return model2

@@ -344,7 +344,7 @@ def read_ini(path: str | Path) -> configparser.ConfigParser:
     try:
         ini.read_string(Path(path).read_text(encoding="utf-8"), source=Path(path).name)
     except (configparser.Error, UnicodeDecodeError) as e:
-        raise input_error(path, str(e), fix="mend the file") from e
+        raise input_error(path, str(e), fix="correct the file") from e
     if "overlays" not in ini:
         raise input_error(path, "no section [overlays]", fix="list the profiles and presets there")
     overlays = ("", *list_overlays(ini, "profiles"), *list_overlays(ini, "presets"))

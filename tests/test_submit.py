@@ -427,7 +427,7 @@ DRILL: dict[str, tuple[Callable | None, str, dict]] = {
     "no photo can be read": (all_photos, "6 test photos cannot be read", {}),
     "a fold of model 1 is missing": (missing_fold, "fold 1 of model 1 is missing", ALL),
     "a checkpoint is half written": (corrupt_fold, "fold 1 of model 1 is left out", ALL),
-    "a fold gives NaN": (nan_fold, "answers that are no numbers", ALL),
+    "a fold gives NaN": (nan_fold, "NaN predictions", ALL),
     "the shared backbone is broken": (corrupt_backbone, "fold 0 of model 1 is left out", {"boosting": 6}),
     "no model 1": (no_model1, "of model 1 is missing", {"boosting": 6}),
     "no SigLIP weights": (
@@ -1012,7 +1012,7 @@ def write_table() -> None:
 
     folder = Path(tempfile.mkdtemp())
     source = train_small(folder / "trained")
-    lines = ["| What is wrong | What is said | Who answered |", "|---|---|---|"]
+    lines = ["| What is wrong | What is said | Predicted by |", "|---|---|---|"]
     for k, name in enumerate(DRILL):
         with pytest.MonkeyPatch.context() as monkeypatch:
             lines.append(row(drill(name, source, folder / str(k), monkeypatch)))
