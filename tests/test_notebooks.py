@@ -37,18 +37,15 @@ def list_lessons(path: Path) -> list[nbformat.NotebookNode]:
 
 def run_lessons(path: Path) -> list[dict[str, str]]:
     "Execute the lessons of a notebook in this process; return what each cell shows, by MIME type."
-    import matplotlib
     import pandas as pd
     from ipykernel.zmqshell import ZMQInteractiveShell
     from IPython.utils.capture import capture_output
-    from matplotlib_inline.backend_inline import configure_inline_support
 
     os.environ.update({**QUIET, "MPLBACKEND": INLINE})
     shell, shown = ZMQInteractiveShell.instance(), []
     shell._showtraceback = lambda *_: None  # there is no front end: the error is raised
     shell.enable_gui = lambda *_: None  # that of `%matplotlib inline`
-    matplotlib.use(INLINE)
-    configure_inline_support(shell, INLINE)
+    shell.enable_matplotlib("inline")
     pd.set_option("display.max_columns", 20)  # as in a notebook
     with tempfile.TemporaryDirectory() as home:
         os.chdir(home)
