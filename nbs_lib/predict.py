@@ -175,8 +175,9 @@ class Ground:
 
     def scale(self, long: int, short: int) -> float:
         "Return the width on the ground of a photo with these sides, in units of GROUND_WIDTH."
-        width = self.width if self.area is None else (self.area * long / short) ** 0.5
-        return width / GROUND_WIDTH
+        if self.area is None:
+            return self.width / GROUND_WIDTH
+        return (self.area / QUADRAT_M2 * long / short / 2) ** 0.5  # a learned 2:1 photo: one quadrat
 
     @property
     def note(self) -> str:
@@ -539,8 +540,8 @@ def parse_predict_call(argv: Sequence[str]) -> argparse.Namespace:
     ground.add_argument("--ground-width", metavar="M",
                         help=f"metres of ground along a photo's long side; default: {GROUND_WIDTH:g}")
     ground.add_argument("--area", metavar="M2",
-                        help="instead: square metres of ground that a whole photo shows; grams are then for "
-                             f"that area, else for {QUADRAT_M2:g}")
+                        help="instead: square metres that a whole photo shows (0.21: 2:1, 0.70 m wide); "
+                             f"grams are then for that area, else for {QUADRAT_M2:g}")
     p.add_argument("--calibrate", metavar="CSV",
                    help="weighed quadrats, 3 or more; they correct all photos of the call, so give one "
                         "paddock a call; columns: file and any target in grams, such as file,Dry_Total_g")

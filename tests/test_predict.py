@@ -362,13 +362,13 @@ def test_other_formats_are_cropped_to_the_learned_width(model, tmp_path, monkeyp
     for name, size in sides.items():
         Image.new("RGB", size).save(farm / f"{name}.png")
     words = "--model", model, farm, "--output", tmp_path / "out"
-    for more in ((), ("--ground-width", "1.4"), ("--area", "1.47"), ("--area", "0.98")):
+    for more in ((), ("--ground-width", "1.4"), ("--area", "1.26"), ("--area", "0.84")):
         assert call(*words, *more) == 0
     plain, wide, phone, flat = seen
     assert plain == {"phone.png": (200, 400), "upright.png": (400, 200), "competition.png": (200, 400),
                      "square.png": (200, 400), "wide.png": (200, 400)}
     assert set(wide.values()) == {(100, 200), (200, 100)}, "1.4 m: half of the width is shown"
-    assert phone["phone.png"] == flat["competition.png"] == (100, 200), "1.4 m x 1.05 m, 1.4 m x 0.7 m"
+    assert phone["phone.png"] == flat["competition.png"] == (100, 200), "six and four quadrats"
     assert phone["upright.png"] == (200, 100)
 
 
