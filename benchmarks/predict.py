@@ -20,7 +20,8 @@ from skimage import data
 
 from nbs_lib.bundle import open_model
 from nbs_lib.demo import Shot, plan_shots, render_photo
-from nbs_lib.predict import GROUND_WIDTH, Ground, Predictions, crop_photo, predict_photos
+from nbs_lib.photo_files import GROUND_WIDTH, Ground, crop_photo
+from nbs_lib.predict import Predictions, predict_photos
 from nbs_lib.runtime import atomic_write, progress
 from nbs_lib.targets import QUADRAT_M2, TARGETS, TOTAL
 from nbs_lib.validation import intervals

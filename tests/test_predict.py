@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from skimage import data
 from test_submit import SMALL, copy_run, train_small
 
-from nbs_lib import bundle, kaggle, predict
+from nbs_lib import bundle, kaggle, photo_files, predict
 from nbs_lib.runtime import InputError
 from nbs_lib.settings import load_settings
 from nbs_lib.stages import Run
@@ -301,7 +301,7 @@ def test_an_interrupted_call_goes_on_where_it_stopped(plain, model, tmp_path, mo
     asked.clear()
     monkeypatch.setattr(predict, "predict_piece", lambda *a: asked.extend(a[1]) or answer_by_name(*a))
     assert call(*plain, "--output", tmp_path / "stopped") == 0
-    known = [p.name for p in predict.find_photos([plain[2]])][:4]
+    known = [p.name for p in photo_files.find_photos([plain[2]])][:4]
     assert "of 7 photos are answered already" in capsys.readouterr().out
     assert sorted(p.name for p in asked) == sorted({f"{i}.png" for i in range(7)} - set(known) | {"1.png"})
     assert call(*plain, "--output", tmp_path / "whole") == 0
@@ -343,7 +343,7 @@ def read_crops(monkeypatch, folder: Path) -> list:
     seen = []
 
     def measure(model, paths, maps, ground):
-        files, _ = predict.crop_files(paths, ground, folder / str(len(seen)))
+        files, _ = photo_files.crop_files(paths, ground, folder / str(len(seen)))
         shapes = [cv2.imread(str(file)).shape[:2] for file in files]
         seen.append({path.name: shape for path, shape in zip(paths, shapes, strict=True)})
         return answer_by_name(model, paths, maps, ground)
