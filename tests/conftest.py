@@ -73,4 +73,7 @@ def one_thread():
     "Compute on one thread, so that sums have one order."
     import torch
 
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
