@@ -183,6 +183,20 @@ def format_calibration() -> str:
     return format_table(head, lines)
 
 
+def format_widths() -> str:
+    "Format the errors at other camera heights, predicted as they are and brought to the learned width."
+    lines = []
+    for row in pd.read_csv(RESULTS / "predict_study.csv").to_dict("records"):
+        line = [f"{row['ground width']:.1f} ×", f"{row['photos']}", f"{row['true kg/ha']:,.0f}"]
+        for way in ("as learned", "--ground-width"):
+            line += [f"{row[f'{way}: {what}']:,.0f}" for what in ("mean", "error")]
+            line += [f"{row[f'{way}: covered']:.0%}"]
+        lines.append(line)
+    ways = [f"{way}: {what}" for way in ("as it is", "with `--ground-width`")
+            for what in ("mean", "error", "covered")]
+    return format_table(["width on the ground", "photos", "true mean, kg/ha", *ways], lines)
+
+
 def format_bench() -> str:
     "Format every row that `make bench` measured, with its machine."
     from benchmarks.bench import label_row, main_column  # here: pandas alone makes the other tables
@@ -239,7 +253,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ablation": format_ablation,
     "stamps": format_stamps,
     "calibration": format_calibration,
-    "widths": lambda: format_csv("predict_study.csv"),
+    "widths": format_widths,
     "flags": lambda: format_csv("flags.csv"),
     "bench": format_bench,
 }
