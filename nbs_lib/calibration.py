@@ -186,6 +186,9 @@ def adjust(y: np.ndarray, lines: RootLines, used: np.ndarray, weighed: np.ndarra
     return reconcile(scale_unweighed(y, moved, weighed), np.where(weighed, 1, FOLLOWER_WEIGHT))
 
 # %% ../notebooks/57_calibration.ipynb #0c57a01c
+RADIUS_CUTS = 10  # weighed quadrats that count as much as the model's own radius
+
+
 def root_mean_square(errors: np.ndarray) -> np.ndarray:
     "Return root mean squares (5,) of `errors` (k, 5) where they are known; NaN where none is."
     known = np.isfinite(errors)
@@ -193,9 +196,6 @@ def root_mean_square(errors: np.ndarray) -> np.ndarray:
         return np.sqrt(np.where(known, errors**2, 0).sum(0) / known.sum(0))
 
 # %% ../notebooks/57_calibration.ipynb #0c57a01d
-RADIUS_CUTS = 10  # weighed quadrats that count as much as the model's own radius
-
-
 @dataclass(frozen=True)
 class Calibration(RootLines):
     "A correction of predictions at one site; arrays are (5,) in the order of TARGETS."
@@ -235,11 +235,6 @@ class Calibration(RootLines):
     def to_json(self) -> str:
         "Return JSON text: name → target number → value, null for NaN."
         return pd.DataFrame(vars(self)).to_json(double_precision=15)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Calibration":
-        "Return the calibration of JSON text; raise `InputError` when it holds none."
-        return parse_calibration(text)
 
 # %% ../notebooks/57_calibration.ipynb #0c57a01e
 def fit_calibration(

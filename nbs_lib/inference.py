@@ -6,8 +6,8 @@
 __all__ = ['FEATURE_KEYS', 'PREPROCESSING_KEYS', 'PredictionCollector', 'FoldGroup', 'plan_fold_groups', 'load_fold_group',
            'PredictionAverager', 'MultiStore', 'PhotoLoader', 'InferenceContext', 'current_preprocessing',
            'fitted_preprocessing', 'changed_preprocessing', 'with_fitted_preprocessing', 'count_folds', 'name_part',
-           'select_folds', 'Model1', 'predict_first_pass', 'FeatureMakers', 'Model2', 'join_blocks',
-           'predict_remaining']
+           'select_folds', 'Model1', 'predict_first_pass', 'predict_part', 'FeatureMakers', 'FeatureTable',
+           'join_blocks', 'Model2', 'run_model2', 'predict_remaining']
 
 # %% ../notebooks/59_inference.ipynb #be95ab2e
 import copy
@@ -388,17 +388,6 @@ class Model1:
                 self.nan_count += self.averager.add(k, part, y)
         context.results.take("dinov3", slice(None), self.averager.mean())
 
-    def predict_all(self, folds: tuple[int, ...], view: str) -> None:
-        "Predict every readable photo in one view with one group, as far as the clock allows; then write."
-        self.group(folds)  # loading is no part of the pace
-        context, done, kind = self.context, 0, name_part(folds, view)
-        index = np.flatnonzero(context.loader.readable)
-        for piece in plan_chunks(index, context.chunk, context.clock, kind):
-            context.clock.timed(kind, len(piece), lambda piece=piece: self.predict_view(folds, view, piece))
-            done += len(piece)
-        context.drop(kind, len(index) - done)
-        context.results.write()
-
 # %% ../notebooks/59_inference.ipynb #be026715
 def predict_first_pass(context: InferenceContext) -> Model1:
     "Read every photo and predict it by model 1's first group in its first view; write after each piece."
@@ -419,6 +408,18 @@ def _predict_first(context: InferenceContext, model: Model1, piece: np.ndarray) 
     if model.plans and good is not None:
         first = model.plans[0], model.views[0]
         run_or_warn(context.warn, "a first look by model 1", lambda: model.predict_view(*first, good))
+
+# %% ../notebooks/59_inference.ipynb #c27fff73
+def predict_part(model: Model1, folds: tuple[int, ...], view: str) -> None:
+    "Predict every readable photo in one view with one group, as far as the clock allows; then write."
+    model.group(folds)  # loading is no part of the pace
+    context, done, kind = model.context, 0, name_part(folds, view)
+    index = np.flatnonzero(context.loader.readable)
+    for piece in plan_chunks(index, context.chunk, context.clock, kind):
+        context.clock.timed(kind, len(piece), lambda piece=piece: model.predict_view(folds, view, piece))
+        done += len(piece)
+    context.drop(kind, len(index) - done)
+    context.results.write()
 
 # %% ../notebooks/59_inference.ipynb #c5c7249b
 class FeatureMakers:
@@ -461,20 +462,15 @@ class FeatureMakers:
                 self.makers["colour"] = functools.partial(frozen.compute_frozen_features, names=("colour",))
 
 # %% ../notebooks/59_inference.ipynb #0fb3cfe4
-class Model2:
-    "Predict grams and states from features, in pieces."
+class FeatureTable:
+    "Features of the readable photos, computed in pieces."
 
     def __init__(self, context: InferenceContext):
-        for path in sorted((context.run.artefacts / "features").glob("*.json")):
-            if changed_preprocessing(context.run, path):
-                raise InputError(f"{path}: these features are of photos cleaned otherwise than those of "
-                                 "model 1; run their stage again")
-        self.context, self.described, self.predicted = context, 0, 0
+        self.context, self.makers, self.photos = context, FeatureMakers(context), 0
         self.blocks: dict[str, list] = {}  # features -> [(ids, embedding, semantic)], a piece each
-        self.makers, self.fitted = FeatureMakers(context), {}  # fitted: blocks of features -> estimators
         self.devices = [Device(d.device, context.chunk, context.warn) for d in context.devices]
 
-    def describe(self, piece: np.ndarray) -> None:
+    def add(self, piece: np.ndarray) -> None:
         "Compute the features of photos `piece`."
         store = self.context.loader.store
 
@@ -484,16 +480,35 @@ class Model2:
         for _, features in split_over_devices(self.devices, piece, work):
             for name, block in features.items():
                 self.blocks.setdefault(name, []).append(block)
-        self.described += len(piece)
+        self.photos += len(piece)
 
-    def features(self) -> siglip.Features:
-        "Return the features that all photos described so far have."
+    def join(self) -> siglip.Features:
+        "Return the features that all photos so far have."
         counts = {name: sum(len(ids) for ids, _, _ in blocks) for name, blocks in self.blocks.items()}
-        return {name: join_blocks(self.blocks[name]) for name, n in counts.items() if n == self.described}
+        return {name: join_blocks(self.blocks[name]) for name, n in counts.items() if n == self.photos}
+
+
+def join_blocks(blocks: list[tuple]) -> tuple:
+    "Concatenate pieces of one features table."
+    ids, embedding, semantic = zip(*blocks, strict=True)
+    both = np.concatenate(embedding), None if semantic[0] is None else np.concatenate(semantic)
+    return [i for part in ids for i in part], *both
+
+# %% ../notebooks/59_inference.ipynb #09dbf721
+class Model2:
+    "Predict grams and states from features, in pieces."
+
+    def __init__(self, context: InferenceContext):
+        for path in sorted((context.run.artefacts / "features").glob("*.json")):
+            if changed_preprocessing(context.run, path):
+                raise InputError(f"{path}: these features are of photos cleaned otherwise than those of "
+                                 "model 1; run their stage again")
+        self.context, self.features, self.predicted = context, FeatureTable(context), 0
+        self.fitted: dict[tuple, tuple] = {}  # blocks of features -> estimators
 
     def predict_and_write(self) -> None:
-        "Predict grams and states of all photos described so far; then write."
-        features, context = self.features(), self.context
+        "Predict grams and states of all photos whose features are known; then write."
+        features, context = self.features.join(), self.context
         if not features:
             raise InputError("no features can be made here")
         blocks, artefacts, warn = blocks_of(features), context.run.artefacts, context.run.warn
@@ -507,41 +522,36 @@ class Model2:
             refused = context.results.take("boosting", rows, grams)
         if refused:
             context.warn(f"model 2 gave no number for {refused} photos; the remaining predictions are used")
-        self.predicted = self.described
+        self.predicted = self.features.photos
         context.results.write()
 
-    def run(self) -> None:
-        "Predict all readable photos, as far as the clock allows."
-        kind, index, clock = "model 2", np.flatnonzero(self.context.loader.readable), self.context.clock
-        size = max(self.context.chunk, len(index) // 6)
+# %% ../notebooks/59_inference.ipynb #691d4d29
+def run_model2(model: Model2) -> None:
+    "Predict all readable photos by model 2, as far as the clock allows."
+    context, features, kind = model.context, model.features, "model 2"
+    index, clock = np.flatnonzero(context.loader.readable), context.clock
+    size = max(context.chunk, len(index) // 6)
 
-        def reserve() -> float:  # seconds for the last prediction
-            return 1.2 * clock.pace.get("model 2 predicts", 0.0)
+    def reserve() -> float:  # seconds for the last prediction
+        return 1.2 * clock.pace.get("model 2 predicts", 0.0)
 
-        for piece in plan_chunks(index, size, clock, kind, reserve, first=8):
-            clock.timed(kind, len(piece), lambda piece=piece: self.describe(piece))
-            if not self.predicted:
-                clock.timed("model 2 predicts", 1, self.predict_and_write)
-        if self.described > self.predicted:
-            self.predict_and_write()
-        self.context.drop(kind, len(index) - self.described)
-
-# %% ../notebooks/59_inference.ipynb #17982b29
-def join_blocks(blocks: list[tuple]) -> tuple:
-    "Concatenate pieces of one features table."
-    ids, embedding, semantic = zip(*blocks, strict=True)
-    both = np.concatenate(embedding), None if semantic[0] is None else np.concatenate(semantic)
-    return [i for part in ids for i in part], *both
+    for piece in plan_chunks(index, size, clock, kind, reserve, first=8):
+        clock.timed(kind, len(piece), lambda piece=piece: features.add(piece))
+        if not model.predicted:
+            clock.timed("model 2 predicts", 1, model.predict_and_write)
+    if features.photos > model.predicted:
+        model.predict_and_write()
+    context.drop(kind, len(index) - features.photos)
 
 # %% ../notebooks/59_inference.ipynb #ce7e4531
 def predict_remaining(context: InferenceContext, model1: Model1) -> Model2 | None:
     "Predict by model 2, then by the other folds and views; return model 2, None when it cannot be used."
     model2 = run_or_warn(context.warn, "model 2", lambda: Model2(context))
     if model2 is not None:
-        run_or_warn(context.warn, "model 2", model2.run)
+        run_or_warn(context.warn, "model 2", lambda: run_model2(model2))
     while context.pending:
         folds, view = context.pending[0]
-        work = functools.partial(model1.predict_all, folds, view)
+        work = functools.partial(predict_part, model1, folds, view)
         run_or_warn(context.warn, f"view {view} of model 1", work)
         context.pending.pop(0)
     if model1.nan_count:

@@ -7,14 +7,15 @@ __all__ = ['PIECE', 'COLOURS', 'NAMES', 'DESCRIPTION', 'EPILOG', 'PredictRun', '
            'name_answer', 'answer_photos', 'predict_photos', 'measure_distances', 'describe_crop', 'flag_photo',
            'to_uri', 'overlay_parts', 'read_density', 'draw_overlay', 'bounds_table', 'tabulate_photos',
            'tabulate_paddocks', 'round_cell', 'describe_row', 'render_predictions', 'write_predictions', 'warn_uncut',
-           'calibrate', 'parse_ground', 'parse_predict_call', 'print_summary', 'run_predict', 'main',
-           'predict_attached']
+           'fit_cuts', 'read_fitted', 'apply_calibration', 'parse_ground', 'parse_predict_call', 'print_summary',
+           'run_predict', 'main', 'predict_attached']
 
 # %% ../notebooks/61_predict.ipynb #77a59cbb
 import argparse
 import base64
 import dataclasses
 import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -27,7 +28,9 @@ import pandas as pd
 
 from . import __version__ as version
 from .bundle import PastureModel, mean_radius, open_model, pack_bundle
-from .calibration import SitePrior, check_cuts, default_prior, fit_calibration, read_cuts
+from nbs_lib.calibration import (
+    Calibration, SitePrior, check_cuts, default_prior, fit_calibration, parse_calibration, read_cuts,
+)
 from .deadline import find_devices
 from .images import QUALITY
 from nbs_lib.inference import (
@@ -177,7 +180,7 @@ def predict_photos(
 # %% ../notebooks/61_predict.ipynb #37cafd82
 def measure_distances(model: PastureModel, context: InferenceContext, model2: Model2 | None) -> np.ndarray:
     "Return the distance (n,) of each photo to the training photos; NaN without frozen features."
-    out, features = np.full(context.n, np.nan), model2.features() if model2 else {}
+    out, features = np.full(context.n, np.nan), model2.features.join() if model2 else {}
     if model.distance is not None and "frozen" in features:
         ids, X, _ = features["frozen"]
         out[context.loader.store.position(ids)] = model.distance.measure(X)
@@ -343,32 +346,46 @@ def warn_uncut(paddocks: Sequence[str], rows: Sequence[int]) -> None:
               "predict one paddock a call", file=sys.stderr)
 
 
-def calibrate(p: Predictions, path: str | Path, output: Path, prior: SitePrior) -> Predictions:
-    "Return the predictions corrected by the weighed quadrats in the table `path`; write calibration.json."
+def fit_cuts(p: Predictions, path: str | Path, prior: SitePrior) -> Calibration:
+    "Return the calibration by the cuts in the table `path`, in grams a learned quadrat; print its errors."
     files = [str(path) for path in p.paths]
     cuts = read_cuts(path, files)
     cuts = cuts[p.readable[[files.index(file) for file in cuts["file"]]]]
     check_cuts(cuts, path)
-    rows = [files.index(file) for file in cuts["file"]]
+    rows, share = [files.index(file) for file in cuts["file"]], p.area / QUADRAT_M2
     warn_uncut(p.paddocks, rows)
-    scale = (p.area / QUADRAT_M2) ** 0.5  # of √g
-    prior = SitePrior(prior.intercept * scale, prior.slope, prior.error * scale)
-    calibration = fit_calibration(cuts[list(TARGETS)].to_numpy(float), p.grams[rows], prior)
-    is_default = np.allclose(prior.intercept, scale * default_prior().intercept)
+    calibration = fit_calibration(cuts[list(TARGETS)].to_numpy(float) / share, p.grams[rows] / share, prior)
+    is_default = np.allclose(prior.intercept, default_prior().intercept)
     source = "published scores" if is_default else "this model's out-of-fold errors"
     print(f"how far sites differ is taken from {source}")
-    print(calibration.summary().round(1).to_string(index=False))
+    table = calibration.summary()
+    table[["error without", "error with"]] *= share
+    print(table.round(1).to_string(index=False))
     if calibration.message:
         print(f"warning: {calibration.message}", file=sys.stderr)
-    with atomic_write(output / "calibration.json") as temporary:
-        temporary.write_text(calibration.to_json(), encoding="utf-8")
-    grams = p.grams.copy()
-    grams[p.readable] = calibration.apply(p.grams[p.readable])
-    ratio = calibration.radius(p.radii[1], p.coverage) / p.radii[1]
+    return calibration
+
+# %% ../notebooks/61_predict.ipynb #495a4e5e
+def read_fitted(path: Path, key: str) -> Calibration:
+    "Read calibration.json of an earlier call with the model `key`; raise `InputError`."
+    record = read_json(path)
+    if not isinstance(record, dict) or set(record) != {"model", "calibration"}:
+        raise InputError(f"--calibrate {path}: is no calibration.json; give the one of an earlier call")
+    if record["model"] != key:
+        raise InputError(f"--calibrate {path}: is of another model; give that model, or the weighed quadrats")
+    return parse_calibration(json.dumps(record["calibration"]))
+
+
+def apply_calibration(p: Predictions, calibration: Calibration) -> Predictions:
+    "Return corrected predictions, their intervals by the errors of the cuts left out."
+    share, grams = p.area / QUADRAT_M2, p.grams.copy()
+    grams[p.readable] = calibration.apply(p.grams[p.readable] / share) * share
+    radius = p.radii[1] / share**0.5  # of √g
+    ratio = calibration.radius(radius, p.coverage) / radius
     names = ", ".join(np.array(list(NAMES.values()))[calibration.used]) or "nothing: no gain on cuts left out"
     return dataclasses.replace(p, grams=grams, radii={n: radius * ratio for n, radius in p.radii.items()},
-                               note=f"{p.note} Calibrated by {len(cuts)} weighed quadrats: {names}. "
-                                    "Intervals follow the cuts left out.".lstrip())
+                               note=f"{p.note} Calibrated by {calibration.cuts.max():.0f} weighed quadrats: "
+                                    f"{names}. Intervals follow the cuts left out.".lstrip())
 
 # %% ../notebooks/61_predict.ipynb #89dde8ec
 def parse_ground(args: argparse.Namespace) -> Ground:
@@ -408,7 +425,8 @@ def parse_predict_call(argv: Sequence[str]) -> argparse.Namespace:
                              f"grams are then for that area, else for {QUADRAT_M2:g}")
     p.add_argument("--calibrate", metavar="CSV",
                    help="weighed quadrats, 3 or more; they correct all photos of the call, so give one "
-                        "paddock a call; columns: file and any target in grams, such as file,Dry_Total_g")
+                        "paddock a call; columns: file and any target in grams, such as file,Dry_Total_g; "
+                        "or calibration.json, which such a call writes, for more photos of that paddock")
     p.add_argument("--paddocks", metavar="CSV",
                    help="names the paddocks to average over; columns: file,paddock; default: the folders")
     p.add_argument("--no-location", action="store_true", help="leave time and position out of the table")
@@ -430,22 +448,27 @@ def print_summary(p: Predictions, output: Path) -> None:
     names = ("predictions.csv", "paddocks.csv", "predictions.html")
     print("written:", ", ".join(str(output / name) for name in names))
 
-
+# %% ../notebooks/61_predict.ipynb #d09ba579
 def run_predict(args: argparse.Namespace) -> None:
     "Predict and write what the call asks for."
     ground, paths, output = parse_ground(args), find_photos(args.photos), Path(args.output)
     files, paddocks = [str(path) for path in paths], {}
-    if args.calibrate:
+    is_fitted = Path(args.calibrate or "").suffix == ".json"
+    if args.calibrate and not is_fitted:
         read_cuts(args.calibrate, files)  # its faults are named before the photos are predicted
     if args.paddocks:
         paddocks = read_paddocks(args.paddocks, files)
     try:
         with open_model(args.model) as model:
+            fitted = read_fitted(Path(args.calibrate), model.key) if is_fitted else None
             p = predict_photos(model, paths, output / "answers", ground, not args.no_location)
         names = [paddocks.get(file, folder) for file, folder in zip(files, p.paddocks, strict=True)]
         p = dataclasses.replace(p, paddocks=names)
-        if args.calibrate:
-            p = calibrate(p, args.calibrate, output, model.prior)
+        if args.calibrate and not is_fitted:
+            fitted = fit_cuts(p, args.calibrate, model.prior)
+            record = {"model": model.key, "calibration": json.loads(fitted.to_json())}
+            write_json(output / "calibration.json", record)
+        p = apply_calibration(p, fitted) if fitted else p
         write_predictions(p, output)
     except OSError as e:
         raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FULL', 'NUMBER', 'RULE', 'ROW', 'REBUILD', 'BOUNDS', 'half_shape', 'wanted_shapes', 'store_bytes',
            'parse_weight_rule', 'photo_weights', 'PhotoStore', 'store_folder', 'open_store', 'store_forms', 'has_shape',
-           'check_disk_space', 'StoreWriter', 'to_panorama', 'to_halves', 'tta_views', 'quarter_turns', 'move_camera',
-           'overlay_stamp', 'check_augmentation', 'augment', 'to_tensor']
+           'prepare_files', 'check_disk_space', 'StoreWriter', 'to_panorama', 'to_halves', 'tta_views', 'quarter_turns',
+           'move_camera', 'overlay_stamp', 'check_augmentation', 'augment', 'to_tensor']
 
 # %% ../notebooks/19_store.ipynb #432a96c9
 import dataclasses
@@ -88,7 +88,7 @@ def photo_weights(quality: pd.DataFrame, rules: Sequence[str]) -> np.ndarray:
 ROW = np.dtype([("key", "S24"), ("found", "u1"), ("box", "<i4", 4), ("area", "<i4"), ("size", "<i4", 2),
                 ("quality", "<f4", len(QUALITY))])
 
-
+# %% ../notebooks/19_store.ipynb #8092f8af
 @dataclass(frozen=True)
 class PhotoStore:
     "Cleaned halves of n photos: `store[i]` is (2, H, W, 3) uint8 RGB, left then right, mapped and read-only."
@@ -172,6 +172,16 @@ def has_shape(path: Path, shape: tuple, dtype: np.dtype) -> bool:
     return array.shape == shape and array.dtype == dtype
 
 
+def prepare_files(folder: Path, forms: dict[str, tuple]) -> None:
+    "Remove store.json from `folder`; make empty arrays of `store_forms` unless complete ones are there."
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "store.json").unlink(missing_ok=True)
+    if not all(has_shape(folder / name, *form) for name, form in forms.items()):
+        for name, (shape, dtype) in forms.items():
+            (folder / name).unlink(missing_ok=True)
+            np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+
+
 def check_disk_space(folders: dict[Path, Shape], photos: int) -> None:
     "Raise `InputError` when the disk is too small for what the stores of `photos` photos still lack."
     need = 0
@@ -191,12 +201,7 @@ class StoreWriter:
     def __init__(self, folder: Path, ids: Sequence[str], shape: Shape):
         self.folder, self.ids, self.shape = folder, list(ids), shape
         forms = store_forms(len(ids), shape)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "store.json").unlink(missing_ok=True)
-        if not all(has_shape(folder / name, *form) for name, form in forms.items()):
-            for name, (shape, dtype) in forms.items():
-                (folder / name).unlink(missing_ok=True)
-                np.lib.format.open_memmap(folder / name, mode="w+", dtype=dtype, shape=shape).flush()
+        prepare_files(folder, forms)
         self.known = np.load(folder / "rows.npy")["key"]
         self.starts = {name: np.load(folder / name, mmap_mode="r").offset for name in forms}
         self.files = {name: os.open(folder / name, os.O_WRONLY) for name in forms}

@@ -68,12 +68,9 @@ def tables(paddock, tmp_path) -> Path:
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    "Compute on one thread, so that sums have one order."
+    "Compute on one thread, so that sums have one order whatever ran before; xdist uses the other cores."
     import torch
 
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -45,9 +45,6 @@ def nets():
     return {name: Backbone(name, 2).eval() for name in FAMILIES}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def as_map(net: Backbone, features: Tensor, shape: torch.Size) -> Tensor:
     "Reshape the output of `forward_features` to (B, C, h, w), in another way than the library."
     if features.ndim == 3:

@@ -32,9 +32,6 @@ CPU, CNN = torch.device("cpu"), "tf_efficientnet_lite0"
 SMALL, LARGE = (64, 64), (64, 96)  # shapes of a half
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 class Photos:
     "Hold noise in place of photos; the key None stands for an unreadable one."
 
@@ -406,14 +403,14 @@ def test_model_2_of_a_submission_reuses_the_features_of_model_1(demo, tmp_path, 
     for stage in (frozen.run_frozen, run_boosting, run_ensemble):
         stage(run)
     assert not encoded
-    real, during = inference.Model2.describe, []
+    real, during = inference.FeatureTable.add, []
 
-    def describe(model, piece):
+    def add(table, piece):
         before = len(encoded)
-        real(model, piece)
+        real(table, piece)
         during.append(len(encoded) - before)
 
-    monkeypatch.setattr(inference.Model2, "describe", describe)
+    monkeypatch.setattr(inference.FeatureTable, "add", add)
     assert submit.run_submit(run)["models"] == {"dinov3": 2, "boosting": 2}
     assert encoded and during and not any(during)
     first = (run.output / "submission.csv").read_bytes()

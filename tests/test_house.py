@@ -152,11 +152,7 @@ def test_words_are_those_of_the_field(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_cell_holds_one_idea(name):
-    long = []
-    for source in exported_cells(MODULES[name]):
-        has_class = any(isinstance(node, ast.ClassDef) for node in ast.parse(source).body)
-        limit = 66 if has_class else 40  # a class is not cut
-        long += [source] if len(source.splitlines()) - 1 > limit else []
+    long = [source for source in exported_cells(MODULES[name]) if len(source.splitlines()) - 1 > 40]
     assert not long, f"{name}: an exported cell of {len(long[0].splitlines())} lines: {long[0][:80]}"
 
 

@@ -41,8 +41,7 @@ def vit_narrow_swiglu_patch16_dinov3(pretrained=False, **kwargs):
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
-    "One thread, run.precision = auto, and no accelerator of another precision left over."
-    torch.set_num_threads(1)
+    "run.precision = auto, and no accelerator of another precision left over."
     torch.manual_seed(0)
     monkeypatch.setenv("NBS_PRECISION", "auto")
     yield
@@ -221,7 +220,6 @@ def train_in(precision, monkeypatch, scales=None, warn=print, **more):
 def without_overflow():
     "Losses of the last three epochs where nothing overflows: in float16, and in float32 with three seeds."
     with pytest.MonkeyPatch.context() as m:
-        torch.set_num_threads(1)
         half = np.mean(train_in("float16", m, every=0)[-3:])
         return half, [np.mean(train_in("float32", m, seed=seed)[-3:]) for seed in range(3)]
 

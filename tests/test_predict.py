@@ -100,9 +100,7 @@ def list_files(folder: Path) -> dict[str, tuple]:
     return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_run_and_its_bundle_give_the_numbers_of_submit(
-    trained, model, photos, predicted, one_thread, tmp_path,
-):
+def test_a_run_and_its_bundle_give_the_numbers_of_submit(trained, model, photos, predicted, tmp_path):
     """In the batches of `submit` to 1e-5 g, and in others to 2e-3 g.
 
     In another batch, or on more threads, oneDNN adds up otherwise: 1e-5 in a feature, which the probe of this
@@ -275,7 +273,33 @@ def test_own_cuts_correct_the_predictions(model, photos, predicted, tmp_path, ca
     assert (after["Dry_Total_g"] > weighed["Dry_Total_g"]).all()
     assert after["Dry_Total_g"].mean() > 1.1 * weighed["Dry_Total_g"].mean()
     assert "Calibrated by 12 weighed quadrats: Total." in (tmp_path / "out" / "predictions.html").read_text()
-    assert (tmp_path / "out" / "calibration.json").is_file() and "error without" in capsys.readouterr().out
+    assert "error without" in capsys.readouterr().out
+    assert call("--model", model, photos, "--output", tmp_path / "later", "--area", "0.49",
+                "--calibrate", tmp_path / "out" / "calibration.json") == 0
+    assert "no cuts in" not in capsys.readouterr().err
+    assert "Calibrated by 12 weighed" in (tmp_path / "later" / "predictions.html").read_text()
+
+
+@pytest.mark.parametrize("area", [0.21, 0.49])
+def test_a_calibration_serves_later_photos_of_the_paddock(plain, model, tmp_path, capsys, area):
+    "Its numbers are those of the call with the cuts, kept for a quadrat whatever area the cuts had."
+    plain[1] = model
+    (tmp_path / "cuts.csv").write_text(CUTS)
+    words, out = (*plain, "--area", area), (tmp_path / "cuts", tmp_path / "later")
+    assert call(*words, "--output", out[0], "--calibrate", tmp_path / "cuts.csv") == 0
+    assert call(*words, "--output", out[1], "--calibrate", out[0] / "calibration.json") == 0
+    pd.testing.assert_frame_equal(*map(read_table, out))
+    path = out[0] / "calibration.json"
+    record = json.loads(path.read_text())
+    for changed, message in (
+        ({**record, "model": "1"}, "is of another model"),
+        ([1], "is no calibration.json"),
+        ({**record, "calibration": {}}, "fit it again"),
+    ):
+        path.write_text(json.dumps(changed))
+        refused(capsys, tmp_path, message, *words, "--calibrate", path)
+    path.unlink()
+    refused(capsys, tmp_path, "there is no such file", *words, "--calibrate", path)
 
 
 def answer_by_name(model, paths, maps, ground) -> list[dict]:

@@ -26,7 +26,6 @@ JITTER = dataclasses.replace(load_settings("kaggle").photos, jitter=0.5, rotate=
 
 @pytest.fixture(autouse=True)
 def threads_end():
-    torch.set_num_threads(1)
     yield
     assert not loaders()
 

@@ -183,7 +183,6 @@ def recipe_run(tmp_path_factory):
     from nbs_lib.submit import run_submit
     from nbs_lib.train_dinov3 import run_train_dinov3
 
-    torch.set_num_threads(1)  # tiny networks: threads would only wait for each other
     folder = tmp_path_factory.mktemp("recipe")
     source = tiny.competition(folder / "in", n_train=12, n_test=4)
     small = ["train_dinov3.backbone=vit_twin_patch16_dinov3", "train_dinov3.weights=random",
