@@ -123,7 +123,7 @@ def weighted_mean(
 def learn_weights(
     stack,  # (m, n, 5) out-of-fold predictions, grams
     y,  # (n, 5) true grams
-    pull: float = 50.0,  # strength of the pull to equal weights, in photos
+    pull: float = 200.0,  # strength of the pull to equal weights, in photos
 ) -> np.ndarray:
     "Fit weights (m, 5), none negative, of sum 1 for each target, by regularised least squares."
     stack, y = np.asarray(stack, float), np.asarray(y)
