@@ -437,6 +437,8 @@ READS = ("input/train.csv", "artefacts/folds*.csv", "artefacts/features/*.npz",
 def run_boosting(run: Run) -> dict:
     "Cross-validate, fit on all photos, save predictions and estimators; return scores and weights."
     comp, s = read_competition(run.input, photos=False), run.settings
+    if not 0 < s.boosting.coverage < 1:
+        raise InputError(f"boosting.coverage: must be between 0 and 1 ({s.boosting.coverage:g}); set 0.9")
     data, blocks = read_labelled_photos(run, comp)
     workers, states = s.run.workers or os.cpu_count(), np.unique(data.state)
     members = available_members(s.boosting.members, run.warn)

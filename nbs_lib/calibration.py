@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEAST_CUTS', 'KG_LIMIT', 'HECTARE_LIMIT', 'LABEL_MEAN', 'LABEL_SD', 'OOF_R2', 'LEAF_MASS_SPREAD', 'LEAST_SITES',
-           'FOLLOWER_WEIGHT', 'RADIUS_CUTS', 'read_cuts', 'read_text_table', 'match_file', 'parse_grams', 'check_cuts',
-           'SitePrior', 'default_prior', 'estimate_prior', 'RootLines', 'fit_lines', 'scale_unweighed', 'adjust',
-           'root_mean_square', 'Calibration', 'fit_calibration', 'check_pairs', 'parse_calibration']
+           'FOLLOWER_WEIGHT', 'RADIUS_CUTS', 'read_cuts', 'read_text_table', 'match_file', 'parse_grams', 'check_sums',
+           'check_cuts', 'SitePrior', 'default_prior', 'estimate_prior', 'RootLines', 'fit_lines', 'scale_unweighed',
+           'adjust', 'root_mean_square', 'Calibration', 'fit_calibration', 'check_pairs', 'parse_calibration']
 
 # %% ../notebooks/57_calibration.ipynb #0c57a003
+import csv
 import json
 import re
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ def read_cuts(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
     kg = [c for c in table if "kg" in re.split(r"[^a-z]+", c.lower())]
     if kg:
         raise InputError(f"{path}: column '{kg[0]}' is in kg; give grams a quadrat: {', '.join(TARGETS)}")
+    wrong = [c for c in table if c.lower().endswith("_g") and c not in TARGETS]
+    if wrong:
+        raise InputError(f"{path}: column '{wrong[0]}' is no target; choose from {', '.join(TARGETS)}")
     cuts = pd.DataFrame({"file": [match_file(name, files, path) for name in table["file"]]})
     for target in TARGETS:
         cuts[target] = parse_grams(table, target, path) if target in table else np.nan
@@ -42,22 +46,35 @@ def read_cuts(path: str | Path, files: Sequence[str]) -> pd.DataFrame:
 
 # %% ../notebooks/57_calibration.ipynb #0c57a007
 def read_text_table(path: str | Path, names: Sequence[str]) -> pd.DataFrame:
-    "Return the CSV as text; raise `InputError` when it is unreadable or lacks `file` or all of `names`."
+    "Return the CSV as text, without empty rows; it must have `file` and any of `names`. Raise `InputError`."
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: not readable as CSV ({e}); give a table") from e
-    table.columns = [str(c).strip() for c in table.columns]
-    if "file" not in table or not set(names) & set(table):
-        raise InputError(f"{path}: columns {', '.join(table)}; give 'file' and any of {', '.join(names)}")
-    return table.apply(lambda column: column.str.strip())
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
+    except (OSError, ValueError, csv.Error) as e:
+        raise InputError(f"{path}: not readable as CSV ({e}); give a table in UTF-8") from e
+    head, *rows = [row for row in rows if any(row)] or [[]]
+    double = [name for name in head if name and head.count(name) > 1]
+    if double:
+        raise InputError(f"{path}: column '{double[0]}' is there twice; keep one")
+    if len(head) == 1 and re.search("[;\t]", head[0]):
+        raise InputError(f"{path}: columns are separated by semicolons or tabs; separate them by commas")
+    if "file" not in head or not set(names) & set(head):
+        found = ", ".join(head) or "none"
+        raise InputError(f"{path}: columns {found}; give 'file' and any of {', '.join(names)}")
+    for row in rows:
+        if any(row[len(head):]):
+            raise InputError(f"{path}: '{','.join(row)}' has more cells than the header; write decimals with "
+                             "a point, and put quotes around a text with a comma")
+    cells = [(row + [""] * len(head))[: len(head)] for row in rows]
+    return pd.DataFrame(cells, columns=head, dtype=str).drop(columns="", errors="ignore")
 
-
+# %% ../notebooks/57_calibration.ipynb #0c57a00a
 def match_file(name: str, files: Sequence[str], path: str | Path) -> str:
-    "Return the one of `files` with this path, or the only one with this file name; raise `InputError`."
-    name = name.replace("\\", "/")
-    found = [f for f in files if PurePosixPath(f).name == PurePosixPath(name).name]
-    found = [name] if name in found else found
+    "Return the one of `files` with this path, as far as both are written; raise `InputError`."
+    parts = PurePosixPath(name.replace("\\", "/")).parts
+    known = {f: PurePosixPath(f).parts for f in files}
+    found = [f for f, own in known.items() if own[-len(parts):] == parts[-len(own):]] if parts else []
+    found = [f for f in found if known[f] == parts] or found
     if len(found) != 1:
         raise InputError(f"{path}: file '{name}' fits {len(found)} photos; write it as predictions.csv does")
     return found[0]
@@ -70,6 +87,16 @@ def parse_grams(table: pd.DataFrame, target: str, path: str | Path) -> pd.Series
         if text and not 0 <= number < np.inf:
             raise InputError(f"{path}: {target} of {file} is '{text}'; give grams, or leave the cell empty")
     return grams
+
+
+def check_sums(cuts: pd.DataFrame, path: str | Path) -> None:
+    "Raise `InputError` where a part weighs more than its sum."
+    for whole, parts in (("GDM_g", ("Dry_Green_g", "Dry_Clover_g")), ("Dry_Total_g", TARGETS[:4])):
+        for part in parts:
+            more = cuts[part] > 1.01 * cuts[whole] + 0.5  # the scales' error
+            if more.any():
+                raise InputError(f"{path}: {part} of {cuts['file'][more].iloc[0]} is more than its {whole}; "
+                                 "check the columns")
 
 
 def check_cuts(cuts: pd.DataFrame, path: str | Path) -> None:
@@ -87,6 +114,7 @@ def check_cuts(cuts: pd.DataFrame, path: str | Path) -> None:
     if largest > HECTARE_LIMIT:
         raise InputError(f"{path}: the largest number is {largest:g}, which looks like kg a hectare; "
                          "give grams a quadrat")
+    check_sums(cuts, path)
 
 # %% ../notebooks/57_calibration.ipynb #0c57a00e
 @dataclass(frozen=True)
@@ -222,7 +250,7 @@ class Calibration(RootLines):
     def message(self) -> str:
         "One line about weighed targets without a gain; empty when there is none."
         names = ", ".join(np.array(TARGETS)[self.weighed & ~self.used])
-        what = "their own line is not used" if self.used.any() else "nothing is changed; weigh more quadrats"
+        what = "their own line is not used" if self.used.any() else "no grams change; weigh more quadrats"
         return f"calibration: no gain on cuts left out for {names}; {what}" if names else ""
 
     def summary(self) -> pd.DataFrame:
@@ -275,9 +303,12 @@ def parse_calibration(text: str) -> Calibration:
     "Return the calibration that `Calibration.to_json` wrote; raise `InputError` for other text."
     try:
         table = pd.DataFrame(json.loads(text))
-        table = table.astype(dict.fromkeys(table.columns[-3:], float))  # errors: all null where none is known
-        if len(table) != len(TARGETS) or table.iloc[:, :-3].isna().any(axis=None):
-            raise ValueError("a number is missing")
-        return Calibration(**{name: column.to_numpy() for name, column in table.items()})
+        flags = table[["weighed", "used"]]
+        numbers = table.drop(columns=list(flags)).astype(float)
+        known = numbers.drop(columns=["error_without", "error_with", "spread"])  # null where none is known
+        if len(table) != len(TARGETS) or known.isna().any(axis=None) or not (flags.dtypes == bool).all():
+            raise ValueError("a value is missing")
+        columns = {**numbers.astype({"cuts": int}), **flags}
+        return Calibration(**{name: column.to_numpy() for name, column in columns.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f"calibration: not readable as JSON ({e}); fit it again") from e

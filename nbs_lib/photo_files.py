@@ -43,9 +43,12 @@ def find_photos(places: Sequence[str | Path]) -> list[Path]:
     "Return the photo files in `places` (files and folders), each once; raise `InputError` without any."
     found: dict[Path, Path] = {}
     for place in map(Path, places):
-        if not place.exists():
-            raise InputError(f"{place}: there is no such photo or folder; check the path")
-        inside = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+        try:
+            if not place.exists():
+                raise InputError(f"{place}: there is no such photo or folder; check the path")
+            inside = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+        except OSError as e:
+            raise InputError(f"{place}: cannot be read ({e.strerror}); check the path") from e
         for path in inside:
             hidden = any(is_hidden_file(part) for part in path.relative_to(place).parts)
             if path == place or (not hidden and is_photo(path)):
@@ -66,9 +69,13 @@ def label_paddocks(paths: Sequence[Path]) -> list[str]:
 
 def read_paddocks(path: str | Path, files: Sequence[str]) -> dict[str, str]:
     "Return {file: paddock} of a CSV with these columns; raise `InputError` for a file not in `files`."
-    table = read_text_table(path, ["paddock"])
-    return {match_file(name, files, path): paddock
-            for name, paddock in zip(table["file"], table["paddock"], strict=True) if paddock}
+    table, paddocks = read_text_table(path, ["paddock"]), {}
+    for name, paddock in zip(table["file"], table["paddock"], strict=True):
+        file = match_file(name, files, path)
+        if paddocks.get(file, paddock) != paddock:
+            raise InputError(f"{path}: {name} is in two paddocks; give it one")
+        paddocks |= {file: paddock} if paddock else {}
+    return paddocks
 
 # %% ../notebooks/61_photo_files.ipynb #27638945
 def to_degrees(parts: Sequence, reference: str) -> float:

@@ -7,8 +7,8 @@ __all__ = ['PIECE', 'COLOURS', 'NAMES', 'DESCRIPTION', 'EPILOG', 'PredictRun', '
            'name_answer', 'answer_photos', 'predict_photos', 'measure_distances', 'describe_crop', 'flag_photo',
            'to_uri', 'overlay_parts', 'read_density', 'draw_overlay', 'bounds_table', 'tabulate_photos',
            'tabulate_paddocks', 'round_cell', 'describe_row', 'render_predictions', 'write_predictions', 'warn_uncut',
-           'fit_cuts', 'read_fitted', 'apply_calibration', 'parse_ground', 'parse_predict_call', 'print_summary',
-           'run_predict', 'main', 'predict_attached']
+           'warn_unit', 'fit_cuts', 'read_fitted', 'apply_calibration', 'parse_ground', 'parse_predict_call',
+           'print_summary', 'run_predict', 'main', 'predict_attached']
 
 # %% ../notebooks/61_predict.ipynb #77a59cbb
 import argparse
@@ -56,7 +56,7 @@ class PredictRun(Run):
     "A run whose warnings are those of a prediction."
 
     def warn(self, text: str) -> None:
-        text = text.removesuffix(" or remove its rows (a grey picture replaces it)")
+        text = text.removesuffix(" (a grey picture replaces it)").removesuffix(" or remove its rows")
         self.warnings.append(text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
@@ -346,15 +346,29 @@ def warn_uncut(paddocks: Sequence[str], rows: Sequence[int]) -> None:
               "predict one paddock a call", file=sys.stderr)
 
 
+def warn_unit(grams: np.ndarray, predicted: np.ndarray, path: str | Path) -> None:
+    "Warn if `grams` (k, 5) are so far from `predicted` that their unit may be another."
+    known = np.isfinite(grams) & (grams > 1) & (predicted > 1)
+    ratio = np.median(grams[known] / predicted[known]) if known.any() else 1.0
+    if not 1 / 4 < ratio < 4:
+        print(f"warning: {path}: the weights are {ratio:.2g} times the predictions; are they grams of dry "
+              "matter a quadrat?", file=sys.stderr)
+
+# %% ../notebooks/61_predict.ipynb #7c1b172f
 def fit_cuts(p: Predictions, path: str | Path, prior: SitePrior) -> Calibration:
     "Return the calibration by the cuts in the table `path`, in grams a learned quadrat; print its errors."
     files = [str(path) for path in p.paths]
     cuts = read_cuts(path, files)
-    cuts = cuts[p.readable[[files.index(file) for file in cuts["file"]]]]
+    readable = p.readable[[files.index(file) for file in cuts["file"]]]
+    for file in cuts["file"][~readable]:
+        print(f"warning: {path}: {file} could not be read, its cut is left out", file=sys.stderr)
+    cuts = cuts[readable]
     check_cuts(cuts, path)
     rows, share = [files.index(file) for file in cuts["file"]], p.area / QUADRAT_M2
     warn_uncut(p.paddocks, rows)
-    calibration = fit_calibration(cuts[list(TARGETS)].to_numpy(float) / share, p.grams[rows] / share, prior)
+    grams, predicted = cuts[list(TARGETS)].to_numpy(float), p.grams[rows]
+    warn_unit(grams, predicted, path)
+    calibration = fit_calibration(grams / share, predicted / share, prior)
     is_default = np.allclose(prior.intercept, default_prior().intercept)
     source = "published scores" if is_default else "this model's out-of-fold errors"
     print(f"how far sites differ is taken from {source}")
@@ -366,14 +380,22 @@ def fit_cuts(p: Predictions, path: str | Path, prior: SitePrior) -> Calibration:
     return calibration
 
 # %% ../notebooks/61_predict.ipynb #495a4e5e
-def read_fitted(path: Path, key: str) -> Calibration:
+def read_fitted(path: Path, key: str, ground: Ground) -> Calibration:
     "Read calibration.json of an earlier call with the model `key`; raise `InputError`."
-    record = read_json(path)
-    if not isinstance(record, dict) or set(record) != {"model", "calibration"}:
-        raise InputError(f"--calibrate {path}: is no calibration.json; give the one of an earlier call")
-    if record["model"] != key:
-        raise InputError(f"--calibrate {path}: is of another model; give that model, or the weighed quadrats")
-    return parse_calibration(json.dumps(record["calibration"]))
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        calibration = parse_calibration(json.dumps(record["calibration"]))
+        model, fitted_on = record["model"], record["ground"]
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(f"--calibrate {path}: is no calibration.json of an earlier call ({e})") from e
+    if model != key:
+        raise InputError(f"--calibrate {path}: is of another model (a run and its bundle are two); give that "
+                         "model, or the weighed quadrats")
+    if fitted_on != dataclasses.asdict(ground):
+        print(f"warning: --calibrate {path}: was fitted at another --ground-width or --area", file=sys.stderr)
+    if calibration.message:
+        print(f"warning: {calibration.message}", file=sys.stderr)
+    return calibration
 
 
 def apply_calibration(p: Predictions, calibration: Calibration) -> Predictions:
@@ -382,10 +404,12 @@ def apply_calibration(p: Predictions, calibration: Calibration) -> Predictions:
     grams[p.readable] = calibration.apply(p.grams[p.readable] / share) * share
     radius = p.radii[1] / share**0.5  # of √g
     ratio = calibration.radius(radius, p.coverage) / radius
-    names = ", ".join(np.array(list(NAMES.values()))[calibration.used]) or "nothing: no gain on cuts left out"
+    names = ", ".join(np.array(list(NAMES.values()))[calibration.used]) or "no gain, grams stay as predicted"
+    note = (f"Calibrated by {calibration.cuts.max():.0f} weighed quadrats: {names}. "
+            "Intervals follow the cuts left out.")
+    print(note)
     return dataclasses.replace(p, grams=grams, radii={n: radius * ratio for n, radius in p.radii.items()},
-                               note=f"{p.note} Calibrated by {calibration.cuts.max():.0f} weighed quadrats: "
-                                    f"{names}. Intervals follow the cuts left out.".lstrip())
+                               note=f"{p.note} {note}".lstrip())
 
 # %% ../notebooks/61_predict.ipynb #89dde8ec
 def parse_ground(args: argparse.Namespace) -> Ground:
@@ -394,7 +418,8 @@ def parse_ground(args: argparse.Namespace) -> Ground:
         if text is not None:
             value = parse_value(text, float, option)
             if not 0.1 <= value <= 2:
-                raise InputError(f"{option}: must be from 0.1 to 2 ({text}); give m² or m, such as 0.21")
+                unit = "m², such as 0.21" if option == "--area" else "metres, such as 0.7"
+                raise InputError(f"{option}: must be from 0.1 to 2 ({text}); give {unit}")
             return Ground(area=value) if option == "--area" else Ground(value)
     return Ground()
 
@@ -412,7 +437,8 @@ def parse_predict_call(argv: Sequence[str]) -> argparse.Namespace:
         pack.add_argument("--to", required=True, metavar="model.zip", help="the bundle to write")
         return pack.parse_args(argv[1:])
     p = argparse.ArgumentParser("python -m nbs_lib.predict", description=DESCRIPTION, epilog=EPILOG)
-    p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER", help="folders are searched at any depth")
+    p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER",
+                   help="folders are searched at any depth, but for links to folders")
     p.add_argument("--model", required=True, metavar="RUN_OR_BUNDLE",
                    help="output folder of a finished run, or its bundle, such as runs/demo/model.zip")
     p.add_argument("--output", default="predictions", metavar="DIR",
@@ -453,24 +479,28 @@ def run_predict(args: argparse.Namespace) -> None:
     "Predict and write what the call asks for."
     ground, paths, output = parse_ground(args), find_photos(args.photos), Path(args.output)
     files, paddocks = [str(path) for path in paths], {}
-    is_fitted = Path(args.calibrate or "").suffix == ".json"
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; give a folder")
+    is_fitted = Path(args.calibrate or "").suffix.lower() == ".json"
     if args.calibrate and not is_fitted:
         read_cuts(args.calibrate, files)  # its faults are named before the photos are predicted
     if args.paddocks:
         paddocks = read_paddocks(args.paddocks, files)
     try:
         with open_model(args.model) as model:
-            fitted = read_fitted(Path(args.calibrate), model.key) if is_fitted else None
+            fitted = read_fitted(Path(args.calibrate), model.key, ground) if is_fitted else None
             p = predict_photos(model, paths, output / "answers", ground, not args.no_location)
         names = [paddocks.get(file, folder) for file, folder in zip(files, p.paddocks, strict=True)]
         p = dataclasses.replace(p, paddocks=names)
         if args.calibrate and not is_fitted:
             fitted = fit_cuts(p, args.calibrate, model.prior)
-            record = {"model": model.key, "calibration": json.loads(fitted.to_json())}
-            write_json(output / "calibration.json", record)
+            record = {"model": model.key, "ground": dataclasses.asdict(ground)}
+            write_json(output / "calibration.json", {**record, "calibration": json.loads(fitted.to_json())})
         p = apply_calibration(p, fitted) if fitted else p
         write_predictions(p, output)
     except OSError as e:
+        if e.filename and str(output) not in str(e.filename):
+            raise InputError(f"{e.filename}: cannot be read ({e.strerror}); check the file") from e
         raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
     print_summary(p, output)
     if not p.readable.all():

@@ -59,6 +59,11 @@ def test_cuts_are_read(table):
     assert np.array_equal(found["Dry_Dead_g"], [np.nan, 8, 0], equal_nan=True)
 
 
+def test_empty_rows_and_folders_above_the_photos_do_no_harm(table):
+    text = GOOD.replace("a/IMG_1.jpg", "/farm/a/IMG_1.jpg") + ",,\n,\n"
+    pd.testing.assert_frame_equal(read_cuts(table(text), FILES), read_cuts(table(GOOD), FILES))
+
+
 @pytest.mark.parametrize(("old", "new", "words"), [
     ("IMG_2", "IMG_9", "file 'IMG_9.jpg' fits 0 photos"),
     ("a/IMG_1", "IMG_1", "file 'IMG_1.jpg' fits 2 photos"),
@@ -75,7 +80,13 @@ def test_cuts_are_read(table):
     ("file,", "photo,", "give 'file' and any of"),
     ("Dry_Total_g,Dry_Dead_g", "total,dead", "give 'file' and any of"),
     ("40,\nIMG_2.jpg,55.5,8\nb\\IMG_3.jpg,61,0", ".04,\nIMG_2.jpg,.05,0\nb\\IMG_3.jpg,.06,0", "like kg"),
-    (GOOD, "", "not readable as CSV"),
+    (GOOD, "", "columns none; give 'file' and any of"),
+    ("IMG_2", "c/IMG_2", "file 'c/IMG_2.jpg' fits 0 photos"),
+    ("55.5,8", "55,5,8", "'IMG_2.jpg,55,5,8' has more cells than the header; write decimals with a point"),
+    (GOOD, GOOD.replace(",", ";"), "separated by semicolons"),
+    ("Dry_Dead_g", "Dry_dead_g", "column 'Dry_dead_g' is no target; choose from Dry_Green_g"),
+    ("Dry_Dead_g", "Dry_Total_g ", "column 'Dry_Total_g' is there twice"),
+    ("55.5,8", "55.5,80", "Dry_Dead_g of a/IMG_2.jpg is more than its Dry_Total_g"),
     (GOOD, "file,Dry_Total_g\n", "too few weighed quadrats (0)"),
 ])
 def test_fault_is_one_line(table, old, new, words):
@@ -171,7 +182,7 @@ def test_calibration_without_gain_is_refused():
     noise = np.sqrt(y) + np.array([1, -1] * 4)[:, None]  # mean error 0: leaving one out makes it worse
     fitted = fit_calibration(y, noise**2)
     assert not fitted.used.any() and np.array_equal(fitted.apply(y), y)
-    assert "no gain" in fitted.message and "nothing is changed" in fitted.message
+    assert "no gain" in fitted.message and "no grams change" in fitted.message
     assert np.array_equal(fitted.error_with, fitted.error_without)
 
 

@@ -291,15 +291,18 @@ def test_a_calibration_serves_later_photos_of_the_paddock(plain, model, tmp_path
     pd.testing.assert_frame_equal(*map(read_table, out))
     path = out[0] / "calibration.json"
     record = json.loads(path.read_text())
+    assert call(*plain, "--ground-width", "1", "--output", out[1], "--calibrate", path) == 0
+    assert "was fitted at another --ground-width or --area" in capsys.readouterr().err
     for changed, message in (
         ({**record, "model": "1"}, "is of another model"),
         ([1], "is no calibration.json"),
         ({**record, "calibration": {}}, "fit it again"),
+        ({**record, "calibration": {**record["calibration"], "used": dict.fromkeys("01234", 1)}}, "missing"),
     ):
         path.write_text(json.dumps(changed))
         refused(capsys, tmp_path, message, *words, "--calibrate", path)
     path.unlink()
-    refused(capsys, tmp_path, "there is no such file", *words, "--calibrate", path)
+    refused(capsys, tmp_path, "is no calibration.json", *words, "--calibrate", path)
 
 
 def answer_by_name(model, paths, maps, ground) -> list[dict]:
@@ -455,6 +458,16 @@ def test_paddocks_without_cuts_are_named_when_they_are_corrected(plain, model, t
     assert "no cuts in" not in capsys.readouterr().err
 
 
+def test_weights_far_from_the_predictions_are_asked_about(plain, model, tmp_path, capsys):
+    "Numbers of another unit that no limit catches, such as kg/ha of a sparse paddock."
+    plain[1] = model
+    for factor, is_asked in ((1, False), (9, True)):
+        rows = "".join(f"{i}.png,{factor * (20 + 5 * i)}\n" for i in range(3))
+        (tmp_path / "cuts.csv").write_text(f"file,Dry_Total_g\n{rows}")
+        assert call(*plain, "--calibrate", tmp_path / "cuts.csv", "--output", tmp_path / "out") == 0
+        assert ("are they grams of dry matter" in capsys.readouterr().err) == is_asked
+
+
 CUTS = "file,Dry_Total_g\n0.png,40\n1.png,55\n2.png,61\n"
 
 
@@ -467,6 +480,7 @@ CUTS = "file,Dry_Total_g\n0.png,40\n1.png,55\n2.png,61\n"
     ("--calibrate", CUTS.replace("Dry_Total_g", "total"), "give 'file' and any of Dry_Green_g"),
     ("--paddocks", CUTS, "give 'file' and any of paddock"),
     ("--paddocks", "file,paddock\n9.png,north\n", "file '9.png' fits 0 photos"),
+    ("--paddocks", "file,paddock\n1.png,north\n1.png,south\n", "1.png is in two paddocks"),
 ])
 def test_a_wrong_table_is_refused_before_the_model_is_opened(plain, tmp_path, capsys, option, text, message):
     (tmp_path / "table.csv").write_text(text)
