@@ -430,6 +430,14 @@ def test_states_and_intervals(ran):
     assert "1 photos are not in train.csv" in warnings and "sites are too few" in warnings
 
 
+@pytest.mark.parametrize("coverage", ["0", "8"])
+def test_a_coverage_that_is_no_share_is_refused(tmp_path, coverage):
+    write_competition(tmp_path / "in", 4)
+    run = open_run(tmp_path / "in", tmp_path / "out", "demo", overrides=[f"boosting.coverage={coverage}"])
+    with pytest.raises(InputError, match=f"boosting.coverage: must be between 0 and 1 .{coverage}."):
+        run_boosting(run)
+
+
 def test_fewer_photos_than_folds(tmp_path):
     X, _ = write_competition(tmp_path / "in", 4)
     overrides = ["boosting.members=ridge,catboost_joint,lightgbm", "boosting.rounds=0.02", "run.folds=5"]

@@ -220,6 +220,11 @@ def test_bad_calls_are_refused_in_one_line(model, photos, tmp_path, capsys):
     refused(capsys, tmp_path, "--area: must be from 0.1 to 2 (-1)", "--model", model, photos, "--area", "-1")
     wide = "--ground-width", "wide"
     refused(capsys, tmp_path, "--ground-width: not a number (wide)", "--model", model, photos, *wide)
+    assert call("--model", model, photos, "--output", model) == 2
+    assert "is a file; give a folder" in capsys.readouterr().err
+    long = tmp_path / ("a" * 300)
+    refused(capsys, tmp_path, f"{long}: cannot be read (File name too long)", "--model", long, photos)
+    refused(capsys, tmp_path, f"{long}: cannot be read (File name too long)", "--model", model, long)
     with pytest.raises(SystemExit) as e:
         call(photos)
     assert e.value.code == 2
