@@ -205,10 +205,13 @@ def open_run_model(folder: Path, work: Path) -> PastureModel:
 def open_model(path: str | Path) -> Iterator[PastureModel]:
     "Yield the model of a run's folder or of a bundle; raise `InputError` when it is neither."
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"--model {path}: there is no such run or bundle; check the path")
-    with tempfile.TemporaryDirectory(prefix="nbs-predict-") as work:
+    try:
+        if not path.exists():
+            raise InputError(f"--model {path}: there is no such run or bundle; check the path")
         is_bundle = path.is_file() or (path / "manifest.json").is_file()
+    except OSError as e:
+        raise InputError(f"--model {path}: cannot be read ({e.strerror}); check the path") from e
+    with tempfile.TemporaryDirectory(prefix="nbs-predict-") as work:
         yield (open_bundle if is_bundle else open_run_model)(path, Path(work, "model"))
 
 # %% ../notebooks/60_bundle.ipynb #d3d563e2

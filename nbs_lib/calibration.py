@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path, PurePosixPath
 from statistics import NormalDist
 
@@ -21,7 +22,9 @@ import numpy as np
 import pandas as pd
 
 from .runtime import InputError
-from .targets import CLOVER, DEAD, GDM, GREEN, TARGETS, TOTAL, TARGET_WEIGHTS, as_targets, reconcile
+from nbs_lib.targets import (
+    CLOVER, DEAD, GDM, GREEN, SUMS, TARGETS, TOTAL, TARGET_WEIGHTS, as_targets, reconcile,
+)
 
 # %% ../notebooks/57_calibration.ipynb #0c57a006
 LEAST_CUTS = 3  # with two, leaving one out leaves a single point
@@ -91,12 +94,12 @@ def parse_grams(table: pd.DataFrame, target: str, path: str | Path) -> pd.Series
 
 def check_sums(cuts: pd.DataFrame, path: str | Path) -> None:
     "Raise `InputError` where a part weighs more than its sum."
-    for whole, parts in (("GDM_g", ("Dry_Green_g", "Dry_Clover_g")), ("Dry_Total_g", TARGETS[:4])):
-        for part in parts:
-            more = cuts[part] > 1.01 * cuts[whole] + 0.5  # the scales' error
-            if more.any():
-                raise InputError(f"{path}: {part} of {cuts['file'][more].iloc[0]} is more than its {whole}; "
-                                 "check the columns")
+    for i, j in permutations(range(5), 2):
+        whole, part = TARGETS[i], TARGETS[j]
+        more = cuts[part] > 1.01 * cuts[whole] + 0.5  # the scales' error
+        if (SUMS[j] <= SUMS[i]).all() and more.any():
+            raise InputError(f"{path}: {part} of {cuts['file'][more].iloc[0]} is more than its {whole}; "
+                             "check the columns")
 
 
 def check_cuts(cuts: pd.DataFrame, path: str | Path) -> None:

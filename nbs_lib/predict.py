@@ -355,10 +355,9 @@ def warn_unit(grams: np.ndarray, predicted: np.ndarray, path: str | Path) -> Non
               "matter a quadrat?", file=sys.stderr)
 
 # %% ../notebooks/61_predict.ipynb #7c1b172f
-def fit_cuts(p: Predictions, path: str | Path, prior: SitePrior) -> Calibration:
-    "Return the calibration by the cuts in the table `path`, in grams a learned quadrat; print its errors."
+def fit_cuts(p: Predictions, cuts: pd.DataFrame, path: str, prior: SitePrior) -> Calibration:
+    "Return the calibration by `cuts` of the table `path`, in grams a learned quadrat; print its errors."
     files = [str(path) for path in p.paths]
-    cuts = read_cuts(path, files)
     readable = p.readable[[files.index(file) for file in cuts["file"]]]
     for file in cuts["file"][~readable]:
         print(f"warning: {path}: {file} could not be read, its cut is left out", file=sys.stderr)
@@ -375,8 +374,6 @@ def fit_cuts(p: Predictions, path: str | Path, prior: SitePrior) -> Calibration:
     table = calibration.summary()
     table[["error without", "error with"]] *= share
     print(table.round(1).to_string(index=False))
-    if calibration.message:
-        print(f"warning: {calibration.message}", file=sys.stderr)
     return calibration
 
 # %% ../notebooks/61_predict.ipynb #495a4e5e
@@ -386,15 +383,13 @@ def read_fitted(path: Path, key: str, ground: Ground) -> Calibration:
         record = json.loads(path.read_text(encoding="utf-8"))
         calibration = parse_calibration(json.dumps(record["calibration"]))
         model, fitted_on = record["model"], record["ground"]
-    except (OSError, ValueError, TypeError, KeyError) as e:
+    except (InputError, OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"--calibrate {path}: is no calibration.json of an earlier call ({e})") from e
     if model != key:
-        raise InputError(f"--calibrate {path}: is of another model (a run and its bundle are two); give that "
-                         "model, or the weighed quadrats")
+        raise InputError(f"--calibrate {path}: is of another model (a run and its bundle count as two); "
+                         "give that model, or the weighed quadrats")
     if fitted_on != dataclasses.asdict(ground):
         print(f"warning: --calibrate {path}: was fitted at another --ground-width or --area", file=sys.stderr)
-    if calibration.message:
-        print(f"warning: {calibration.message}", file=sys.stderr)
     return calibration
 
 
@@ -408,6 +403,8 @@ def apply_calibration(p: Predictions, calibration: Calibration) -> Predictions:
     note = (f"Calibrated by {calibration.cuts.max():.0f} weighed quadrats: {names}. "
             "Intervals follow the cuts left out.")
     print(note)
+    if calibration.message:
+        print(f"warning: {calibration.message}", file=sys.stderr)
     return dataclasses.replace(p, grams=grams, radii={n: radius * ratio for n, radius in p.radii.items()},
                                note=f"{p.note} {note}".lstrip())
 
@@ -438,7 +435,7 @@ def parse_predict_call(argv: Sequence[str]) -> argparse.Namespace:
         return pack.parse_args(argv[1:])
     p = argparse.ArgumentParser("python -m nbs_lib.predict", description=DESCRIPTION, epilog=EPILOG)
     p.add_argument("photos", nargs="+", metavar="PHOTO_OR_FOLDER",
-                   help="folders are searched at any depth, but for links to folders")
+                   help="folders are searched at any depth; links to folders are not followed")
     p.add_argument("--model", required=True, metavar="RUN_OR_BUNDLE",
                    help="output folder of a finished run, or its bundle, such as runs/demo/model.zip")
     p.add_argument("--output", default="predictions", metavar="DIR",
@@ -482,8 +479,7 @@ def run_predict(args: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; give a folder")
     is_fitted = Path(args.calibrate or "").suffix.lower() == ".json"
-    if args.calibrate and not is_fitted:
-        read_cuts(args.calibrate, files)  # its faults are named before the photos are predicted
+    cuts = read_cuts(args.calibrate, files) if args.calibrate and not is_fitted else None
     if args.paddocks:
         paddocks = read_paddocks(args.paddocks, files)
     try:
@@ -492,15 +488,13 @@ def run_predict(args: argparse.Namespace) -> None:
             p = predict_photos(model, paths, output / "answers", ground, not args.no_location)
         names = [paddocks.get(file, folder) for file, folder in zip(files, p.paddocks, strict=True)]
         p = dataclasses.replace(p, paddocks=names)
-        if args.calibrate and not is_fitted:
-            fitted = fit_cuts(p, args.calibrate, model.prior)
+        if cuts is not None:
+            fitted = fit_cuts(p, cuts, args.calibrate, model.prior)
             record = {"model": model.key, "ground": dataclasses.asdict(ground)}
             write_json(output / "calibration.json", {**record, "calibration": json.loads(fitted.to_json())})
         p = apply_calibration(p, fitted) if fitted else p
         write_predictions(p, output)
     except OSError as e:
-        if e.filename and str(output) not in str(e.filename):
-            raise InputError(f"{e.filename}: cannot be read ({e.strerror}); check the file") from e
         raise InputError(f"--output {output}: cannot be written ({e.strerror}); choose another") from e
     print_summary(p, output)
     if not p.readable.all():
